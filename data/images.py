@@ -1,0 +1,176 @@
+"""Images in [-1, 1] with their labels: CIFAR-10 from webdataset shards or from torchvision, and digits."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.loader import EpochBatchSampler, ResumableLoader
+
+SOURCES = ("shards", "cifar10", "digits")
+
+
+class ImageArray(Dataset):
+    """Images held as uint8 in memory, scaled to [-1, 1] when indexed.
+
+    Args:
+        images: uint8, (n, channels, height, width).
+        labels: int64, (n,).
+        flip: also hold every image mirrored, at index n + i: an epoch then shows each image and its mirror image once.
+        maximum: the pixel value that becomes 1.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, flip: bool = False, maximum: int = 255) -> None:
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+        self.flip, self.maximum = flip, maximum
+
+    def __len__(self) -> int:
+        return len(self.images) * (2 if self.flip else 1)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """(images float32 (batch, channels, height, width) in [-1, 1], labels int64 (batch,))."""
+        index = torch.tensor(indices)
+        source = index % len(self.images)
+        images = self.images[source].float() * (2 / self.maximum) - 1
+        mirrored = (index >= len(self.images)).view(-1, 1, 1, 1)
+        return torch.where(mirrored, images.flip(-1), images), self.labels[source]
+
+
+class ImageData(lightning.LightningDataModule):
+    """Images and labels for base models.
+
+    Args:
+        source: `shards`: webdataset shards with keys NAME.jpg (or .png) and NAME.cls; `cifar10`: torchvision's
+            CIFAR-10, downloaded into `data_dir` on first use; `digits`: scikit-learn's 8x8 digits, one channel.
+        data_dir: folder of the shards or of the download; the environment variable DATA_DIR goes before the default.
+        train_shards: pattern of the training shards in `data_dir`.
+        val_shards: pattern of the validation shards in `data_dir`.
+        batch_size: images per batch and process.
+        flip: show every image mirrored too.
+        seed: seed of the order of the images.
+        val_images: number of validation images, the first ones of the validation set.
+    Raises:
+        ValueError: unknown source; on set-up: a folder without matching shards, or shards that hold something else.
+    """
+
+    def __init__(
+        self,
+        source: str = "shards",
+        data_dir: str | None = None,
+        train_shards: str = "*train*.tar*",
+        val_shards: str = "*test*.tar*",
+        batch_size: int = 64,
+        flip: bool = True,
+        seed: int = 0,
+        val_images: int = 2000,
+    ) -> None:
+        super().__init__()
+        if source not in SOURCES:
+            raise ValueError(f"unknown image source {source!r}: use one of {', '.join(SOURCES)}")
+        self.source, self.batch_size, self.flip, self.seed = source, batch_size, flip, seed
+        self.data_dir = Path(data_dir or os.environ.get("DATA_DIR") or "data/cifar10")
+        self.train_shards, self.val_shards, self.val_images = train_shards, val_shards, val_images
+        self._train: ImageArray | None = None
+        self._val: ImageArray | None = None
+
+    def prepare_data(self) -> None:
+        """Download torchvision's CIFAR-10 once per machine."""
+        if self.source == "cifar10":
+            _torchvision_cifar10(self.data_dir, train=True, download=True)
+
+    def setup(self, stage: str) -> None:
+        """Decode the images this stage needs into memory."""
+        if stage == "fit" and self._train is None:
+            images, labels, maximum = self._load(train=True)
+            self._train = ImageArray(images, labels, self.flip, maximum)
+        if stage in ("fit", "validate") and self._val is None:
+            images, labels, maximum = self._load(train=False)
+            self._val = ImageArray(images[: self.val_images], labels[: self.val_images], maximum=maximum)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches; resumes at the exact batch."""
+        return self._loader(self._train, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """The first `val_images` validation images, in order."""
+        return self._loader(self._val, shuffle=False)
+
+    def _loader(self, images: ImageArray, shuffle: bool) -> ResumableLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochBatchSampler(len(images), self.batch_size, self.seed, rank, world_size, shuffle)
+        return ResumableLoader(images, sampler)
+
+    def _load(self, train: bool) -> tuple[np.ndarray, np.ndarray, int]:
+        """(images, labels, value of white)."""
+        if self.source == "digits":
+            return *_digits(train), 16
+        if self.source == "cifar10":
+            return *_torchvision_cifar10(self.data_dir, train), 255
+        return *read_shards(self.data_dir, self.train_shards if train else self.val_shards), 255
+
+
+def read_shards(folder: str | Path, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decode all images of the webdataset shards that match, in the order of their names.
+
+    Args:
+        folder: where the shards are, .tar or .tar.gz.
+        pattern: glob pattern of their names.
+    Returns:
+        (images uint8 (n, channels, height, width), labels int64 (n,)).
+    Raises:
+        ValueError: no shard matches, or a shard does not hold equally sized images with their .cls labels.
+    """
+    paths = sorted(Path(folder).glob(pattern))
+    if not paths:
+        raise ValueError(
+            f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with --data.init_args.data_dir "
+            "(or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
+        )
+    samples = [sample for path in paths for sample in _read_shard(path)]
+    images = [image for image, _ in samples]
+    if len({image.shape for image in images}) != 1:
+        raise ValueError(f"the images of {folder}/{pattern} differ in size: crop them to one size when writing the shards")
+    return np.stack(images), np.array([label for _, label in samples], dtype=np.int64)
+
+
+def _read_shard(path: Path) -> list[tuple[np.ndarray, int]]:
+    images: dict[str, np.ndarray] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            if extension in ("jpg", "jpeg", "png"):
+                images[key] = _decode(archive.extractfile(member).read())
+            elif extension == "cls":
+                labels[key] = int(archive.extractfile(member).read())
+    if not images or images.keys() != labels.keys():
+        raise ValueError(f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key")
+    return [(images[key], labels[key]) for key in images]
+
+
+def _decode(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _digits(train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 digits with values 0..16; every tenth is for validation."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    chosen = (np.arange(len(digits.target)) % 10 == 9) != train
+    return digits.images[chosen].astype(np.uint8)[:, None], digits.target[chosen].astype(np.int64)
+
+
+def _torchvision_cifar10(folder: Path, train: bool, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(str(folder), train=train, download=download)
+    return np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), np.array(data.targets, dtype=np.int64)
