@@ -219,7 +219,7 @@ def _check_shapes(table: SolverTable) -> None:
     if n < 1:
         raise ValueError(f"timesteps have shape {tuple(table.timesteps.shape)}: a table needs (N,) with N >= 1")
     shapes = {"timesteps": (n,), "alpha": (n + 1,), "sigma": (n + 1,)}
-    shapes |= {name: (n, n) for name in ("state_coef", "output_coef", "noise_coef")}
+    shapes |= dict.fromkeys(("state_coef", "output_coef", "noise_coef"), (n, n))
     for name, shape in shapes.items():
         value = getattr(table, name)
         if tuple(value.shape) != shape:
