@@ -1,0 +1,75 @@
+"""Images from seeds: noise, condition and fresh noises are all addressed by the seed, in batches of any size."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from denoisers import class_labels
+from solvers import SolverTable, sample, start_noise
+
+
+def generate(
+    denoiser: Any,
+    table: SolverTable,
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 64,
+    labels: Sequence[int] | None = None,
+    sampler: Callable[..., Tensor] = sample,
+    progress: str | None = None,
+) -> Tensor:
+    """Run a table from the noises of `seeds`.
+
+    Args:
+        denoiser: carries `.sample_shape`; class-conditional ones get the label seed % num_classes.
+        table: any solver table.
+        seeds: one per image; image k depends on seeds[k] alone.
+        batch_size: images per network call.
+        labels: class labels to use in turn instead.
+        sampler: `sample` or a function of the same signature.
+        progress: text of a progress bar over the evaluations; none by default.
+    Returns:
+        (len(seeds), *sample_shape), float32, on the CPU.
+    Raises:
+        ValueError: no seeds, or a label out of range.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds:
+        raise ValueError("no images to generate: num_samples is 0, give at least 1")
+    batches = list(_batches(denoiser, seeds, labels, batch_size))
+    with tqdm(total=len(seeds) * table.nfe, desc=progress, unit="evaluation", disable=progress is None) as bar:
+        images = []
+        for batch, condition in batches:
+            noise = start_noise(batch, denoiser.sample_shape).to(_device(denoiser))
+            with torch.inference_mode():
+                step = lambda row, state: bar.update(len(state))  # noqa: E731
+                images.append(sampler(denoiser, table, noise, condition, seeds=batch, callback=step).float().cpu())
+    return torch.cat(images)
+
+
+def _batches(denoiser, seeds, labels, batch_size) -> Iterator[tuple[list[int], Tensor | None]]:
+    device = _device(denoiser)
+    chosen = _labels(denoiser, seeds, labels)
+    for start in range(0, len(seeds), batch_size):
+        stop = start + batch_size
+        yield seeds[start:stop], None if chosen is None else chosen[start:stop].to(device)
+
+
+def _labels(denoiser, seeds, labels) -> Tensor | None:
+    if labels is None:
+        return class_labels(denoiser, seeds)
+    classes = getattr(denoiser, "num_classes", None)
+    if not classes:
+        raise ValueError("labels were given, but this model is not class-conditional")
+    wrong = [label for label in labels if not 0 <= label < classes]
+    if wrong:
+        raise ValueError(f"labels {wrong} are out of range: this model has classes 0 to {classes - 1}")
+    return torch.tensor([labels[k % len(labels)] for k in range(len(seeds))])
+
+
+def _device(denoiser: Any) -> torch.device:
+    parameter = next(iter(denoiser.parameters()), None) if hasattr(denoiser, "parameters") else None
+    return torch.device("cpu") if parameter is None else parameter.device

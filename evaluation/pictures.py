@@ -1,0 +1,92 @@
+"""Pictures of samples and of solver tables, shared by the command line, reports and training logs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from solvers import SolverTable
+from solvers.files import atomic_write
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(n, channels, height, width) in [-1, 1] -> (n, height, width, 3) bytes; values outside are cut off.
+
+    One channel becomes grey; of latents with four or more channels the first three are shown.
+    """
+    images = images.detach().float().cpu()
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    return rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
+
+
+def image_grid(images: Tensor, columns: int, scale: int = 2) -> np.ndarray:
+    """Images side by side, `columns` per row with a white margin, each pixel `scale` wide: (height, width, 3) bytes."""
+    pixels = to_uint8(images)
+    rows = -(-len(pixels) // columns)
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = np.pad(pixels, ((0, rows * columns - len(pixels)), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    return rearrange(pixels, "(r c) h w k -> (r h) (c w) k", c=columns)
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
+    """Write a PNG of up to 256 images."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(image_grid(images[:256], columns)).save(temporary)
+
+
+def draw_table(table: SolverTable, title: str = "", original: Tensor | None = None) -> Figure:
+    """Canonical coefficients as a heat map beside the timesteps the network is told.
+
+    Args:
+        table: any solver table.
+        title: written above.
+        original: (N,) timesteps before tuning, drawn beside the table's own.
+    Returns:
+        A matplotlib figure, not shown and not registered with pyplot.
+    """
+    table = table.detach()
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    heat, line = figure.subplots(1, 2)
+    _draw_coefficients(figure, heat, table.canonical().output.numpy())
+    _draw_timesteps(line, table, original)
+    figure.suptitle(title)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def _draw_coefficients(figure: Figure, axes, coefficients: np.ndarray) -> None:
+    n = len(coefficients)
+    limit = float(np.abs(coefficients).max()) or 1.0
+    masked = np.ma.masked_where(~np.tri(n, dtype=bool), coefficients)
+    image = axes.imshow(masked, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    if n <= 12:
+        for i, j in zip(*np.tril_indices(n)):
+            dark = abs(coefficients[i, j]) > 0.6 * limit
+            axes.text(j, i, f"{coefficients[i, j]:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    axes.set(xlabel="network output", ylabel="next state", title="canonical output coefficients")
+    ticks = np.arange(0, n, max(1, n // 10))
+    axes.set_xticks(ticks, ticks)
+    axes.set_yticks(ticks, ticks + 1)
+    figure.colorbar(image, ax=axes, shrink=0.9)
+
+
+def _draw_timesteps(axes, table: SolverTable, original: Tensor | None) -> None:
+    rows = torch.arange(table.nfe)
+    if original is not None:
+        axes.plot(rows, original, "o--", color="0.6", label="original")
+    axes.plot(rows, table.timesteps, "o-", label="told to the network")
+    axes.set(xlabel="evaluation", ylabel="timestep", title="timesteps and noise level")
+    level = axes.twinx()
+    level.plot(torch.arange(table.nfe + 1), table.sigma / (table.alpha**2 + table.sigma**2).sqrt(), "k:", label="sigma")
+    level.set(ylabel="sigma / sqrt(alpha² + sigma²)", ylim=(-0.02, 1.02))
+    handles = axes.get_legend_handles_labels()[0] + level.get_legend_handles_labels()[0]
+    axes.legend(handles=handles)

@@ -1,0 +1,195 @@
+"""The shared sampler's command line: generate, compare, inspect, export.
+
+    python sample.py generate --denoiser checkpoints/cifar10-dit --solver unipc:8 --output samples
+    python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --reference ddim:100 --output report
+    python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json
+    python sample.py export   checkpoints/solvers/cifar10-dit/olss-8.json --to diffusers --output scheduler
+
+A solver is an artifact's path, or `name:steps` for a tabulated diffusers scheduler.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from training.arguments import OneLineErrors, guarded
+
+
+class Parser(OneLineErrors, ArgumentParser):
+    """jsonargparse's parser with one-line errors."""
+
+
+def generate(
+    solver: str,
+    denoiser: str | None = None,
+    output: str = "samples",
+    num_samples: int = 64,
+    seed: int = 0,
+    labels: list[int] | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 64,
+    precision: Literal["float32", "bf16"] = "float32",
+    sampler: Literal["sequential", "parataa"] = "sequential",
+    preview: bool = False,
+) -> None:
+    """Write images: samples.npz, grid.png and manifest.json.
+
+    Args:
+        solver: an artifact's path or name:steps.
+        denoiser: checkpoint folder; an artifact with a student of its own needs none.
+        output: folder to write.
+        num_samples: number of images.
+        seed: seed of the first image; image k has seed + k.
+        labels: class labels, used in turn; default seed % number of classes.
+        guidance_scale: uncond + guidance_scale (cond - uncond); default: the artifact's, else 1 (none).
+        batch_size: images per network call.
+        precision: of the network; states stay in float32.
+        sampler: sequential, or parataa (parallel rounds).
+        preview: with parataa, write the images after each round.
+    """
+    from evaluation.generate import generate as run
+    from evaluation.pictures import save_grid
+
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: give at least 1")
+    model, table = _load(solver, denoiser, guidance_scale, precision)
+    seeds = range(seed, seed + num_samples)
+    folder = Path(output)
+    chosen, record = _sampler(sampler, folder if preview else None)
+    begin = time.perf_counter()
+    images = run(model, table, seeds, batch_size=batch_size, labels=labels, sampler=chosen, progress="sampling")
+    seconds = time.perf_counter() - begin
+    _write_samples(folder / "samples.npz", images)
+    save_grid(images, folder / "grid.png")
+    manifest = {
+        "solver": solver,
+        "nfe": table.nfe,
+        "seeds": list(seeds),
+        "seconds": seconds,
+        "denoiser": denoiser,
+        "labels": labels,
+        "guidance_scale": getattr(model, "guidance_scale", 1.0),
+        "precision": precision,
+        "sampler": sampler,
+        **record,
+    }
+    _write_json(folder / "manifest.json", manifest)
+    print(f"{num_samples} images, {table.nfe} evaluations each, {seconds:.1f} s -> {folder}")
+
+
+def inspect(solver: str, denoiser: str | None = None, output: str | None = None) -> None:
+    """Print a solver's rows and diagnostics; draw its coefficients and timesteps.
+
+    Args:
+        solver: an artifact's path or name:steps.
+        denoiser: checkpoint folder whose noise schedule name:steps uses; default the linear VP schedule.
+        output: PNG file of the drawing; default runs/inspect/<solver>.png.
+    """
+    from evaluation.pictures import draw_table, save_figure
+    from solvers import NoiseSchedule
+    from solvers.named import resolve_solver
+
+    schedule = NoiseSchedule.linear() if denoiser is None else _load_denoiser(denoiser).schedule
+    table = resolve_solver(solver, schedule)
+    _print_table(solver, table)
+    path = Path(output or f"runs/inspect/{Path(solver).stem.replace(':', '-')}.png")
+    original = table.info.get("original_timesteps")
+    save_figure(draw_table(table, solver, original), path)
+    print(f"drawn: {path}")
+
+
+def export(solver: str, to: Literal["diffusers", "comfyui", "numpy"] = "diffusers", output: str = "export") -> None:
+    """Write a solver for another program.
+
+    Args:
+        solver: an artifact's path.
+        to: a diffusers scheduler folder, a ComfyUI custom-node folder, or one NumPy file.
+        output: folder to write.
+    """
+    from export import export_solver
+
+    print(f"written: {export_solver(solver, to, output)}")
+
+
+def _load(solver: str, denoiser: str | None, guidance_scale: float | None, precision: str):
+    """The table and the model it runs on, checked against each other."""
+    from solvers import NoiseSchedule, load_solver
+    from solvers.named import resolve_solver
+
+    is_artifact = Path(solver).suffix == ".json"
+    if not is_artifact:
+        resolve_solver(solver, NoiseSchedule.linear())  # an unknown name fails before a model is loaded
+    info = load_solver(solver).info if is_artifact else {}
+    denoiser = _student(solver, info) or denoiser
+    if denoiser is None:
+        raise ValueError("give the model's folder with --denoiser: this solver has no student of its own")
+    scale = float(info.get("guidance_scale") or 1.0) if guidance_scale is None else guidance_scale
+    model = _load_denoiser(denoiser, guidance_scale=scale, precision=precision)
+    table = load_solver(solver, model) if is_artifact else resolve_solver(solver, model.schedule)
+    return model, table
+
+
+def _load_denoiser(path: str, **options):
+    from denoisers import load_denoiser
+
+    return load_denoiser(path, **options)
+
+
+def _print_table(name: str, table) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table("row", "timestep", "alpha", "sigma", "states", "outputs", "noise", title=name)
+    blocks = (table.state_coef, table.output_coef, table.noise_coef)
+    for i in range(table.nfe):
+        cells = [" ".join(f"{j}:{v:+.4g}" for j, v in enumerate(block[i].tolist()) if v) for block in blocks]
+        nodes = (table.timesteps[i], table.alpha[i], table.sigma[i])
+        view.add_row(str(i), *(f"{float(value):.5g}" for value in nodes), *cells)
+    view.add_row("image", "", f"{float(table.alpha[-1]):.5g}", f"{float(table.sigma[-1]):.5g}")
+    Console().print(view)
+    print(f"evaluations (NFE)      {table.nfe}   prediction type {table.prediction_type}   start scale {table.start_scale:g}")
+    print(f"consistency, worst     {table.consistency().worst:.3g}   (0: rows and nodes agree)")
+    print(f"noise amplification    {table.noise_amplification():.4g}")
+    print(f"unused evaluations     {table.unused_evaluations() or 'none'}")
+    print(f"noise level rises at   {table.noise_level_rises() or 'no row'}")
+
+
+def _write_json(path: Path, value: dict) -> None:
+    from solvers.files import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_samples(path: Path, images) -> None:
+    import numpy as np
+
+    from solvers.files import atomic_write
+
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, samples=images.numpy())
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; errors a user can cause are one line and exit code 2."""
+    from evaluation.compare import compare
+
+    commands = {"generate": generate, "compare": compare, "inspect": inspect, "export": export}
+    parser = Parser(description="Run, compare, inspect and export solver tables.")
+    subcommands = parser.add_subcommands(dest="command")
+    for name, command in commands.items():
+        part = Parser(description=(command.__doc__ or "").splitlines()[0])
+        part.add_function_arguments(command, as_positional=name in ("inspect", "export"))
+        subcommands.add_subcommand(name, part)
+    values = parser.parse_args(args)
+    options = values[values.command].as_dict()
+    guarded(commands[values.command], **options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
