@@ -4,6 +4,7 @@ from solvers.noise import row_noise, start_noise
 from solvers.sampler import Trace, sample, sample_trace
 from solvers.schedule import NoiseSchedule
 from solvers.table import CanonicalTable, Consistency, SolverTable, propagate
+from solvers.tabulate import tabulate
 
 __all__ = [
     "CanonicalTable",
@@ -16,4 +17,5 @@ __all__ = [
     "sample",
     "sample_trace",
     "start_noise",
+    "tabulate",
 ]

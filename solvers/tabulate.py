@@ -1,0 +1,231 @@
+"""Any linear diffusers scheduler as a solver table, read off by feeding it unit vectors."""
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.prediction import PREDICTION_TYPES
+from solvers.schedule import NoiseSchedule
+from solvers.table import SolverTable, propagate
+
+_LOCK = threading.Lock()
+_SCALES = (1e-3, 1.0, 1e3)
+_TOLERANCE = 1e-3  # linear schedulers differ by rounding, non-linear ones by more than half at the largest scale
+
+
+def tabulate(
+    scheduler: Any,
+    num_inference_steps: int | None,
+    *,
+    set_timesteps: Mapping[str, Any] | None = None,
+    step: Mapping[str, Any] | None = None,
+) -> SolverTable:
+    """The table of a diffusers scheduler whose `step` is linear in sample, model output and noise.
+
+    Row i calls `step` with the unit vector of state i divided by its `scale_model_input` factor, the unit vector of
+    output i and that of noise i; what comes back, times the factor of node i+1 (1 for the last), are the coefficients
+    of row i. Nodes follow from (alpha[0], sigma[0]) by `propagate`, never from the timesteps.
+
+    Args:
+        scheduler: a diffusers scheduler; it is copied, not changed.
+        num_inference_steps: passed to `set_timesteps`; None leaves it out (with `sigmas` or `timesteps`). The rows are
+            the real number of evaluations: 2n - 1 for Heun, n + 9 for PNDM, n + 1 for PNDM without its warm-up.
+        set_timesteps: further arguments of `scheduler.set_timesteps`, such as `mu`, `sigmas`, `timesteps`.
+        step: further arguments of `scheduler.step`, such as `eta`.
+    Returns:
+        The table, exact to 1e-15, or to 2e-7 where diffusers computes in float32.
+    Raises:
+        ValueError: a scheduler without the usual interface or a known prediction type, a non-linear setting
+            (clipping, thresholding, learned variance), or more than one noise drawn in a step.
+    """
+    arguments = dict(set_timesteps or {})
+    if num_inference_steps is not None:
+        arguments["num_inference_steps"] = num_inference_steps
+    prediction_type = _prediction_type(scheduler)
+    _check_config(scheduler)
+
+    def run(start: Callable, output: Callable, noise: Callable) -> tuple[Any, list[float], list[Tensor]]:
+        return _run(_prepared(scheduler, arguments), dict(step or {}), start, output, noise)
+
+    prepared = _prepared(scheduler, arguments)
+    n = len(prepared.timesteps)
+    unit = torch.eye(3 * n, dtype=torch.float64).reshape(3, n, 1, 1, 3 * n, 1)
+    used, factors, images = run(lambda i, _: unit[0, i], lambda i: unit[1, i], lambda i: unit[2, i])
+    rows = torch.stack([image.reshape(3, n) for image in images])
+    state_coef, output_coef, noise_coef = (rows * torch.tensor([*factors[1:], 1.0])[:, None, None]).unbind(1)
+    first = _first_node(used)
+    table = SolverTable(
+        timesteps=torch.as_tensor(used.timesteps).detach().cpu().double(),
+        alpha=first[0].repeat(n + 1),
+        sigma=first[1].repeat(n + 1),
+        state_coef=state_coef.contiguous(),
+        output_coef=output_coef.contiguous(),
+        noise_coef=noise_coef.contiguous(),
+        start_scale=float(getattr(used, "init_noise_sigma", 1.0)) * factors[0],
+        prediction_type=prediction_type,
+    )
+    _check_linear(table, factors, run, type(scheduler).__name__)
+    alpha, sigma = propagate(table)
+    return replace(table, alpha=alpha, sigma=sigma)
+
+
+def _prepared(scheduler: Any, arguments: dict[str, Any]) -> Any:
+    """A copy of the scheduler with its timesteps set."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{type(scheduler).__name__}.set_timesteps does not take these arguments: {error}") from error
+    return scheduler
+
+
+def _run(
+    scheduler: Any, step: dict[str, Any], state: Callable, output: Callable, noise: Callable
+) -> tuple[Any, list[float], list[Tensor]]:
+    """Drive `step` over all timesteps; state(i, previous) gives the state the network would see at row i.
+
+    Returns:
+        The scheduler, the `scale_model_input` factors and the unscaled samples after each row.
+    """
+    factors, samples = [], []
+    with _noise_replaced(scheduler) as source:
+        for i, timestep in enumerate(scheduler.timesteps):
+            factors.append(_scale_factor(scheduler, timestep))
+            sample = state(i, samples[-1] * factors[-1] if samples else None) / factors[-1]
+            source.next(noise(i))
+            samples.append(_step(scheduler, output(i), timestep, sample, step))
+    return scheduler, factors, samples
+
+
+def _step(scheduler: Any, output: Tensor, timestep: Tensor, sample: Tensor, arguments: dict[str, Any]) -> Tensor:
+    try:
+        return scheduler.step(output, timestep, sample, return_dict=False, **arguments)[0].double()
+    except TypeError as error:
+        raise ValueError(f"{type(scheduler).__name__}.step cannot be tabulated: {error}") from error
+
+
+def _scale_factor(scheduler: Any, timestep: Tensor) -> float:
+    """What `scale_model_input` multiplies a sample by at a timestep."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return 1.0
+    return float(scheduler.scale_model_input(torch.ones(1, 1, 1, 1, dtype=torch.float64), timestep))
+
+
+class _NoiseSource:
+    """Hands out one given noise a step and refuses a second draw."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._owner, self._noise = name, threading.get_ident(), None
+
+    def next(self, noise: Tensor) -> None:
+        self._noise = noise
+
+    def draw(self, original: Callable) -> Callable:
+        def drawn(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+            if threading.get_ident() != self._owner:
+                return original(*args, dtype=dtype, **kwargs)
+            if self._noise is None:
+                raise ValueError(f"{self._name} draws more than one noise in a step, which a table cannot hold")
+            noise, self._noise = self._noise, None
+            return noise.to(dtype or torch.float64)
+
+        return drawn
+
+
+class _Torch:
+    """The torch module with its Gaussian draw replaced, as one scheduler's module sees it."""
+
+    def __init__(self, source: _NoiseSource) -> None:
+        self.randn_like = source.draw(torch.randn_like)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def _noise_replaced(scheduler: Any) -> Iterator[_NoiseSource]:
+    """Replace Gaussian draws in the scheduler's own module, one tabulation at a time."""
+    source = _NoiseSource(type(scheduler).__name__)
+    module = sys.modules[type(scheduler).__module__]
+    with _LOCK:
+        kept = {name: getattr(module, name) for name in ("randn_tensor", "torch") if hasattr(module, name)}
+        replaced = {name: _Torch(source) if name == "torch" else source.draw(value) for name, value in kept.items()}
+        try:
+            vars(module).update(replaced)
+            yield source
+        finally:
+            vars(module).update(kept)
+
+
+def _check_linear(table: SolverTable, factors: list[float], run: Callable, name: str) -> None:
+    """Compare table and `step` on random inputs of small, medium and large scale.
+
+    Raises:
+        ValueError: they differ, so `step` is not linear.
+    """
+    n, scale = table.nfe, torch.tensor(_SCALES, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    start, outputs, noises = (
+        scale * torch.randn(count, len(_SCALES), 1, 4, 4, generator=generator, dtype=torch.float64)
+        for count in (1, n, n)
+    )
+    _, _, samples = run(lambda i, last: start[0] if last is None else last, outputs.__getitem__, noises.__getitem__)
+    states = torch.zeros(n + 1, *start.shape[1:], dtype=torch.float64)
+    states[0] = start[0]
+    for i, sample in enumerate(samples):
+        for coef, values in zip((table.state_coef, table.output_coef, table.noise_coef), (states[:n], outputs, noises)):
+            states[i + 1] += torch.tensordot(coef[i], values, 1)
+        states[i + 1] = states[i + 1]
+        actual = sample * (factors[i + 1] if i + 1 < n else 1.0)
+        error = (states[i + 1] - actual).flatten(1).norm(dim=1) / states[: i + 2].flatten(2).norm(dim=2).amax(0)
+        if not bool((error < _TOLERANCE).all()):
+            raise ValueError(
+                f"{name} is not linear with these settings (row {i} is off by {float(error.max()):.1g}): switch off "
+                "clip_sample, thresholding and learned variance; clipping belongs to the denoiser"
+            )
+
+
+def _prediction_type(scheduler: Any) -> str:
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
+        raise ValueError(f"{name} is no diffusers scheduler: it needs config, set_timesteps and step")
+    found = "flow_prediction" if name.startswith("FlowMatch") else config.get("prediction_type")
+    if found not in PREDICTION_TYPES:
+        raise ValueError(f"{name} has prediction type {found!r}: a table needs one of {', '.join(PREDICTION_TYPES)}")
+    if hasattr(scheduler, "precondition_outputs") and found == "epsilon":
+        raise ValueError(
+            f"{name} means minus the velocity by prediction type 'epsilon': set prediction_type='v_prediction' "
+            "and negate the network's output"
+        )
+    return found
+
+
+def _check_config(scheduler: Any) -> None:
+    name, config = type(scheduler).__name__, scheduler.config
+    if str(config.get("variance_type") or "").startswith("learned"):
+        raise ValueError(f"{name} has variance_type {config['variance_type']!r}: learned variance is not linear")
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{name} has invert_sigmas, where time 0 is noise: wrap the network to the usual direction")
+
+
+def _first_node(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) of state 0, from the scheduler's own sigmas or cumulative alphas."""
+    config = scheduler.config
+    if hasattr(scheduler, "sigmas"):
+        sigma = torch.as_tensor(scheduler.sigmas).double().flatten()[0]
+        if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+            return 1 - sigma, sigma
+        ratio = sigma / config.get("sigma_data", 1.0)  # the EDM schedulers measure data in units of sigma_data
+        return torch.rsqrt(1 + ratio**2), ratio * torch.rsqrt(1 + ratio**2)
+    if hasattr(scheduler, "alphas_cumprod"):
+        power = scheduler.alphas_cumprod[int(scheduler.timesteps[0])].double()
+        return power.sqrt(), (1 - power).sqrt()
+    alpha, sigma = NoiseSchedule.from_scheduler(scheduler).alpha_sigma(float(scheduler.timesteps[0]))
+    return alpha, sigma
