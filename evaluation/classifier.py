@@ -25,7 +25,9 @@ class Classifier(nn.Module):
         in_channels: channels of the images.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 128, 128), num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, widths: tuple[int, int, int] = (32, 128, 128), num_classes: int = 10, in_channels: int = 3
+    ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "widths": list(widths),
