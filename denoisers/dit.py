@@ -108,6 +108,10 @@ class DiT(nn.Module):
             output = output[:, : self.sample_shape[0]]
         return -output if self.convention == "sit" else output
 
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The null class for every sample of `condition`, for classifier-free guidance."""
+        return torch.full_like(condition, self.num_classes)
+
     def _run(self, block: nn.Module, tokens: Tensor, context: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, context, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Tiny random diffusers pipelines, built on the spot: same classes and calls as the real ones, a fraction of a second."""
+"""Tiny random diffusers pipelines, built on the spot: classes and calls of the real ones, a fraction of a second."""
 
 import json
 import tempfile

@@ -1,0 +1,62 @@
+"""What the samplers call a denoiser."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from solvers.schedule import NoiseSchedule
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network that says, for a noisy state and the timestep it is told, what its prediction type means.
+
+        output = denoiser(x, timestep, condition)
+
+    A plain function is enough for `sample` and `parallel_sample`; the attributes are read where an artifact is checked
+    against a model. Read with `getattr`, because they are optional:
+
+    | attribute | meaning |
+    |---|---|
+    | `guidance_scale` | guidance already inside the outputs, 1.0 (none) when absent |
+    | `num_classes` | the condition is an int64 label (batch,) in 0 .. num_classes - 1 |
+    | `conditions` | conditions to choose from by seed, see `class_labels` |
+    | `null_condition(condition)` | the condition of the unconditional evaluation, of the structure of `condition` |
+    | `needs_node` | also pass `node=(alpha, sigma)`, as thresholding requires |
+    | `name`, `weight_hash` | what artifacts record about the network |
+    """
+
+    schedule: NoiseSchedule
+    sample_shape: tuple[int, ...]
+
+    def __call__(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:
+        """The output at a state.
+
+        Args:
+            x: (batch, *sample_shape).
+            timestep: float tensor, scalar or (batch,), in the schedule's units, may be fractional.
+            condition: None, a tensor, or nested containers of tensors, indexed on dimension 0.
+        Returns:
+            (batch, *sample_shape), of the schedule's prediction type.
+        """
+        ...
+
+
+class DenoiserWrapper(nn.Module):
+    """A denoiser around another one: attributes it does not have itself are those of the inner `denoiser`."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("denoiser"), name)
+
+
+def drop_learned_variance(output: Tensor, x: Tensor) -> Tensor:
+    """The first half of an output with twice the channels of `x` (learned variance); any other as it is."""
+    channels = x.shape[1]
+    return output[:, :channels] if output.shape[1] == 2 * channels else output
