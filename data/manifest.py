@@ -1,0 +1,106 @@
+"""What a folder of trajectories says about itself: which teacher made them, from which seeds, in which files."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from denoisers.checkpoint import weight_hash
+from solvers.table import SolverTable
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_BLOCKS = ("state_coef", "output_coef", "noise_coef")
+
+
+def describe_teacher(denoiser: Callable, table: SolverTable, dtype: torch.dtype) -> dict[str, Any]:
+    """What makes trajectories comparable: network, guidance, schedule, solver and number formats; JSON types."""
+    return {
+        "denoiser": getattr(denoiser, "name", None),
+        "weight_hash": denoiser_hash(denoiser),
+        "guidance_scale": float(getattr(denoiser, "guidance_scale", 1.0)),
+        "schedule": denoiser.schedule.to_dict(),
+        "sample_shape": list(denoiser.sample_shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "precision": _precision(dtype),
+        "table": table_to_dict(table),
+    }
+
+
+def denoiser_hash(denoiser: Callable) -> str | None:
+    """The denoiser's own `weight_hash`, else the hash of a module's weights, else None."""
+    known = getattr(denoiser, "weight_hash", None)
+    if known is None and isinstance(denoiser, nn.Module):
+        return weight_hash(denoiser)
+    return known
+
+
+def check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise ValueError when the folder already holds a manifest of another teacher, other seeds or shard size."""
+    if not (folder / MANIFEST_NAME).exists():
+        return
+    found = read_manifest(folder)
+    old, new = ({**m["teacher"], "seeds": m["seeds"], "shard_size": m["shard_size"]} for m in (found, wanted))
+    for name in new:
+        if old.get(name) != new[name]:
+            raise ValueError(
+                f"{folder} holds trajectories with another {name}: found {short(old.get(name))}, asked for "
+                f"{short(new[name])}; use another folder, or delete this one"
+            )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; ValueError when there is none that this version can read."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no trajectories (no {MANIFEST_NAME}): make them with "
+            "`python train.py predict --config configs/trajectories/...`"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): delete the folder and generate it again") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise ValueError(f"{path} has format_version {found!r}: this version of the project reads {FORMAT_VERSION}")
+    return manifest
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """What the network computes in, as far as the caller's autocast says."""
+    if torch.is_autocast_enabled("cuda"):
+        return f"autocast {torch.get_autocast_dtype('cuda')}".replace("torch.", "")
+    if torch.is_autocast_enabled("cpu"):
+        return f"autocast {torch.get_autocast_dtype('cpu')}".replace("torch.", "")
+    return str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")
+
+
+def table_to_dict(table: SolverTable) -> dict[str, Any]:
+    """JSON types; coefficient blocks as lists of [row, column, value], since a teacher's are nearly empty."""
+    values: dict[str, Any] = {name: getattr(table, name).tolist() for name in ("timesteps", "alpha", "sigma")}
+    for name in _BLOCKS:
+        block = getattr(table, name).detach()
+        values[name] = [[*index, float(block[tuple(index)])] for index in block.nonzero().tolist()]
+    return values | {"start_scale": table.start_scale, "prediction_type": table.prediction_type}
+
+
+def table_from_dict(values: dict[str, Any]) -> SolverTable:
+    """Inverse of `table_to_dict`."""
+    vectors = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("timesteps", "alpha", "sigma")}
+    blocks = {name: torch.zeros([len(values["timesteps"])] * 2, dtype=torch.float64) for name in _BLOCKS}
+    for name, block in blocks.items():
+        for row, column, value in values[name]:
+            block[row, column] = value
+    scalars = {name: values[name] for name in ("start_scale", "prediction_type")}
+    return SolverTable(**vectors, **blocks, **scalars)
+
+
+def short(value: Any) -> str:
+    """A value as one short piece of text; long ones by their hash."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 200 else f"one with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -1,0 +1,187 @@
+"""Teacher trajectories on disk: generate them once, resume after a kill, read them back checked.
+
+A folder holds `manifest.json` (which teacher, which seeds, the checksum of every shard) and shards of `shard_size`
+trajectories each. Every process writes its own share of the shards; none waits for another.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.manifest import denoiser_hash, describe_teacher, read_manifest, short, table_from_dict
+from data.shards import Trajectories, check_shard, read_shard
+from data.writer import TrajectoryWriter
+from solvers.noise import start_noise
+from solvers.sampler import sample_trace
+from solvers.schedule import NoiseSchedule
+from solvers.table import SolverTable
+
+__all__ = ["FIRST_SEED", "Trajectories", "TrajectoryCache", "TrajectoryWriter", "generate_trajectories", "run_teacher"]
+
+FIRST_SEED = 2**31  # fitting and training seeds start here, evaluation seeds at 0
+
+
+def generate_trajectories(
+    denoiser: Callable,
+    table: SolverTable,
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    shard_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    condition: Callable[[Sequence[int]], Any] | None = None,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> None:
+    """Run the teacher from every seed and store all its states and outputs.
+
+    Shards that exist are checked and kept, so an interrupted run goes on where it was. The network runs on one shard
+    at a time while the one before is being written. Run it under `torch.autocast` for bf16.
+
+    Args:
+        denoiser: the network, with `.schedule` and `.sample_shape`; it is called as it is, guidance included.
+        table: the teacher's solver, M rows.
+        seeds: one per trajectory; they address the start noise and the class.
+        folder: created if missing.
+        shard_size: trajectories in a shard, which is also the batch the network sees.
+        dtype: of the stored states and outputs; a float64 run is computed in float64.
+        condition: from seeds to the denoiser's condition; default: the class `seed % num_classes`, if it has classes.
+        device: where the denoiser is.
+        rank: this process, 0 <= rank < world_size; it makes shards rank, rank + world_size, ...
+        world_size: number of processes.
+        progress: show a progress bar.
+    Raises:
+        ValueError: the folder holds another teacher, other seeds or a corrupt shard, or the disk is too small.
+    """
+    writer = TrajectoryWriter(folder, describe_teacher(denoiser, table, dtype), seeds, shard_size)
+    todo = writer.prepare(rank, world_size)
+    shards = tqdm(todo, desc="trajectories", unit="shard", disable=not progress)
+    with writer:
+        for shard in shards:
+            writer.write(shard, run_teacher(denoiser, table, writer.shard_seeds(shard), dtype, condition, device))
+
+
+@torch.no_grad()
+def run_teacher(
+    denoiser: Callable,
+    table: SolverTable,
+    seeds: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    condition: Callable[[Sequence[int]], Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> Trajectories:
+    """Trajectories of some seeds, on `device`; see `generate_trajectories`."""
+    noise = start_noise(seeds, denoiser.sample_shape, torch.promote_types(dtype, torch.float32)).to(device)
+    label = (condition or (lambda seeds: default_condition(denoiser, seeds)))(seeds)
+    label = label.to(device) if isinstance(label, Tensor) else label
+    trace = sample_trace(denoiser, table, noise, label, seeds=seeds)
+    states, outputs = torch.stack(trace.states, 1).to(dtype), torch.stack(trace.outputs, 1).to(dtype)
+    return Trajectories(states, outputs, label, tuple(seeds))
+
+
+def default_condition(denoiser: Callable, seeds: Sequence[int]) -> Tensor | None:
+    """The class of each seed, `seed % num_classes`; None for a denoiser without classes."""
+    num_classes = getattr(denoiser, "num_classes", None)
+    return torch.tensor(seeds) % num_classes if num_classes else None
+
+
+class TrajectoryCache:
+    """Trajectories of a folder, every shard checked by its checksum before its first use.
+
+    Args:
+        folder: written by `generate_trajectories` or `train.py predict`.
+    Raises:
+        ValueError: no complete set of trajectories is there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if not self.manifest["complete"]:
+            raise ValueError(f"{self.folder} is incomplete: run the generation again, it makes only what is missing")
+        self._shards = list(self.manifest["shards"].items())
+        self._checked: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of all trajectories, in order."""
+        return [seed for start, stop in self.manifest["seeds"] for seed in range(start, stop)]
+
+    @cached_property
+    def table(self) -> SolverTable:
+        """The teacher's solver."""
+        return table_from_dict(self.manifest["teacher"]["table"])
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the teacher's network."""
+        return NoiseSchedule.from_dict(self.manifest["teacher"]["schedule"])
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a state."""
+        return tuple(self.manifest["teacher"]["sample_shape"])
+
+    def check(self, denoiser: Callable, guidance_scale: float | None = None) -> None:
+        """Make sure that these are trajectories of `denoiser`.
+
+        Args:
+            denoiser: with `.schedule`, and its weight hash if it has weights.
+            guidance_scale: default: the denoiser's own.
+        Raises:
+            ValueError: another network, schedule or guidance.
+        """
+        teacher = self.manifest["teacher"]
+        if guidance_scale is None:
+            guidance_scale = float(getattr(denoiser, "guidance_scale", 1.0))
+        found = {
+            "weight_hash": denoiser_hash(denoiser),
+            "schedule": denoiser.schedule.to_dict(),
+            "guidance_scale": guidance_scale,
+        }
+        for name, value in found.items():
+            if value != teacher[name]:
+                raise ValueError(
+                    f"the trajectories in {self.folder} were made with {name} {short(teacher[name])}, the denoiser "
+                    f"has {short(value)}: generate trajectories of this denoiser in a folder of their own"
+                )
+
+    def units(self, batch_size: int, limit: int | None = None) -> list[tuple[int, int, int]]:
+        """(shard, start, stop) of batches of at most `batch_size` within shards, for the first `limit` trajectories."""
+        size, total = self.manifest["shard_size"], min(len(self), limit or len(self))
+        bounds = [(first, min(first + size, total)) for first in range(0, total, size)]
+        return [
+            (shard, start - first, min(start + batch_size, last) - first)
+            for shard, (first, last) in enumerate(bounds)
+            for start in range(first, last, batch_size)
+        ]
+
+    def read(self, shard: int, start: int = 0, stop: int | None = None) -> Trajectories:
+        """Some trajectories of one shard.
+
+        Raises:
+            ValueError: the shard is missing, truncated or corrupt; it is named.
+        """
+        name, record = self._shards[shard]
+        if name not in self._checked:
+            check_shard(self.folder / name, record)
+            self._checked.add(name)
+        return read_shard(self.folder / name, start, stop)
+
+    def batches(self, batch_size: int = 32, limit: int | None = None) -> Iterator[Trajectories]:
+        """All trajectories in order (or the first `limit`), in batches of at most `batch_size` within shards."""
+        return (self.read(*unit) for unit in self.units(batch_size, limit))
+
+    def load(self, limit: int | None = None) -> Trajectories:
+        """All trajectories (or the first `limit`) as one, in memory."""
+        return Trajectories.join(list(self.batches(self.manifest["shard_size"], limit)))
