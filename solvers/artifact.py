@@ -1,0 +1,378 @@
+"""The artifact: one JSON file per solver, checked strictly and never repaired. See docs/artifact.md."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from platform import python_version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers import strict_json
+from solvers.errors import SolverError
+from solvers.files import atomic_write, sha256
+from solvers.schedule import NoiseSchedule
+from solvers.table import SolverTable
+
+FORMAT_VERSION = 1
+FIELDS = (
+    "format_version",
+    "method",
+    "table",
+    "schedule",
+    "guidance_scale",
+    "thresholding",
+    "denoiser",
+    "fitted_on",
+    "validation",
+    "config",
+    "student",
+    "created",
+)
+TENSORS = ("timesteps", "alpha", "sigma", "state_coef", "output_coef", "noise_coef")
+SUPPORTS = ("state_support", "output_support")
+LIBRARIES = ("torch", "diffusers", "lightning", "numpy")
+
+
+def save_solver(
+    table: SolverTable,
+    path: str | Path,
+    *,
+    method: str,
+    schedule: NoiseSchedule,
+    guidance_scale: float | tuple[float, float] = 1.0,
+    thresholding: Mapping[str, Any] | None = None,
+    denoiser_name: str | None = None,
+    weight_hash: str | None = None,
+    fitted_on: Mapping[str, Any] | None = None,
+    validation: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    student: str | Path | None = None,
+) -> Path:
+    """Write a table and where it came from as one JSON file, atomically.
+
+    Args:
+        table: the solver; gradients are dropped, doubles are kept bit for bit.
+        path: the file to write, `*.json`.
+        method: what made the table (`olss`, `solver_search`, `timestep_tuner`, `slam`, `tabulate`, ...).
+        schedule: the schedule of the denoiser the table was made for.
+        guidance_scale: the scale it was made at, or the (lowest, highest) it may be used at.
+        thresholding: settings of the denoiser's clipping or thresholding, None for none.
+        denoiser_name, weight_hash: the denoiser it was made for, where it is bound to one.
+        fitted_on: teacher solver, samples, and `seeds` as half-open ranges [[start, stop], ...].
+        validation: figures measured on unseen seeds.
+        config: the resolved configuration.
+        student: weights of a distilled student, a file inside the artifact's folder; stored with its hash.
+    Returns:
+        The path written.
+    Raises:
+        SolverError: anything `load_solver` would refuse.
+    """
+    path = Path(path)
+    text = strict_json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "method": method,
+            "table": table_to_dict(table),
+            "schedule": schedule.to_dict() | {"fingerprint": schedule.fingerprint()},
+            "guidance_scale": guidance_scale,
+            "thresholding": None if thresholding is None else dict(thresholding),
+            "denoiser": {"name": denoiser_name, "weight_hash": weight_hash},
+            "fitted_on": dict(fitted_on or {}),
+            "validation": dict(validation or {}),
+            "config": dict(config or {}),
+            "student": None if student is None else _student_entry(path.parent, student),
+            "created": _provenance(),
+        }
+    )
+    _parse(text, path.parent)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def load_solver(
+    path: str | Path, denoiser: Any = None, guidance_scale: float | None = None, allow_mismatch: bool = False
+) -> SolverTable:
+    """Read an artifact and check it, and that it fits a denoiser when one is given.
+
+    Args:
+        path: a JSON file written by `save_solver`.
+        denoiser: has `.schedule` and perhaps `.guidance_scale`, `.thresholding`, `.weight_hash`; None skips the check.
+        guidance_scale: the scale it will be used at; by default the denoiser's.
+        allow_mismatch: accept a denoiser or a guidance scale the solver was not made for.
+    Returns:
+        The table, its metadata in `table.info` (the file's fields but the table, and `path`).
+    Raises:
+        SolverError: a missing file, an unknown version, a missing or extra field, a wrong shape or type, a number
+            that is not finite, a path that leaves the folder, a hash that differs, a denoiser that does not fit.
+    """
+    path = Path(path)
+    try:
+        table = _parse(_read(path), path.parent)
+    except SolverError as error:
+        raise SolverError(f"{path}: {error}") from error
+    table = replace(table, info={**table.info, "path": str(path)})
+    if not allow_mismatch and (denoiser is not None or guidance_scale is not None):
+        check_fit(table, denoiser, guidance_scale)
+    return table
+
+
+def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | None = None) -> None:
+    """Raise SolverError unless the loaded `table` was made for this denoiser and guidance scale."""
+    info, reasons = table.info, []
+    if denoiser is not None:
+        reasons += _schedule_reasons(info["schedule"], denoiser.schedule) + _setting_reasons(info, denoiser)
+        if guidance_scale is None:
+            guidance_scale = float(getattr(denoiser, "guidance_scale", 1.0))
+    if guidance_scale is not None and not guidance_fits(info["guidance_scale"], guidance_scale):
+        reasons.append(f"it was made for guidance scale {info['guidance_scale']}, asked for is {guidance_scale}")
+    if reasons:
+        raise SolverError(
+            f"{info.get('path', 'this solver')} does not fit: {'; '.join(reasons)}. "
+            "Use a solver made for this model and scale, or pass allow_mismatch=True to use it all the same"
+        )
+
+
+def guidance_fits(allowed: float | list[float], guidance_scale: float) -> bool:
+    """Whether a guidance scale is the artifact's, or inside its range."""
+    low, high = allowed if isinstance(allowed, list | tuple) else (allowed, allowed)
+    tolerance = 1e-9 * max(1.0, abs(guidance_scale))
+    return low - tolerance <= guidance_scale <= high + tolerance
+
+
+def student_path(table: SolverTable) -> Path | None:
+    """The weights of a loaded artifact's student, or None where it has none."""
+    student = table.info.get("student")
+    return None if student is None else Path(table.info["path"]).parent / student["path"]
+
+
+def table_to_dict(table: SolverTable) -> dict[str, Any]:
+    """JSON types only, doubles exact; supports appear only where they differ from coef != 0."""
+    values = {name: getattr(table, name).detach().tolist() for name in TENSORS}
+    values |= {"start_scale": float(table.start_scale), "prediction_type": table.prediction_type}
+    for name in SUPPORTS:
+        support = getattr(table, name)
+        if not torch.equal(support, getattr(table, name.replace("support", "coef")).detach() != 0):
+            values[name] = support.tolist()
+    return values
+
+
+def table_from_dict(values: Any) -> SolverTable:
+    """Inverse of `table_to_dict`.
+
+    Raises:
+        SolverError: a missing or extra field, a wrong shape or type, or anything SolverTable refuses.
+    """
+    _fields("table", values, (*TENSORS, "start_scale", "prediction_type"), optional=SUPPORTS)
+    tensors = {name: _tensor(name, values[name], matrix=name.endswith("coef")) for name in TENSORS}
+    supports = {name: _tensor(name, values[name], matrix=True, of=bool) for name in SUPPORTS if name in values}
+    start_scale = _number("table.start_scale", values["start_scale"])
+    try:
+        return SolverTable(**tensors, **supports, start_scale=start_scale, prediction_type=values["prediction_type"])
+    except ValueError as error:
+        raise SolverError(f"the table is not valid: {error}") from error
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        found = ", ".join(sorted(file.name for file in path.glob("*.json"))) or "none"
+        raise SolverError(f"this is a folder: name the solver's .json file (found inside: {found})")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SolverError("there is no such file: check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SolverError(f"the file cannot be read as text ({error}): a solver artifact is UTF-8 JSON") from error
+
+
+def _parse(text: str, folder: Path) -> SolverTable:
+    """The table of an artifact's text, its other fields in `info`; raises SolverError."""
+    values = strict_json.loads(text)
+    if isinstance(values, dict) and values.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise SolverError(
+            f"format_version is {values['format_version']!r}, this code reads {FORMAT_VERSION}: "
+            "update the code, or export the solver again"
+        )
+    _fields("the artifact", values, FIELDS)
+    table = table_from_dict(values["table"])
+    _check_schedule(values["schedule"], table.prediction_type)
+    _check_metadata(values)
+    if values["student"] is not None:
+        _check_student(values["student"], folder)
+    return replace(table, info={name: values[name] for name in FIELDS if name != "table"})
+
+
+def _check_schedule(values: Any, prediction_type: str) -> None:
+    _fields("schedule", values, ("kind", "prediction_type", "parameters", "fingerprint"))
+    try:
+        schedule = NoiseSchedule.from_dict(values)
+        fingerprint = schedule.fingerprint()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise SolverError(f"schedule is not valid ({error}): export the solver again") from error
+    if fingerprint != values["fingerprint"]:
+        raise SolverError(
+            f"schedule has fingerprint {values['fingerprint']!r}, but its parameters give {fingerprint!r}: "
+            "one of them was edited; export the solver again"
+        )
+    if schedule.prediction_type != prediction_type:
+        raise SolverError(
+            f"the table expects {prediction_type} outputs and the schedule's network gives {schedule.prediction_type}: "
+            "they must agree"
+        )
+
+
+def _check_metadata(values: Mapping[str, Any]) -> None:
+    _typed("method", values["method"], str)
+    _check_guidance(values["guidance_scale"])
+    _typed("thresholding", values["thresholding"], dict, type(None))
+    _fields("denoiser", values["denoiser"], ("name", "weight_hash"))
+    for name, value in values["denoiser"].items():
+        _typed(f"denoiser.{name}", value, str, type(None))
+    for name in ("fitted_on", "validation", "config"):
+        _typed(name, values[name], dict)
+    _check_seeds(values["fitted_on"].get("seeds", []))
+    _fields("created", values["created"], ("time", "git_commit", "versions"))
+    _typed("created.time", values["created"]["time"], str)
+    _typed("created.git_commit", values["created"]["git_commit"], str, type(None))
+    _typed("created.versions", values["created"]["versions"], dict)
+
+
+def _check_guidance(value: Any) -> None:
+    ends = value if isinstance(value, list) else [value, value]
+    if len(ends) != 2 or _number("guidance_scale", ends[0]) > _number("guidance_scale", ends[1]):
+        raise SolverError(f"guidance_scale is {value}: give one number or [lowest, highest]")
+
+
+def _check_seeds(seeds: Any) -> None:
+    _typed("fitted_on.seeds", seeds, list)
+    for pair in seeds:
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+        if not whole or not 0 <= pair[0] < pair[1]:
+            raise SolverError(f"fitted_on.seeds holds {pair}: give half-open ranges [start, stop] with start < stop")
+
+
+def _check_student(student: Any, folder: Path) -> None:
+    _fields("student", student, ("path", "sha256"))
+    file = _inside(folder, student["path"])
+    if not file.is_file():
+        raise SolverError(f"the student's weights {student['path']} are missing: copy them beside the artifact")
+    found = sha256(file)
+    if found != student["sha256"]:
+        raise SolverError(
+            f"the student's weights {student['path']} have sha256 {found}, the artifact names {student['sha256']}: "
+            "copy the weights that belong to it"
+        )
+
+
+def _student_entry(folder: Path, student: str | Path) -> dict[str, str]:
+    student = Path(student)
+    file = (student if student.is_absolute() else folder / student).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise SolverError(f"the student's weights {student} lie outside {folder}: put them into the artifact's folder")
+    if not file.is_file():
+        raise SolverError(f"the student's weights {file} are missing: save them before the artifact")
+    return {"path": file.relative_to(folder.resolve()).as_posix(), "sha256": sha256(file)}
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """A file of the artifact's own folder; absolute paths, `..` and links that lead out are refused."""
+    _typed("student.path", name, str)
+    plain = PurePosixPath(name)
+    file = folder / plain
+    leaves = plain.is_absolute() or ".." in plain.parts or "\\" in name or "\0" in name or ":" in name
+    if leaves or not file.resolve().is_relative_to(folder.resolve()):
+        raise SolverError(f"student.path {name!r} leaves the artifact's folder: use a relative path inside it")
+    return file
+
+
+def _schedule_reasons(made_for: Mapping[str, Any], schedule: NoiseSchedule) -> list[str]:
+    if made_for["prediction_type"] != schedule.prediction_type:
+        return [f"it expects {made_for['prediction_type']} outputs, the model gives {schedule.prediction_type}"]
+    if made_for["fingerprint"] != schedule.fingerprint():
+        return [
+            f"it was made for the schedule {made_for['kind']} {made_for['parameters']}, "
+            f"the model has {schedule.kind} {schedule.parameters}"
+        ]
+    return []
+
+
+def _setting_reasons(info: Mapping[str, Any], denoiser: Any) -> list[str]:
+    reasons = []
+    thresholding, wanted = getattr(denoiser, "thresholding", None), info["thresholding"]
+    if thresholding != wanted:
+        reasons.append(f"it was made with thresholding {wanted}, the model has {thresholding}")
+    weights, wanted = getattr(denoiser, "weight_hash", None), info["denoiser"]["weight_hash"]
+    if weights is not None and wanted is not None and weights != wanted:
+        reasons.append(f"it was made for weights {wanted[:12]}, the model has {weights[:12]}")
+    return reasons
+
+
+def _fields(name: str, values: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    _typed(name, values, dict)
+    missing = [field for field in required if field not in values]
+    extra = [field for field in values if field not in (*required, *optional)]
+    if missing or extra:
+        parts = [f"misses {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(extra)}"] * bool(extra)
+        raise SolverError(f"{name} {' and '.join(parts)}: its fields are {', '.join((*required, *optional))}")
+
+
+def _typed(name: str, value: Any, *types: type) -> None:
+    if not isinstance(value, types):
+        allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        raise SolverError(f"{name} is {type(value).__name__}: it must be {allowed}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SolverError(f"{name} holds {value!r}: it must be a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise SolverError(
+            f"{name} holds an integer beyond the range of a double: every number must be finite"
+        ) from error
+
+
+def _tensor(name: str, values: Any, matrix: bool, of: type = float) -> Tensor:
+    """A float64 (or bool) vector or matrix from nested lists; its size is checked by SolverTable."""
+    shape = "a list of equally long lists" if matrix else "a list"
+    rows = values if matrix else [values]
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        raise SolverError(f"table.{name} has a wrong shape: it must be {shape} of numbers")
+    if of is bool:
+        if not all(type(value) is bool for row in rows for value in row):
+            raise SolverError(f"table.{name} holds a value that is neither true nor false")
+        return torch.tensor(values, dtype=torch.bool)
+    numbers = [[_number(f"table.{name}", value) for value in row] for row in rows]
+    return torch.tensor(numbers if matrix else numbers[0], dtype=torch.float64)
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {"python": python_version()} | {name: _version(name) for name in LIBRARIES}
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": _commit(), "versions": versions}
+
+
+def _version(name: str) -> str | None:
+    """From the installed metadata: importing the library could take seconds."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of this code, with `-dirty` after local changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
