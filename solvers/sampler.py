@@ -100,7 +100,7 @@ def _run(denoiser, table, noise, condition, step_noise, seeds, callback, keep_al
     terms = _terms(table)
     last_use = table.last_use()
     draw = noise_source(table, noise, step_noise, seeds)
-    call = _with_node(denoiser, table)
+    call = row_call(denoiser, table)
     states = {0: noise.to(accumulate) * table.start_scale}
     history = (states, {}, {})
     for row in range(table.nfe):
@@ -146,7 +146,8 @@ def _forget(history, last_use, row) -> None:
             del values[column]
 
 
-def _with_node(denoiser: Denoiser, table: SolverTable):
+def row_call(denoiser: Denoiser, table: SolverTable) -> Callable[[Tensor, Tensor, Any, int], Tensor]:
+    """(state, timestep, condition, row) -> output: the denoiser, told its node where it asks for one."""
     if not getattr(denoiser, "needs_node", False):
         return lambda state, timestep, condition, row: denoiser(state, timestep, condition)
     nodes = list(zip(table.alpha, table.sigma))
