@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from denoisers.checkpoint import weight_hash
+from solvers.artifact import table_to_dict
 from solvers.table import SolverTable
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_BLOCKS = ("state_coef", "output_coef", "noise_coef")
 
 
 def describe_teacher(denoiser: Callable, table: SolverTable, dtype: torch.dtype) -> dict[str, Any]:
@@ -35,6 +34,8 @@ def denoiser_hash(denoiser: Callable) -> str | None:
     """The denoiser's own `weight_hash`, else the hash of a module's weights, else None."""
     known = getattr(denoiser, "weight_hash", None)
     if known is None and isinstance(denoiser, nn.Module):
+        from denoisers.checkpoint import weight_hash  # imports timm, which takes seconds
+
         return weight_hash(denoiser)
     return known
 
@@ -78,26 +79,6 @@ def _precision(dtype: torch.dtype) -> str:
     if torch.is_autocast_enabled("cpu"):
         return f"autocast {torch.get_autocast_dtype('cpu')}".replace("torch.", "")
     return str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")
-
-
-def table_to_dict(table: SolverTable) -> dict[str, Any]:
-    """JSON types; coefficient blocks as lists of [row, column, value], since a teacher's are nearly empty."""
-    values: dict[str, Any] = {name: getattr(table, name).tolist() for name in ("timesteps", "alpha", "sigma")}
-    for name in _BLOCKS:
-        block = getattr(table, name).detach()
-        values[name] = [[*index, float(block[tuple(index)])] for index in block.nonzero().tolist()]
-    return values | {"start_scale": table.start_scale, "prediction_type": table.prediction_type}
-
-
-def table_from_dict(values: dict[str, Any]) -> SolverTable:
-    """Inverse of `table_to_dict`."""
-    vectors = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("timesteps", "alpha", "sigma")}
-    blocks = {name: torch.zeros([len(values["timesteps"])] * 2, dtype=torch.float64) for name in _BLOCKS}
-    for name, block in blocks.items():
-        for row, column, value in values[name]:
-            block[row, column] = value
-    scalars = {name: values[name] for name in ("start_scale", "prediction_type")}
-    return SolverTable(**vectors, **blocks, **scalars)
 
 
 def short(value: Any) -> str:

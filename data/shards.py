@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from denoisers.conditions import concatenate_conditions, condition_to, index_condition
 from solvers.files import atomic_write, sha256
 
 
@@ -35,23 +36,22 @@ class Trajectories:
         return len(self.seeds)
 
     def __getitem__(self, index: slice) -> "Trajectories":
-        condition = map_tensors(lambda value: value[index], self.condition)
+        condition = index_condition(self.condition, index)
         return Trajectories(self.states[index], self.outputs[index], condition, self.seeds[index])
 
     def to(self, *args: Any, **kwargs: Any) -> "Trajectories":
         """States and outputs as `Tensor.to` would move or convert them; the condition only changes device."""
         states = self.states.to(*args, **kwargs)
-        condition = map_tensors(lambda value: value.to(states.device), self.condition)
+        condition = condition_to(self.condition, states.device)
         return replace(self, states=states, outputs=self.outputs.to(*args, **kwargs), condition=condition)
 
     @classmethod
     def join(cls, parts: "Sequence[Trajectories]") -> "Trajectories":
         """Several, at least one, as one."""
-        leaves = [_flatten("condition", part.condition) for part in parts]
         return cls(
             torch.cat([part.states for part in parts]),
             torch.cat([part.outputs for part in parts]),
-            _unflatten("condition", {name: torch.cat([leaf[name] for leaf in leaves]) for name in leaves[0]}),
+            concatenate_conditions([part.condition for part in parts]),
             tuple(seed for part in parts for seed in part.seeds),
         )
 
@@ -101,12 +101,6 @@ def read_shard(path: Path, start: int = 0, stop: int | None = None) -> Trajector
     with tarfile.open(path) as archive:
         members = archive.getmembers()[start:stop]
         return Trajectories.join([_decode(archive.extractfile(member).read()) for member in members])  # type: ignore
-
-
-def map_tensors(function: Any, condition: Any) -> Any:
-    """Apply a function to every tensor of a condition; None stays None."""
-    leaves = _flatten("condition", condition)
-    return _unflatten("condition", {name: function(value) for name, value in leaves.items()})
 
 
 def seed_ranges(seeds: Sequence[int]) -> list[list[int]]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data.manifest import denoiser_hash, describe_teacher, read_manifest, short, table_from_dict
+from data.manifest import denoiser_hash, describe_teacher, read_manifest, short
 from data.shards import Trajectories, check_shard, read_shard
 from data.writer import TrajectoryWriter
+from denoisers.conditions import class_labels, condition_to
+from solvers.artifact import table_from_dict
 from solvers.noise import start_noise
 from solvers.sampler import sample_trace
 from solvers.schedule import NoiseSchedule
@@ -52,7 +53,7 @@ def generate_trajectories(
         folder: created if missing.
         shard_size: trajectories in a shard, which is also the batch the network sees.
         dtype: of the stored states and outputs; a float64 run is computed in float64.
-        condition: from seeds to the denoiser's condition; default: the class `seed % num_classes`, if it has classes.
+        condition: from seeds to the denoiser's condition; default: `class_labels`.
         device: where the denoiser is.
         rank: this process, 0 <= rank < world_size; it makes shards rank, rank + world_size, ...
         world_size: number of processes.
@@ -79,17 +80,10 @@ def run_teacher(
 ) -> Trajectories:
     """Trajectories of some seeds, on `device`; see `generate_trajectories`."""
     noise = start_noise(seeds, denoiser.sample_shape, torch.promote_types(dtype, torch.float32)).to(device)
-    label = (condition or (lambda seeds: default_condition(denoiser, seeds)))(seeds)
-    label = label.to(device) if isinstance(label, Tensor) else label
-    trace = sample_trace(denoiser, table, noise, label, seeds=seeds)
+    chosen = condition_to(condition(seeds) if condition else class_labels(denoiser, seeds), device)
+    trace = sample_trace(denoiser, table, noise, chosen, seeds=seeds)
     states, outputs = torch.stack(trace.states, 1).to(dtype), torch.stack(trace.outputs, 1).to(dtype)
-    return Trajectories(states, outputs, label, tuple(seeds))
-
-
-def default_condition(denoiser: Callable, seeds: Sequence[int]) -> Tensor | None:
-    """The class of each seed, `seed % num_classes`; None for a denoiser without classes."""
-    num_classes = getattr(denoiser, "num_classes", None)
-    return torch.tensor(seeds) % num_classes if num_classes else None
+    return Trajectories(states, outputs, chosen, tuple(seeds))
 
 
 class TrajectoryCache:

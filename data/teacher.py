@@ -1,0 +1,127 @@
+"""`train.py predict`: teacher trajectories by Lightning, on as many processes as the trainer has."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data.manifest import describe_teacher
+from data.shards import Trajectories
+from data.trajectories import FIRST_SEED, run_teacher
+from data.writer import TrajectoryWriter
+from denoisers import load_denoiser
+from solvers.schedule import NoiseSchedule
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class TeacherTrajectories(lightning.LightningModule):
+    """Runs the teacher from each seed; a callback stores the trajectories. `TrajectoryCache(folder)` reads them.
+
+    Args:
+        denoiser: a network, or a path for `load_denoiser`.
+        folder: where the trajectories go; an interrupted run goes on there.
+        teacher: solver as name:steps or an artifact's path; default: ddim:100, or euler:100 for a flow schedule.
+        num_trajectories: how many.
+        first_seed: they have seeds first_seed, first_seed + 1, ...
+        shard_size: trajectories in a shard and in the network's batch.
+        dtype: of the stored states and outputs.
+        guidance_scale: classifier-free guidance, for a denoiser given by its path; 1 is none.
+    Raises:
+        ValueError: a denoiser or solver that cannot be loaded, an unknown dtype, or a folder with other trajectories.
+    """
+
+    def __init__(
+        self,
+        denoiser: str | nn.Module,
+        folder: str,
+        teacher: str | None = None,
+        num_trajectories: int = 256,
+        first_seed: int = FIRST_SEED,
+        shard_size: int = 32,
+        dtype: str = "float32",
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+        self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
+        self.table = resolve_teacher(teacher, self.denoiser.schedule)
+        self.seeds = range(first_seed, first_seed + num_trajectories)
+        self.folder, self.shard_size, self.dtype_ = folder, shard_size, getattr(torch, dtype)
+        self.writer: TrajectoryWriter
+
+    def setup(self, stage: str) -> None:
+        """Check the folder, or refuse it, before any work."""
+        with self.trainer.precision_plugin.predict_step_context():
+            teacher = describe_teacher(self.denoiser, self.table, self.dtype_)
+        self.writer = TrajectoryWriter(self.folder, teacher, self.seeds, self.shard_size)
+
+    def predict_step(self, batch: int, batch_idx: int) -> Trajectories | None:
+        """Trajectories of a shard; None for one that exists already."""
+        if batch < 0:
+            return None
+        seeds = self.writer.shard_seeds(batch)
+        return run_teacher(self.denoiser, self.table, seeds, self.dtype_, device=self.device)
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """The writer is part of the job."""
+        return [StoreTrajectories()]
+
+
+class StoreTrajectories(BasePredictionWriter):
+    """Hands each shard to the module's writer, which works in the background."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def write_on_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: TeacherTrajectories,
+        prediction: Trajectories | None,
+        batch_indices: Sequence[int] | None,
+        batch: int,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Queue a shard."""
+        if prediction is not None:
+            pl_module.writer.write(batch, prediction)
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: TeacherTrajectories) -> None:
+        """Wait for the last shard and complete the manifest."""
+        pl_module.writer.close()
+
+
+class TrajectoryShards(lightning.LightningDataModule):
+    """The shards each process has to make.
+
+    Every process sees equally many: -1 stands for a shard that exists already, and for none, where there are more
+    processes than shards.
+    """
+
+    def predict_dataloader(self) -> DataLoader:
+        """Shard numbers of this process."""
+        writer: TrajectoryWriter = self.trainer.lightning_module.writer
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        mine = range(rank, writer.num_shards, world_size)
+        todo = set(writer.prepare(rank, world_size))
+        shards = [shard if shard in todo else -1 for shard in mine]
+        padding = -(-writer.num_shards // world_size) - len(shards)
+        return DataLoader(shards + [-1] * padding, batch_size=None, collate_fn=_as_is)
+
+
+def resolve_teacher(teacher: str | None, schedule: NoiseSchedule) -> Any:
+    """The table of a solver argument; default: ddim:100, or euler:100 for a flow schedule."""
+    from solvers.named import resolve_solver  # imports diffusers, which takes seconds
+
+    return resolve_solver(teacher or ("euler:100" if schedule.kind == "flow" else "ddim:100"), schedule)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
