@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from solvers.prediction import PREDICTION_TYPES
-from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable, propagate
 
 _LOCK = threading.Lock()
 _SCALES = (1e-3, 1.0, 1e3)
+_Run = tuple[list[float], list[Tensor]]
 _TOLERANCE = 1e-3  # linear schedulers differ by rounding, non-linear ones by more than half at the largest scale
 
 
@@ -51,27 +51,27 @@ def tabulate(
     prediction_type = _prediction_type(scheduler)
     _check_config(scheduler)
 
-    def run(start: Callable, output: Callable, noise: Callable) -> tuple[Any, list[float], list[Tensor]]:
-        return _run(_prepared(scheduler, arguments), dict(step or {}), start, output, noise)
+    def run(state: Callable, output: Callable, noise: Callable) -> _Run:
+        return _run(_prepared(scheduler, arguments), dict(step or {}), state, output, noise)
 
-    prepared = _prepared(scheduler, arguments)
-    n = len(prepared.timesteps)
+    used = _prepared(scheduler, arguments)
+    n = len(used.timesteps)
     unit = torch.eye(3 * n, dtype=torch.float64).reshape(3, n, 1, 1, 3 * n, 1)
-    used, factors, images = run(lambda i, _: unit[0, i], lambda i: unit[1, i], lambda i: unit[2, i])
-    rows = torch.stack([image.reshape(3, n) for image in images])
-    state_coef, output_coef, noise_coef = (rows * torch.tensor([*factors[1:], 1.0])[:, None, None]).unbind(1)
+    factors, samples = run(lambda i, _: unit[0, i], unit[1].__getitem__, unit[2].__getitem__)
+    scales = torch.tensor([*factors[1:], 1.0], dtype=torch.float64)
+    coefs = torch.stack([sample.reshape(3, n) for sample in samples], dim=1) * scales[:, None]
     first = _first_node(used)
     table = SolverTable(
-        timesteps=torch.as_tensor(used.timesteps).detach().cpu().double(),
+        timesteps=used.timesteps.detach().cpu().double(),
         alpha=first[0].repeat(n + 1),
         sigma=first[1].repeat(n + 1),
-        state_coef=state_coef.contiguous(),
-        output_coef=output_coef.contiguous(),
-        noise_coef=noise_coef.contiguous(),
+        state_coef=coefs[0],
+        output_coef=coefs[1],
+        noise_coef=coefs[2],
         start_scale=float(getattr(used, "init_noise_sigma", 1.0)) * factors[0],
         prediction_type=prediction_type,
     )
-    _check_linear(table, factors, run, type(scheduler).__name__)
+    _check_linear(table, run, type(scheduler).__name__)
     alpha, sigma = propagate(table)
     return replace(table, alpha=alpha, sigma=sigma)
 
@@ -83,16 +83,16 @@ def _prepared(scheduler: Any, arguments: dict[str, Any]) -> Any:
         scheduler.set_timesteps(**arguments)
     except TypeError as error:
         raise ValueError(f"{type(scheduler).__name__}.set_timesteps does not take these arguments: {error}") from error
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # steps are counted, because rounding may repeat the first timestep
     return scheduler
 
 
-def _run(
-    scheduler: Any, step: dict[str, Any], state: Callable, output: Callable, noise: Callable
-) -> tuple[Any, list[float], list[Tensor]]:
-    """Drive `step` over all timesteps; state(i, previous) gives the state the network would see at row i.
+def _run(scheduler: Any, step: dict[str, Any], state: Callable, output: Callable, noise: Callable) -> _Run:
+    """Drive `step` over all timesteps; state(i, previous) is the state the network would see at row i.
 
     Returns:
-        The scheduler, the `scale_model_input` factors and the unscaled samples after each row.
+        The `scale_model_input` factors and the unscaled samples after each row.
     """
     factors, samples = [], []
     with _noise_replaced(scheduler) as source:
@@ -100,8 +100,8 @@ def _run(
             factors.append(_scale_factor(scheduler, timestep))
             sample = state(i, samples[-1] * factors[-1] if samples else None) / factors[-1]
             source.next(noise(i))
-            samples.append(_step(scheduler, output(i), timestep, sample, step))
-    return scheduler, factors, samples
+            samples.append(_step(scheduler, output(i), timestep, sample, step | _previous(scheduler, i)))
+    return factors, samples
 
 
 def _step(scheduler: Any, output: Tensor, timestep: Tensor, sample: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -109,6 +109,13 @@ def _step(scheduler: Any, output: Tensor, timestep: Tensor, sample: Tensor, argu
         return scheduler.step(output, timestep, sample, return_dict=False, **arguments)[0].double()
     except TypeError as error:
         raise ValueError(f"{type(scheduler).__name__}.step cannot be tabulated: {error}") from error
+
+
+def _previous(scheduler: Any, row: int) -> dict[str, Any]:
+    """The next row's timestep, for the one class whose `step` must be told (unCLIP)."""
+    if type(scheduler).__name__ != "UnCLIPScheduler":
+        return {}
+    return {"prev_timestep": scheduler.timesteps[row + 1] if row + 1 < len(scheduler.timesteps) else None}
 
 
 def _scale_factor(scheduler: Any, timestep: Tensor) -> float:
@@ -139,32 +146,23 @@ class _NoiseSource:
         return drawn
 
 
-class _Torch:
-    """The torch module with its Gaussian draw replaced, as one scheduler's module sees it."""
-
-    def __init__(self, source: _NoiseSource) -> None:
-        self.randn_like = source.draw(torch.randn_like)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @contextmanager
 def _noise_replaced(scheduler: Any) -> Iterator[_NoiseSource]:
-    """Replace Gaussian draws in the scheduler's own module, one tabulation at a time."""
+    """Replace `randn_tensor` in the modules of the scheduler's classes, one tabulation at a time."""
     source = _NoiseSource(type(scheduler).__name__)
-    module = sys.modules[type(scheduler).__module__]
+    modules = {base.__module__: vars(sys.modules[base.__module__]) for base in type(scheduler).__mro__}
     with _LOCK:
-        kept = {name: getattr(module, name) for name in ("randn_tensor", "torch") if hasattr(module, name)}
-        replaced = {name: _Torch(source) if name == "torch" else source.draw(value) for name, value in kept.items()}
+        originals = {name: names["randn_tensor"] for name, names in modules.items() if "randn_tensor" in names}
         try:
-            vars(module).update(replaced)
+            for name, original in originals.items():
+                modules[name]["randn_tensor"] = source.draw(original)
             yield source
         finally:
-            vars(module).update(kept)
+            for name, original in originals.items():
+                modules[name]["randn_tensor"] = original
 
 
-def _check_linear(table: SolverTable, factors: list[float], run: Callable, name: str) -> None:
+def _check_linear(table: SolverTable, run: Callable[..., _Run], name: str) -> None:
     """Compare table and `step` on random inputs of small, medium and large scale.
 
     Raises:
@@ -176,13 +174,12 @@ def _check_linear(table: SolverTable, factors: list[float], run: Callable, name:
         scale * torch.randn(count, len(_SCALES), 1, 4, 4, generator=generator, dtype=torch.float64)
         for count in (1, n, n)
     )
-    _, _, samples = run(lambda i, last: start[0] if last is None else last, outputs.__getitem__, noises.__getitem__)
+    factors, samples = run(lambda i, last: start[0] if last is None else last, outputs.__getitem__, noises.__getitem__)
     states = torch.zeros(n + 1, *start.shape[1:], dtype=torch.float64)
     states[0] = start[0]
     for i, sample in enumerate(samples):
         for coef, values in zip((table.state_coef, table.output_coef, table.noise_coef), (states[:n], outputs, noises)):
             states[i + 1] += torch.tensordot(coef[i], values, 1)
-        states[i + 1] = states[i + 1]
         actual = sample * (factors[i + 1] if i + 1 < n else 1.0)
         error = (states[i + 1] - actual).flatten(1).norm(dim=1) / states[: i + 2].flatten(2).norm(dim=2).amax(0)
         if not bool((error < _TOLERANCE).all()):
@@ -193,12 +190,15 @@ def _check_linear(table: SolverTable, factors: list[float], run: Callable, name:
 
 
 def _prediction_type(scheduler: Any) -> str:
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    if not all(hasattr(scheduler, method) for method in ("set_timesteps", "step", "config")):
+    name = type(scheduler).__name__
+    if not all(hasattr(scheduler, attribute) for attribute in ("set_timesteps", "step", "config")):
         raise ValueError(f"{name} is no diffusers scheduler: it needs config, set_timesteps and step")
-    found = "flow_prediction" if name.startswith("FlowMatch") else config.get("prediction_type")
+    found = "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type")
     if found not in PREDICTION_TYPES:
-        raise ValueError(f"{name} has prediction type {found!r}: a table needs one of {', '.join(PREDICTION_TYPES)}")
+        hint = "; solvers.ipndm builds iPNDM" if name == "IPNDMScheduler" else ""
+        raise ValueError(
+            f"{name} has prediction type {found!r}: a table needs one of {', '.join(PREDICTION_TYPES)}{hint}"
+        )
     if hasattr(scheduler, "precondition_outputs") and found == "epsilon":
         raise ValueError(
             f"{name} means minus the velocity by prediction type 'epsilon': set prediction_type='v_prediction' "
@@ -209,23 +209,28 @@ def _prediction_type(scheduler: Any) -> str:
 
 def _check_config(scheduler: Any) -> None:
     name, config = type(scheduler).__name__, scheduler.config
+    if "Inverse" in name:
+        raise ValueError(f"{name} runs from image to noise: a table starts at noise")
     if str(config.get("variance_type") or "").startswith("learned"):
-        raise ValueError(f"{name} has variance_type {config['variance_type']!r}: learned variance is not linear")
+        raise ValueError(
+            f"{name} has variance_type {config['variance_type']!r}, which is not linear: use a fixed variance"
+        )
     if config.get("invert_sigmas"):
         raise ValueError(f"{name} has invert_sigmas, where time 0 is noise: wrap the network to the usual direction")
 
 
+def _is_flow(scheduler: Any) -> bool:
+    """Whether the class implies flow prediction without naming it in its config."""
+    return type(scheduler).__name__.startswith(("FlowMatch", "LTXEulerAncestralRF"))
+
+
 def _first_node(scheduler: Any) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) of state 0, from the scheduler's own sigmas or cumulative alphas."""
-    config = scheduler.config
     if hasattr(scheduler, "sigmas"):
         sigma = torch.as_tensor(scheduler.sigmas).double().flatten()[0]
-        if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        if _is_flow(scheduler) or scheduler.config.get("use_flow_sigmas"):
             return 1 - sigma, sigma
-        ratio = sigma / config.get("sigma_data", 1.0)  # the EDM schedulers measure data in units of sigma_data
+        ratio = sigma / scheduler.config.get("sigma_data", 1.0)  # EDM measures data in units of sigma_data
         return torch.rsqrt(1 + ratio**2), ratio * torch.rsqrt(1 + ratio**2)
-    if hasattr(scheduler, "alphas_cumprod"):
-        power = scheduler.alphas_cumprod[int(scheduler.timesteps[0])].double()
-        return power.sqrt(), (1 - power).sqrt()
-    alpha, sigma = NoiseSchedule.from_scheduler(scheduler).alpha_sigma(float(scheduler.timesteps[0]))
-    return alpha, sigma
+    power = scheduler.alphas_cumprod[int(scheduler.timesteps[0])].double()
+    return power.sqrt(), (1 - power).sqrt()
