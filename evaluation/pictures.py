@@ -71,7 +71,9 @@ def _draw_coefficients(figure: Figure, axes, coefficients: np.ndarray) -> None:
     if n <= 12:
         for i, j in zip(*np.tril_indices(n)):
             dark = abs(coefficients[i, j]) > 0.6 * limit
-            axes.text(j, i, f"{coefficients[i, j]:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+            axes.text(
+                j, i, f"{coefficients[i, j]:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
+            )
     axes.set(xlabel="network output", ylabel="next state", title="canonical output coefficients")
     ticks = np.arange(0, n, max(1, n // 10))
     axes.set_xticks(ticks, ticks)

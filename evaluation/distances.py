@@ -1,0 +1,171 @@
+"""Distances between two sets of features, as plain functions of tensors; the metrics and the reports use them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (d,), unbiased covariance (d, d), both float64, and the number of features they are from."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Gaussian":
+        """Moments of features (n, d).
+
+        Raises:
+            ValueError: fewer than two features.
+        """
+        if len(features) < 2:
+            raise ValueError(f"{len(features)} images have no covariance: give at least 2")
+        features = features.double()
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """Squared Frechet distance of two Gaussians, the "FID" formula.
+
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
+
+    The root is taken of the symmetric product, with a symmetric eigenvalue solver, in float64.
+
+    Source: arXiv 1706.08500, eq. 6.
+    """
+    return float(FrechetTo(first)(second.mean[None], second.covariance[None]))
+
+
+class FrechetTo:
+    """Frechet distances to one fixed Gaussian, whose root is taken once.
+
+    Args:
+        target: the fixed one, usually that of the data.
+    """
+
+    def __init__(self, target: Gaussian) -> None:
+        values, vectors = torch.linalg.eigh(target.covariance)
+        self.target, self.root = target, (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+    def __call__(self, means: Tensor, covariances: Tensor) -> Tensor:
+        """Distances (batch,) of Gaussians with means (batch, d) and covariances (batch, d, d)."""
+        inner = self.root @ covariances @ self.root
+        cross = torch.linalg.eigvalsh((inner + inner.mT) / 2).clamp_min(0).sqrt().sum(-1)
+        traces = torch.trace(self.target.covariance) + covariances.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return (means - self.target.mean).square().sum(-1) + traces - 2 * cross
+
+
+def kernel_distance(first: Tensor, second: Tensor, chunk: int = 4096) -> float:
+    """Unbiased squared maximum mean discrepancy with the cubic kernel (x . y / d + 1)^3, "KID", of all pairs.
+
+    Args:
+        first, second: features (n, d) and (m, d), at least two each.
+        chunk: rows of the kernel matrix held at once.
+    Source: arXiv 1801.01401, eq. 4; on all features instead of the mean over subsets, which has the same expectation.
+    """
+    first, second = first.double(), second.double()
+    n, m = len(first), len(second)
+    if min(n, m) < 2:
+        raise ValueError(f"a kernel distance of {n} and {m} images is undefined: give at least 2 each")
+    within = (_pair_sum(first, chunk) / (n * (n - 1)), _pair_sum(second, chunk) / (m * (m - 1)))
+    across = sum(float(_kernel(part, second).sum()) for part in first.split(chunk)) / (n * m)
+    return within[0] + within[1] - 2 * across
+
+
+def _pair_sum(features: Tensor, chunk: int) -> float:
+    """Sum of the kernel over ordered pairs of different features."""
+    total = sum(float(_kernel(part, features).sum()) for part in features.split(chunk))
+    return total - float(((features.square().mean(1) + 1) ** 3).sum())
+
+
+def _kernel(first: Tensor, second: Tensor) -> Tensor:
+    return (first @ second.T / first.shape[1] + 1) ** 3
+
+
+def precision_recall(generated: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of generated features within the real manifold, and of real ones within the generated manifold.
+
+    A manifold is the union of balls around its features that reach to their k-th nearest neighbour.
+
+    Args:
+        generated, real: features (n, d) and (m, d), more than `neighbours` each.
+        neighbours: k.
+    Source: arXiv 1904.06991, eq. 1-2.
+    """
+    if min(len(generated), len(real)) <= neighbours:
+        raise ValueError(f"precision and recall need more than {neighbours} images on both sides")
+    generated, real = generated.double(), real.double()
+    return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
+
+
+def _covered(points: Tensor, manifold: Tensor, neighbours: int) -> float:
+    radius = torch.cat([_distance(part, manifold).kthvalue(neighbours + 1).values for part in manifold.split(1024)])
+    return float(
+        torch.cat([(_distance(part, manifold) <= radius).any(1) for part in points.split(1024)]).double().mean()
+    )
+
+
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """Differences instead of a matrix product: a point is at distance exactly 0 from itself."""
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def inception_score(scores: Tensor) -> float:
+    """exp of the mean divergence of class probabilities from their mean; scores (n, classes) before the softmax.
+
+    Source: arXiv 1606.03498, section 4; over all images at once, without splits.
+    """
+    log_each = scores.double().log_softmax(1)
+    log_mean = log_each.exp().mean(0).log()
+    return float((log_each.exp() * (log_each - log_mean)).sum(1).mean().exp())
+
+
+def squared_errors(images: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared difference per image, (batch,) float64.
+
+    Raises:
+        ValueError: different shapes, or values that are not finite.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(f"images {tuple(images.shape)} and their reference {tuple(reference.shape)} differ in shape")
+    require_finite(images)
+    require_finite(reference, "reference images")
+    return (images.double() - reference.double()).square().flatten(1).mean(1)
+
+
+def psnr(rmse: float) -> float:
+    """Peak signal to noise ratio in dB of images in [-1, 1]; infinity at no error."""
+    return float(20 * torch.log10(2 / torch.tensor(rmse, dtype=torch.float64)))
+
+
+def require_full_rank(num_images: int, num_features: int) -> None:
+    """Refuse a Frechet distance whose covariance cannot have full rank.
+
+    Raises:
+        ValueError: not more images than feature dimensions.
+    """
+    if num_images <= num_features:
+        raise ValueError(
+            f"{num_images} images are too few for a Frechet distance in {num_features} feature dimensions: their "
+            f"covariance has rank {max(num_images - 1, 0)} at most, so the distance would mostly measure the number "
+            f"of images; give more than {num_features} images (10 times as many for a stable figure), or leave fd out"
+        )
+
+
+def require_finite(images: Tensor, what: str = "images") -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: names the first image that has one.
+    """
+    bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(images)} {what} hold NaN or infinity, the first at index {int(bad[0])}: "
+            "a metric of them would mean nothing"
+        )
