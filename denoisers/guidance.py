@@ -61,7 +61,14 @@ class AutocastDenoiser(DenoiserWrapper):
 
 
 def with_guidance(denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
-    """`denoiser` itself at scale 1, which costs one evaluation; else a GuidedDenoiser."""
+    """`denoiser` itself at scale 1, which costs one evaluation; else a GuidedDenoiser.
+
+    A guidance-distilled network, which has `set_guidance(scale)`, is told the scale instead: one evaluation at any.
+    """
+    set_guidance = getattr(denoiser, "set_guidance", None)
+    if set_guidance is not None:
+        set_guidance(guidance_scale)
+        return denoiser
     return denoiser if guidance_scale == 1 else GuidedDenoiser(denoiser, guidance_scale)
 
 

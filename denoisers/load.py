@@ -29,7 +29,7 @@ def load_denoiser(
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
         device: where the network goes; the CPU when None.
         options: `family` ("dit" or "sit") and `num_heads` for `.pt` files whose name does not tell; for diffusers
-            models those of `denoisers.diffusers_models.load_diffusers`, such as `prompts`.
+            models those of `denoisers.diffusers_load.load_diffusers`, such as `prompts`.
     Returns:
         A denoiser, see `denoisers.protocol.Denoiser`.
     Raises:
@@ -48,7 +48,7 @@ def _load(path: str | Path, options: dict[str, Any]) -> nn.Module:
     if folder.is_file():
         return _load_file(folder, **options)
     if _is_diffusers(folder) or _may_be_hub_name(str(path)):
-        from denoisers.diffusers_models import load_diffusers
+        from denoisers.diffusers_load import load_diffusers
 
         return load_diffusers(path, **options)
     if not folder.exists():

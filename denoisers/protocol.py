@@ -22,6 +22,7 @@ class Denoiser(Protocol):
     | `num_classes` | the condition is an int64 label (batch,) in 0 .. num_classes - 1 |
     | `conditions` | conditions to choose from by seed, see `class_labels` |
     | `null_condition(condition)` | the condition of the unconditional evaluation, of the structure of `condition` |
+    | `set_guidance(scale)` | tells a guidance-distilled network its scale, instead of a second evaluation |
     | `needs_node` | also pass `node=(alpha, sigma)`, as thresholding requires |
     | `name`, `weight_hash` | what artifacts record about the network |
     """

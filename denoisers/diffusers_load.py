@@ -1,0 +1,108 @@
+"""diffusers folders (and hub names) as denoisers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from torch import nn
+
+from denoisers.diffusers_models import FAMILIES, DiffusersDenoiser, from_network, vae_scale
+from denoisers.prompts import encode_prompts, read_prompts
+
+DTYPES = ("float32", "bfloat16", "float16")
+NETWORKS = ("transformer", "unet")
+LEGACY = ("Transformer2DModel",)  # the class the first DiT and PixArt folders name
+
+
+def load_diffusers(
+    path: str | Path,
+    prompts: Sequence[str] | str | Path | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    dtype: str = "float32",
+    **options: Any,
+) -> DiffusersDenoiser:
+    """Load the network and schedule of a diffusers folder; autoencoder and text encoders do not stay in memory.
+
+    Args:
+        path: a pipeline folder (model_index.json), a model folder inside one or with its scheduler's config beside its
+            own, or the hub name of a pipeline.
+        prompts: a list, or a text file of one prompt a line: encoded once and kept as `denoiser.conditions`, from which
+            seeds choose; None leaves prompts to the caller (`encode_prompts`).
+        negative_prompt: the prompt guidance moves away from; None is the pipeline's own default.
+        height: of the image in pixels; None takes the network's own size.
+        width: likewise.
+        dtype: of the weights, by torch's name: float32, bfloat16 or float16.
+        options: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
+    Raises:
+        ValueError: an unknown family or dtype, missing files, or a hub name that cannot be reached.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    root, component = _locate(path)
+    network = _load_network(root, component, getattr(torch, dtype))
+    scale = vae_scale(_config(AutoencoderKL, root, "vae", required=False))
+    scheduler = _config(DDIMScheduler, root, "scheduler")
+    name = Path(str(path)).name
+    denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
+    if prompts is not None:
+        pipe = _text_pipeline(root, getattr(torch, dtype))
+        denoiser.conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **options)
+    return denoiser
+
+
+def _locate(path: str | Path) -> tuple[str, str | None]:
+    """(root, component): where the pipeline lies, and the network's folder in it; None when it lies in the root."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        beside = (folder.parent / "scheduler" / "scheduler_config.json").is_file()
+        return (str(folder.parent), folder.name) if beside else (str(folder), None)
+    try:
+        index = DiffusionPipeline.load_config(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is neither a folder here nor a pipeline on the hub that can be reached: check the spelling, or "
+            "download it first"
+        ) from error
+    component = next((name for name in NETWORKS if index.get(name)), None)
+    if component is None:
+        raise ValueError(f"{path} is a {index.get('_class_name')} without transformer or unet: wrap its network")
+    return str(path), component
+
+
+def _load_network(root: str, component: str | None, dtype: torch.dtype) -> nn.Module:
+    subfolder = component if component and _config(UNet2DModel, root, component, required=False) else None
+    class_name = _config(UNet2DModel, root, subfolder)["_class_name"]
+    if class_name not in (*FAMILIES, *LEGACY):
+        raise ValueError(
+            f"{root} holds a {class_name}: known families are {', '.join(FAMILIES)}; record any other pipeline with "
+            "data.record_trajectories"
+        )
+    location = {} if subfolder is None else {"subfolder": subfolder}
+    return getattr(diffusers, class_name).from_pretrained(root, **location, torch_dtype=dtype)
+
+
+def _config(kind: Any, root: str, subfolder: str | None, required: bool = True) -> dict[str, Any] | None:
+    """A component's config, from its subfolder or, as in the oldest repositories, from the root."""
+    for location in ({"subfolder": subfolder}, {}) if subfolder else ({},):
+        if not required and not location:
+            break
+        try:
+            return kind.load_config(root, **location)
+        except (OSError, ValueError):
+            continue
+    if required:
+        raise ValueError(f"{root} has no {kind.config_name} (looked in {subfolder or 'the folder'} too): download it")
+    return None
+
+
+def _text_pipeline(root: str, dtype: torch.dtype) -> Any:
+    """The pipeline with tokenizers and text encoders alone."""
+    index = DiffusionPipeline.load_config(root)
+    keep = ("tokenizer", "text_encoder", "scheduler")
+    left_out = {name: None for name, value in index.items() if isinstance(value, list) and not name.startswith(keep)}
+    return DiffusionPipeline.from_pretrained(root, **left_out, torch_dtype=dtype)

@@ -1,0 +1,309 @@
+"""diffusers networks as denoisers: one small class per model family, told apart by the network's class."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from denoisers.conditions import map_condition
+from denoisers.protocol import drop_learned_variance
+from solvers.schedule import NoiseSchedule
+
+
+def read_schedule(scheduler: Any, image_tokens: int | None = None) -> NoiseSchedule:
+    """The noise schedule of a diffusers scheduler; dynamic shift is resolved for one number of image tokens.
+
+        shift = exp(mu) (exponential) or mu (linear),  mu = line through (base_image_seq_len, base_shift) and
+        (max_image_seq_len, max_shift) at `image_tokens`
+
+    Args:
+        scheduler: a scheduler or its config.
+        image_tokens: what the pipeline calls image_seq_len.
+    Raises:
+        ValueError: a beta schedule NoiseSchedule does not know.
+    """
+    config = dict(getattr(scheduler, "config", scheduler))
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if not config.get("use_dynamic_shifting") or image_tokens is None:
+        return schedule
+    tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = shifts[0] + (image_tokens - tokens[0]) * (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+    return NoiseSchedule.flow(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Height and width of a state (latents, or pixels where there is no autoencoder), and pixels per latent side."""
+
+    height: int
+    width: int
+    vae_scale: int
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.height * self.vae_scale, self.width * self.vae_scale
+
+
+class DiffusersDenoiser(nn.Module):
+    """A diffusers network as `denoiser(x, timestep, condition)`.
+
+    Timesteps reach the network as float tensors, so fractional ones count (as Python numbers some networks truncate
+    them); a learned variance is dropped; states are cast to the network's dtype and outputs back to the state's.
+
+    Args:
+        network: the diffusers model.
+        scheduler: its scheduler, or the scheduler's config; see `read_schedule`.
+        height: of the image in pixels; None takes the network's own sample size.
+        width: likewise.
+        vae_scale: pixels per latent along one side; 1 where there is no autoencoder.
+        name: what artifacts record.
+    Raises:
+        ValueError: a network whose input is not the state alone, one without a sample size where none is given, or an
+            unknown beta schedule.
+    """
+
+    default_size: int | None = None
+    image_tokens: int | None = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: Any,
+        height: int | None = None,
+        width: int | None = None,
+        vae_scale: int = 8,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.name = network, name
+        own = self._own_size() if height is None or width is None else (0, 0)
+        sides = (own[0] if height is None else height // vae_scale, own[1] if width is None else width // vae_scale)
+        self.size = Size(*sides, vae_scale)
+        self._check_channels()
+        self.schedule = read_schedule(scheduler, self.image_tokens)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one state."""
+        return (self.network.config.in_channels, self.size.height, self.size.width)
+
+    @cached_property
+    def weight_hash(self) -> str:
+        """SHA-256 of the network's weights; computed when first asked for."""
+        from denoisers.checkpoint import weight_hash
+
+        return weight_hash(self.network)
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:
+        """The network's output at a state, (batch, *sample_shape)."""
+        dtype = self.network.dtype
+        timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32)).expand(len(x))
+        condition = map_condition(lambda value: value.to(dtype) if value.is_floating_point() else value, condition)
+        return drop_learned_variance(self.evaluate(x.to(dtype), timestep, condition), x).to(x.dtype)
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
+        """The family's own call: x (batch, *sample_shape) in the network's dtype, timestep (batch,) float."""
+        raise NotImplementedError
+
+    def _own_size(self) -> tuple[int, int]:
+        size = getattr(self.network.config, "sample_size", None) or self.default_size
+        if size is None:
+            raise ValueError(f"{type(self.network).__name__} has no sample_size in its config: give height and width")
+        return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+    def _check_channels(self) -> None:
+        states = self.network.config.in_channels
+        outputs = getattr(self.network.config, "out_channels", None) or states
+        if outputs not in (states, 2 * states):
+            raise ValueError(
+                f"the network has {states} input and {outputs} output channels: it takes more than the state "
+                "(inpainting, editing); record its pipeline with data.record_trajectories instead"
+            )
+
+
+class PixelUNet(DiffusersDenoiser):
+    """`UNet2DModel`, unconditional or with class labels; it has no null class."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None when unconditional."""
+        return self.network.config.num_class_embeds
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
+        return self.network(x, timestep, class_labels=condition, return_dict=False)[0]
+
+
+class ClassTransformer(DiffusersDenoiser):
+    """`DiTTransformer2DModel`: class labels, the null class after the last."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null class."""
+        return self.network.config.num_embeds_ada_norm
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The null class for every sample."""
+        return torch.full_like(condition, self.num_classes)
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
+        if condition is None:
+            condition = torch.full((len(x),), self.num_classes, device=x.device)
+        return self.network(x, timestep=timestep, class_labels=condition, return_dict=False)[0]
+
+
+class PromptDenoiser(DiffusersDenoiser):
+    """A network conditioned on prompt embeddings: a dict of its own argument names, and those of the null prompt.
+
+    The condition is made by `encode_prompts`: {"encoder_hidden_states": (batch, tokens, width), ..., "null": {...}};
+    `conditions`, when set, are those of a list of prompts, from which seeds choose (see `class_labels`).
+    """
+
+    conditions: Any = None
+
+    def null_condition(self, condition: dict[str, Any]) -> dict[str, Any]:
+        """The embeddings of the null prompt.
+
+        Raises:
+            ValueError: a condition that was encoded without them.
+        """
+        self._check_condition(condition)
+        if "null" not in condition:
+            raise ValueError("the condition has no null prompt, which guidance needs: encode with a negative prompt")
+        return condition["null"] | {"null": condition["null"]}
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:
+        """The network's output at a state, (batch, *sample_shape)."""
+        self._check_condition(condition)
+        return super().forward(x, timestep, {key: value for key, value in condition.items() if key != "null"})
+
+    def _check_condition(self, condition: Any) -> None:
+        if not isinstance(condition, dict):
+            raise ValueError(
+                f"{type(self.network).__name__} needs prompt embeddings, found {type(condition).__name__}: "
+                "pass encode_prompts(pipe, prompts), or load the model with prompts=[...]"
+            )
+
+
+class PromptUNet(PromptDenoiser):
+    """`UNet2DConditionModel`: Stable Diffusion 1.x and 2.x, and XL with its pooled text and size conditions."""
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        added = {key: value for key, value in condition.items() if key in ("text_embeds", "time_ids")}
+        hidden = condition["encoder_hidden_states"]
+        return self.network(x, timestep, hidden, added_cond_kwargs=added or None, return_dict=False)[0]
+
+
+class PixArt(PromptDenoiser):
+    """`PixArtTransformer2DModel`; the 1024 pixel model is also told resolution and aspect ratio."""
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        hidden, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
+        added = {key: condition.get(key) for key in ("resolution", "aspect_ratio")}
+        arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": added, "return_dict": False}
+        return self.network(x, hidden, timestep, **arguments)[0]
+
+
+class SD3(PromptDenoiser):
+    """`SD3Transformer2DModel`."""
+
+    @property
+    def image_tokens(self) -> int:  # type: ignore[override]
+        """Tokens of one image, which dynamic shift depends on."""
+        patch = self.network.config.patch_size
+        return (self.size.height // patch) * (self.size.width // patch)
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.network(hidden_states=x, timestep=timestep, **condition, return_dict=False)[0]
+
+
+class Flux(PromptDenoiser):
+    """`FluxTransformer2DModel`: a state is packed, (tokens, 4 * latent channels), as in the pipeline.
+
+    A guidance-distilled network is told the scale: `guidance_scale` then costs one evaluation and needs no null prompt.
+    """
+
+    default_size = 128
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.guidance_scale = 1.0
+        if self.network.config.guidance_embeds:
+            self.set_guidance = self._set_guidance
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(tokens, channels): 2x2 latents make one token."""
+        return (self.image_tokens, self.network.config.in_channels)
+
+    @property
+    def image_tokens(self) -> int:  # type: ignore[override]
+        """Tokens of one image, which dynamic shift depends on."""
+        return (self.size.height // 2) * (self.size.width // 2)
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        guidance = None
+        if self.network.config.guidance_embeds:
+            guidance = torch.full((len(x),), self.guidance_scale, device=x.device, dtype=torch.float32)
+        text = condition["encoder_hidden_states"]
+        return self.network(
+            hidden_states=x,
+            timestep=timestep / 1000,
+            guidance=guidance,
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=self._image_positions(x),
+            **condition,
+            return_dict=False,
+        )[0]
+
+    def _image_positions(self, x: Tensor) -> Tensor:
+        """(tokens, 3): zero, row, column."""
+        rows, columns = (torch.arange(side // 2, device=x.device) for side in (self.size.height, self.size.width))
+        grid = torch.cartesian_prod(rows, columns)
+        return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1).to(x.dtype)
+
+    def _set_guidance(self, guidance_scale: float) -> None:
+        self.guidance_scale = float(guidance_scale)
+
+
+FAMILIES: dict[str, type[DiffusersDenoiser]] = {
+    "UNet2DModel": PixelUNet,
+    "UNet2DConditionModel": PromptUNet,
+    "DiTTransformer2DModel": ClassTransformer,
+    "PixArtTransformer2DModel": PixArt,
+    "SD3Transformer2DModel": SD3,
+    "FluxTransformer2DModel": Flux,
+}
+
+
+def from_network(network: nn.Module, scheduler: Any, **options: Any) -> DiffusersDenoiser:
+    """The denoiser of a diffusers network; `options` are those of DiffusersDenoiser.
+
+    Raises:
+        ValueError: a network of an unknown family.
+    """
+    family = FAMILIES.get(type(network).__name__)
+    if family is None:
+        raise ValueError(
+            f"{type(network).__name__} is of no known family ({', '.join(FAMILIES)}): record its pipeline with "
+            "data.record_trajectories, or wrap the network as docs/your_own_model.md shows"
+        )
+    return family(network, scheduler, **options)
+
+
+def from_pipeline(pipe: Any, height: int | None = None, width: int | None = None) -> DiffusersDenoiser:
+    """The denoiser inside a pipeline in memory, for images of `height` x `width` pixels; see DiffusersDenoiser."""
+    components = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    network = next((component for component in components if component is not None), None)
+    options = {"height": height, "width": width, "vae_scale": vae_scale(getattr(pipe, "vae", None))}
+    return from_network(network, pipe.scheduler, **options, name=type(pipe).__name__)
+
+
+def vae_scale(vae: Any) -> int:
+    """Pixels per latent of an autoencoder or its config, along one side; 1 without one."""
+    config = getattr(vae, "config", vae)
+    return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
