@@ -1,12 +1,19 @@
 """One table says what a fast sampler is; one loop runs it. See docs/table.md."""
 
+from typing import TYPE_CHECKING, Any
+
 from solvers.artifact import load_solver, save_solver, student_path
 from solvers.errors import SolverError
+from solvers.ipndm import ipndm
+from solvers.named import baseline_names, named_solver, resolve_solver, solver_names
 from solvers.noise import row_noise, start_noise
 from solvers.sampler import Trace, sample, sample_trace
 from solvers.schedule import NoiseSchedule
 from solvers.table import CanonicalTable, Consistency, SolverTable, propagate
 from solvers.tabulate import tabulate
+
+if TYPE_CHECKING:
+    from solvers.scheduler import TableScheduler
 
 __all__ = [
     "CanonicalTable",
@@ -14,13 +21,19 @@ __all__ = [
     "NoiseSchedule",
     "SolverError",
     "SolverTable",
+    "TableScheduler",
     "Trace",
+    "baseline_names",
+    "ipndm",
     "load_solver",
+    "named_solver",
     "propagate",
+    "resolve_solver",
     "row_noise",
     "sample",
     "sample_trace",
     "save_solver",
+    "solver_names",
     "start_noise",
     "student_path",
     "tabulate",

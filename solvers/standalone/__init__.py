@@ -1,0 +1,1 @@
+"""Files that run without this project: the exports copy them as they are."""
