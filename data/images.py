@@ -130,13 +130,15 @@ def read_shards(folder: str | Path, pattern: str) -> tuple[np.ndarray, np.ndarra
     paths = sorted(Path(folder).glob(pattern))
     if not paths:
         raise ValueError(
-            f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with --data.init_args.data_dir "
-            "(or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
+            f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with "
+            "--data.init_args.data_dir (or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
         )
     samples = [sample for path in paths for sample in _read_shard(path)]
     images = [image for image, _ in samples]
     if len({image.shape for image in images}) != 1:
-        raise ValueError(f"the images of {folder}/{pattern} differ in size: crop them to one size when writing the shards")
+        raise ValueError(
+            f"the images of {folder}/{pattern} differ in size: crop them to one size when writing the shards"
+        )
     return np.stack(images), np.array([label for _, label in samples], dtype=np.int64)
 
 
@@ -151,7 +153,9 @@ def _read_shard(path: Path) -> list[tuple[np.ndarray, int]]:
             elif extension == "cls":
                 labels[key] = int(archive.extractfile(member).read())
     if not images or images.keys() != labels.keys():
-        raise ValueError(f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key")
+        raise ValueError(
+            f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key"
+        )
     return [(images[key], labels[key]) for key in images]
 
 

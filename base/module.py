@@ -1,0 +1,181 @@
+"""Train a DiT to predict noise (VP schedules) or velocity (rectified flow)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from data.loader import seed_of
+from denoisers.checkpoint import WEIGHTS_NAME, load_weights, save_denoiser
+from denoisers.dit import DiT
+from solvers.prediction import per_sample, to_output
+from training.ema import averaged_network
+
+TIME_SAMPLING = ("uniform", "logit_normal")
+
+
+class BaseModel(lightning.LightningModule):
+    """Regression of a network's output at random nodes: E |network(alpha data + sigma noise, t, label) - target|^2.
+
+    Timesteps, noises and dropped labels of a batch depend only on (seed, epoch, batch, rank), so a resumed run equals
+    an uninterrupted one. The EMA callback's weights, if there is one, are validated and written at the end.
+
+    Args:
+        network: the DiT to train; its schedule says what is predicted.
+        output: checkpoint folder written at the end of training.
+        learning_rate: peak learning rate of AdamW.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: the last part of the steps over which the rate falls linearly to zero: 1 from the warm-up on,
+            0.2 for warm-up, stable, decay.
+        betas: AdamW's decay rates.
+        weight_decay: AdamW's weight decay.
+        time_sampling: `uniform` over the timesteps, or `logit_normal` (arXiv 2403.03206), for flow schedules.
+        class_dropout: probability that a label becomes the null class.
+        init_from: checkpoint folder whose weights to start from (same network, any schedule).
+        compile: compile the network for training.
+        seed: seed of timesteps, noises and dropped labels.
+    Raises:
+        ValueError: an option out of its range, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        network: DiT,
+        output: str | None = None,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 200,
+        decay_fraction: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        time_sampling: str = "uniform",
+        class_dropout: float = 0.1,
+        init_from: str | None = None,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_options(network, time_sampling, class_dropout, decay_fraction)
+        self.network = network
+        self.output, self.seed = output, seed
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.warmup_steps, self.decay_fraction = warmup_steps, decay_fraction
+        self.time_sampling, self.class_dropout = time_sampling, class_dropout
+        self.init_from = init_from
+        if init_from:
+            load_weights(network, _read_weights(Path(init_from)), init_from)
+        self._predict = torch.compile(network.forward) if compile else network.forward
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch (images, labels) at random nodes."""
+        images, labels = batch
+        generator = self._generator("train", self.current_epoch, batch_idx)
+        dropped = torch.rand(len(labels), generator=generator, device=self.device) < self.class_dropout
+        labels = labels.masked_fill(dropped, self.network.num_classes)
+        position = torch.rand(len(images), generator=generator, device=self.device)
+        loss = self._loss(self._predict, images, labels, position, generator)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss of the averaged weights, always at the same nodes and noises, evenly spread over the timesteps."""
+        images, labels = batch
+        position = (torch.arange(len(images), device=self.device) + 0.5) / len(images)
+        network = averaged_network(self.trainer, self.network)
+        loss = self._loss(network, images, labels, position, self._generator("val", batch_idx))
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
+
+    def _loss(
+        self, predict: Any, images: Tensor, labels: Tensor, position: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        schedule = self.network.schedule
+        timestep = self.timestep(position)
+        alpha, sigma = (per_sample(value, images) for value in schedule.alpha_sigma(timestep.double()))
+        noise = torch.randn(images.shape, generator=generator, device=self.device, dtype=images.dtype)
+        output = predict(alpha * images + sigma * noise, timestep, labels)
+        target = to_output(schedule.prediction_type, images, noise, alpha.flatten(), sigma.flatten())
+        return mse_loss(output.float(), target.float())
+
+    def timestep(self, position: Tensor) -> Tensor:
+        """Timesteps at the given quantiles, (batch,) in [0, 1), of their training distribution."""
+        schedule = self.network.schedule
+        if schedule.kind == "discrete_vp":
+            return (position * (schedule.t_max + 1)).floor()
+        if self.time_sampling == "logit_normal":
+            position = torch.special.ndtri(position.clamp(1e-6, 1 - 1e-6)).sigmoid()
+        return position * schedule.t_max
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a rate per step."""
+        optimizer = torch.optim.AdamW(
+            [value for value in self.network.parameters() if value.requires_grad],
+            lr=self.learning_rate,
+            betas=tuple(self.betas),
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step over the peak: warm-up, stable, then linearly to zero at the last step."""
+        total = self.trainer.estimated_stepping_batches
+        if step < self.warmup_steps or not math.isfinite(total):
+            return min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay = max(1.0, self.decay_fraction * (total - self.warmup_steps))
+        return min(1.0, max(0.0, (total - step) / decay))
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm; Lightning itself refuses to with a fused optimizer."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+
+    @rank_zero_only
+    def on_train_end(self) -> None:
+        """Write the checkpoint folder."""
+        if self.output is None:
+            return
+        save_denoiser(averaged_network(self.trainer, self.network), self.output, self._training_record())
+
+    def _training_record(self) -> dict[str, Any]:
+        """What a reader of the checkpoint should know about its training."""
+        metrics = self.trainer.callback_metrics
+        return {
+            "steps": self.trainer.global_step,
+            "learning_rate": self.learning_rate,
+            "betas": list(self.betas),
+            "class_dropout": self.class_dropout,
+            "time_sampling": self.time_sampling,
+            "precision": str(self.trainer.precision),
+            "init_from": Path(self.init_from).name if self.init_from else None,
+            **{name: float(metrics[name]) for name in ("train/loss", "val/loss") if name in metrics},
+        }
+
+    def _generator(self, *parts: int | str) -> torch.Generator:
+        seed = seed_of(*parts, self.seed, self.global_rank)
+        return torch.Generator(device=self.device).manual_seed(seed)
+
+
+def _check_options(network: DiT, time_sampling: str, class_dropout: float, decay_fraction: float) -> None:
+    if time_sampling not in TIME_SAMPLING:
+        raise ValueError(f"unknown time_sampling {time_sampling!r}: use one of {', '.join(TIME_SAMPLING)}")
+    if time_sampling == "logit_normal" and network.schedule.kind != "flow":
+        raise ValueError(f"time_sampling logit_normal is for flow schedules, this one is {network.schedule.kind}")
+    if not 0 <= class_dropout <= 1:
+        raise ValueError(f"class_dropout {class_dropout} must lie in [0, 1]")
+    if not 0 <= decay_fraction <= 1:
+        raise ValueError(f"decay_fraction {decay_fraction} must lie in [0, 1]")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"init_from {folder} is no checkpoint folder: it has no {WEIGHTS_NAME}")
+    return {name: value.float() for name, value in load_file(path).items()}

@@ -1,0 +1,172 @@
+"""Checkpoint folders of the project's own denoisers, and the public DiT / SiT checkpoints.
+
+A folder holds `config.json` (network, noise schedule, hash, how it was trained) and `model.safetensors` (bf16).
+"""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from denoisers.dit import DiT
+from solvers.files import atomic_write, sha256
+from solvers.schedule import NoiseSchedule
+
+FORMAT_VERSION = 1
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+
+
+def save_denoiser(denoiser: DiT, folder: str | Path, training: dict[str, Any] | None = None) -> str:
+    """Write a checkpoint folder.
+
+    Args:
+        denoiser: the network; its weights are rounded to bf16.
+        folder: created if missing; an earlier checkpoint in it is replaced.
+        training: JSON types that say how it was trained, kept as they are.
+    Returns:
+        The weight hash of the network as it will be loaded, see `weight_hash`.
+    """
+    folder = Path(folder)
+    weights = {name: value.detach().cpu().bfloat16().contiguous() for name, value in denoiser.state_dict().items()}
+    with atomic_write(folder / WEIGHTS_NAME) as path:
+        save_file(weights, path)
+    digest = hash_weights(weights)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "architecture": "DiT",
+        "network": denoiser.config,
+        "schedule": denoiser.schedule.to_dict(),
+        "weight_hash": digest,
+        "weights_sha256": sha256(folder / WEIGHTS_NAME),
+        "training": training or {},
+    }
+    with atomic_write(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    return digest
+
+
+def load_checkpoint(folder: str | Path) -> DiT:
+    """Load a checkpoint folder in float32 and evaluation mode, without gradients; `.name` is the folder's name.
+
+    Raises:
+        ValueError: files missing or damaged, an unknown version, or weights that do not fit the network.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}: copy the whole checkpoint folder")
+    if sha256(path) != config["weights_sha256"]:
+        raise ValueError(f"{path} differs from the hash in {CONFIG_NAME}: copy the checkpoint folder again")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}): copy the checkpoint folder again") from error
+    denoiser = DiT(NoiseSchedule.from_dict(config["schedule"]), **config["network"])
+    return _finish(denoiser, weights, path, folder.name)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checked contents of a checkpoint folder's config.json.
+
+    Raises:
+        ValueError: not there, not JSON, of another version or incomplete.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{Path(folder)} is no checkpoint folder: it has no {CONFIG_NAME}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy the checkpoint folder again") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} has format_version {found!r}: this version of the project reads {FORMAT_VERSION}")
+    missing = {"network", "schedule", "weights_sha256"} - config.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: copy the checkpoint folder again")
+    return config
+
+
+def load_public_checkpoint(path: str | Path, schedule: NoiseSchedule, **network: Any) -> DiT:
+    """Load a `.pt` file of the public DiT or SiT releases; sizes are read off the weights.
+
+    Args:
+        path: a state dict, or a training checkpoint whose `ema` (else `model`) entry is one.
+        schedule: `NoiseSchedule.linear()` for DiT, `NoiseSchedule.flow()` (with `convention="sit"`) for SiT.
+        network: arguments of DiT that weights do not tell: `num_heads` (default: heads of 64, 72 for width 1152)
+            and `convention`.
+    Raises:
+        ValueError: not a file of tensors, or names that are not a DiT's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the path of a DiT or SiT .pt file")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of plain tensors ({reason}): only such files are loaded") from error
+    for entry in ("ema", "model"):
+        weights = weights.get(entry, weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or "x_embedder.proj.weight" not in weights:
+        raise ValueError(f"{path} holds no DiT weights: x_embedder.proj.weight is missing")
+    return _finish(DiT(schedule, **infer_network(weights) | network), weights, path, path.stem)
+
+
+def infer_network(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of DiT that a public checkpoint's shapes imply."""
+    hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    out_channels = weights["final_layer.linear.weight"].shape[0] // patch_size**2
+    return {
+        "input_size": round(weights["pos_embed"].shape[1] ** 0.5) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "num_heads": hidden_size // (72 if hidden_size == 1152 else 64),
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": out_channels == 2 * in_channels,
+    }
+
+
+def load_weights(denoiser: DiT, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Copy weights of the same names and shapes into a network.
+
+    Raises:
+        ValueError: names or shapes differ; the first differences are listed.
+    """
+    own = denoiser.weight_shapes
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    differ = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+    if differ:
+        listed = "; ".join(f"{name}: found {found.get(name)}, need {own.get(name)}" for name in differ[:3])
+        raise ValueError(f"the weights of {source} do not fit the network, {len(differ)} differ: {listed}")
+    denoiser.load_state_dict(weights)
+
+
+def weight_hash(module: nn.Module) -> str:
+    """SHA-256 of all weights in float32 with their names and shapes, independent of the file that held them."""
+    return hash_weights(module.state_dict())
+
+
+def hash_weights(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of named tensors, each in float32, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _finish(denoiser: DiT, weights: dict[str, Tensor], source: Path, name: str) -> DiT:
+    load_weights(denoiser, weights, source)
+    denoiser.name = name
+    return denoiser.eval().requires_grad_(False)
