@@ -38,3 +38,12 @@ __all__ = [
     "student_path",
     "tabulate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """TableScheduler on first use: importing diffusers takes seconds."""
+    if name == "TableScheduler":
+        from solvers.scheduler import TableScheduler
+
+        return TableScheduler
+    raise AttributeError(f"module 'solvers' has no attribute {name!r}")
