@@ -1,0 +1,6 @@
+"""ParaTAA: any solver table, all rows at once. See parataa/README.md."""
+
+from parataa.processes import processes
+from parataa.sampler import ParallelStats, parallel_sample
+
+__all__ = ["ParallelStats", "parallel_sample", "processes"]

@@ -1,0 +1,137 @@
+"""The rows of a table as equations between all states of a window at once."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from solvers.prediction import output_weights
+from solvers.table import SolverTable
+
+Coefs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class WindowEquations:
+    """The equations of rows start to stop - 1, on the columns (states, outputs, noises) they use.
+
+    Args:
+        columns: indices of the states, outputs and noises that enter; the last rows of each of the first two are
+            the window's own.
+        plain: weights of the table's own rows, (rows, columns) for each kind.
+        reaching: weights of the order-k rows, for outputs minus `slope` times their states.
+        slope: (rows,), see `output_slope`.
+        timesteps: (rows,), what the network is told.
+        tolerance: (rows,), the root mean square first-order residual at which a row is finished.
+    """
+
+    columns: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    plain: Coefs
+    reaching: Coefs
+    slope: Tensor
+    timesteps: Tensor
+    tolerance: Tensor
+
+
+class Equations:
+    """Order-k equations of a table for any window start.
+
+    Args:
+        table: the solver.
+        order: rows an equation reaches back, 1 to N.
+        window: most rows of a window, 1 to N.
+        data_std: see `output_slope`; None leaves the outputs as they are.
+        tolerance: see `finished_tolerance`.
+        noise_tolerance: see `finished_tolerance`.
+        like: dtype and device of the states.
+    """
+
+    def __init__(
+        self,
+        table: SolverTable,
+        order: int,
+        window: int,
+        data_std: float | None,
+        tolerance: float,
+        noise_tolerance: float,
+        like: Tensor,
+    ) -> None:
+        self.table, self.order, self.window = table.detach(), order, window
+        self._like = like
+        self._slope = torch.zeros(table.nfe) if data_std is None else output_slope(self.table, data_std)
+        self._tolerance = finished_tolerance(self.table, tolerance, noise_tolerance)
+        self._last_use = self.table.last_use()
+        self.at = lru_cache(maxsize=256)(self._at)
+
+    def stop(self, start: int) -> int:
+        """End of the window that begins at row `start`."""
+        return min(start + self.window, self.table.nfe)
+
+    def keeps(self, kind: int, index: int, start: int) -> bool:
+        """Whether rows from `start` on use state (kind 0), output (1) or noise (2) `index`."""
+        return self._last_use[kind][index] >= start
+
+    def _at(self, start: int) -> WindowEquations:
+        stop = self.stop(start)
+        window = torch.arange(start, stop)
+        reaching = self._shifted(start).local(self.order, start)
+        columns = tuple(self._columns(kind, start, stop) for kind in range(3))
+        return WindowEquations(
+            columns,
+            self._block(self.table, window, columns),
+            self._block(reaching, window, columns),
+            *(values[window].to(self._like) for values in (self._slope, self.table.timesteps, self._tolerance)),
+        )
+
+    def _shifted(self, start: int) -> SolverTable:
+        """The table for outputs from `start` on minus slope * state."""
+        slope = torch.where(torch.arange(self.table.nfe) >= start, self._slope, 0.0)
+        return replace(
+            self.table, state_coef=self.table.state_coef + self.table.output_coef * slope, state_support=None
+        )
+
+    def _columns(self, kind: int, start: int, stop: int) -> tuple[int, ...]:
+        kept = tuple(j for j in range(start) if self.keeps(kind, j, start))
+        inside = range(start, stop) if kind < 2 else [j for j in range(start, stop) if self.keeps(2, j, start)]
+        return (*kept, *inside)
+
+    def _block(self, table: SolverTable, rows: Tensor, columns: tuple[tuple[int, ...], ...]) -> Coefs:
+        coefs = (table.state_coef, table.output_coef, table.noise_coef)
+        return tuple(coef[rows][:, list(used)].to(self._like) for coef, used in zip(coefs, columns))
+
+
+def output_slope(table: SolverTable, data_std: float) -> Tensor:
+    """How fast each output changes with its state for Gaussian data of this standard deviation, (N,).
+
+        d = data + gain (x - alpha data),   gain = alpha data_std^2 / (alpha^2 data_std^2 + sigma^2)
+
+    An equation that takes outputs minus slope * state as given, rather than the outputs, already knows how they
+    will follow their states; data_std 0 is iteration in the data prediction.
+
+    Args:
+        table: nodes and prediction type.
+        data_std: standard deviation of the data, >= 0.
+    Source: the exponential-integrator split of a linear part, arXiv 2206.00927, used here as a preconditioner.
+    """
+    alpha, sigma = table.alpha[:-1], table.sigma[:-1]
+    power = alpha**2 * data_std**2 + sigma**2
+    gain = alpha * data_std**2 / power
+    on_data, on_noise = output_weights(table.prediction_type, alpha, sigma)
+    return on_data * gain + on_noise * sigma / power  # sigma / power = (1 - alpha gain) / sigma, also at sigma 0
+
+
+def finished_tolerance(table: SolverTable, tolerance: float, noise_tolerance: float) -> Tensor:
+    """Root mean square first-order residual at which each row is finished, (N,).
+
+        max(tolerance * sqrt(alpha'^2 + sigma'^2), noise_tolerance * sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2))
+
+    with ' the node after the row: the first is relative to the size of a state, the second to the noise that an
+    ancestral step would add there.
+
+    Source: arXiv 2402.09970, the stopping rule of its section 2.
+    """
+    alpha, sigma = table.alpha, table.sigma
+    ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1]).clamp_min(1e-300)
+    noise_scale = sigma[1:] * (1 - ratio**2).clamp_min(0).sqrt()
+    return torch.maximum(tolerance * torch.hypot(alpha[1:], sigma[1:]), noise_tolerance * noise_scale)

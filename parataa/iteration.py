@@ -1,0 +1,213 @@
+"""The iteration of one sample: init, step and terminate over explicit state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from parataa.acceleration import triangular_anderson, triangular_secant
+from parataa.equations import Coefs, Equations, WindowEquations
+
+Kept = dict[int, Tensor]
+Draw = Callable[[int], Tensor]
+ACCELERATIONS = ("anderson", "secant")
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How earlier rounds are used.
+
+    Args:
+        name: `anderson` or `secant`.
+        memory: rounds remembered, the current one included; 1 is plain iteration.
+        regularization: relative, > 0.
+    """
+
+    name: str
+    memory: int
+    regularization: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What earlier rounds leave to the next, for the rows of the window; rows that are new have zero differences.
+
+    Args:
+        points: the last states, after the rows (`anderson`) or before them (`secant`), (old rows, *shape).
+        values: the last residuals (`anderson`) or shifted outputs (`secant`), of the same shape.
+        moved: differences of successive points, the newest first, (memory - 1 or fewer, rows, *shape).
+        changed: differences of successive values, of the same shape.
+    """
+
+    points: Tensor
+    values: Tensor
+    moved: Tensor
+    changed: Tensor
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """One sample between two rounds.
+
+    Args:
+        start: states 0 to start are final; the window's rows begin here.
+        states: states from `start` to the end of the window, (rows + 1, *shape).
+        kept: earlier states and outputs that the window's rows use, and their noises, by index.
+        history: of the last rounds.
+        fallback: (residual size, plain new states) of the last round if its step was accelerated, for the rows of
+            the window, (old rows,) and (old rows, *shape).
+    """
+
+    start: int
+    states: Tensor
+    kept: tuple[Kept, Kept, Kept] = ({}, {}, {})
+    history: History | None = None
+    fallback: tuple[Tensor, Tensor] | None = None
+
+
+def init(equations: Equations, first: Tensor, draw: Draw, guess: Tensor | None = None) -> Iterate:
+    """Begin at state 0, (*shape), with a guess of the states, (N+1, *shape), or copies of state 0."""
+    return _refill(equations, Iterate(0, first[None].clone()), draw, guess)
+
+
+def step(
+    equations: Equations,
+    iterate: Iterate,
+    outputs: Tensor,
+    acceleration: Acceleration,
+    draw: Draw,
+    guess: Tensor | None = None,
+) -> tuple[Iterate, Tensor]:
+    """One round: finish rows from the noise end on, improve the others, slide the window.
+
+    A row is finished when its first-order residual is small and all rows before it are finished. The first unfinished
+    row has final inputs, so that its plain step is exact and finishes it as well: N rounds always suffice.
+
+    Args:
+        equations: of the table.
+        iterate: the sample.
+        outputs: the network's at the rows of the window, (rows, *shape).
+        acceleration: how to improve.
+        draw: a row's noise, (*shape).
+        guess: states of rows that enter the window, (N+1, *shape); by default copies of the newest state.
+    Returns:
+        The next iterate, and the root mean square first-order residuals of the window's rows.
+    """
+    now = equations.at(iterate.start)
+    shifted = outputs - _each(now.slope, outputs) * iterate.states[:-1]
+    exact = _combine(now.plain, now, iterate, outputs)
+    plain = _combine(now.reaching, now, iterate, shifted)
+    size = (exact - iterate.states[1:]).flatten(1).square().mean(1).sqrt()
+    finished = int((size <= now.tolerance).long().cumprod(0).sum())
+    improved, history, fallback = _improve(now, iterate, plain, shifted, size, acceleration)
+    states = torch.cat([iterate.states[: finished + 1], exact[finished : finished + 1], improved[finished + 1 :]])
+    following = replace(iterate, states=states, history=history, fallback=fallback)
+    following = _slide(equations, following, outputs, min(finished + 1, len(size)))
+    return _refill(equations, following, draw, guess), size
+
+
+def terminate(equations: Equations, iterate: Iterate) -> bool:
+    """Whether every row is finished."""
+    return iterate.start == equations.table.nfe
+
+
+def _combine(coefs: Coefs, now: WindowEquations, iterate: Iterate, outputs: Tensor) -> Tensor:
+    """New states of the window's rows, (rows, *shape)."""
+    inside = (iterate.states[:-1], outputs, outputs[:0])
+    total = torch.zeros_like(outputs)
+    for coef, columns, kept, values in zip(coefs, now.columns, iterate.kept, inside):
+        earlier = [kept[j] for j in columns[: len(columns) - len(values)]]
+        values = torch.cat([torch.stack(earlier), values]) if earlier else values
+        total += torch.tensordot(coef, values, 1)
+    return total
+
+
+def _improve(
+    now: WindowEquations, iterate: Iterate, plain: Tensor, shifted: Tensor, size: Tensor, acceleration: Acceleration
+) -> tuple[Tensor, History | None, tuple[Tensor, Tensor] | None]:
+    """New states of all rows, accelerated unless the last accelerated step raised the residual."""
+    if acceleration.memory == 1:
+        return plain, None, None
+    if iterate.fallback is not None and _raised(size, iterate.fallback[0]):
+        known = len(iterate.fallback[1])
+        return torch.cat([iterate.fallback[1], plain[known:]]), None, None
+    residual = plain - iterate.states[1:]
+    if acceleration.name == "anderson":
+        history = _remember(iterate.history, iterate.states[1:], residual, acceleration.memory)
+    else:
+        history = _remember(iterate.history, iterate.states[:-1], shifted, acceleration.memory)
+    if not len(history.moved):
+        return plain, history, None
+    moved, changed = history.moved.flatten(2), history.changed.flatten(2)
+    if acceleration.name == "anderson":
+        correction = triangular_anderson(residual.flatten(1), moved, changed, acceleration.regularization)
+    else:
+        inside = now.reaching[1][:, -len(plain) :]
+        correction = triangular_secant(residual.flatten(1), moved, changed, inside, acceleration.regularization)
+    return plain + correction.reshape(plain.shape), history, (size, plain)
+
+
+def _raised(size: Tensor, before: Tensor) -> bool:
+    """Whether the residual over the rows of both rounds went up, or is not finite."""
+    return not bool(size[: len(before)].square().sum() <= before.square().sum())
+
+
+def _remember(history: History | None, points: Tensor, values: Tensor, memory: int) -> History:
+    """The history with one more difference in front, the oldest dropped."""
+    if history is None:
+        none = points.new_zeros(0, *points.shape)
+        return History(points, values, none, none)
+    return History(
+        points,
+        values,
+        torch.cat([_difference(points, history.points)[None], history.moved])[: memory - 1],
+        torch.cat([_difference(values, history.values)[None], history.changed])[: memory - 1],
+    )
+
+
+def _difference(new: Tensor, old: Tensor) -> Tensor:
+    return torch.cat([new[: len(old)] - old, torch.zeros_like(new[len(old) :])])
+
+
+def _slide(equations: Equations, iterate: Iterate, outputs: Tensor, rows: int) -> Iterate:
+    """Drop the first rows of the window, keeping what later rows use."""
+    start = iterate.start + rows
+    fresh = ({}, {}, {})
+    for kind, values in enumerate((iterate.states, outputs)):
+        fresh[kind].update({iterate.start + j: values[j] for j in range(rows)})
+    kept = tuple(
+        {j: value.clone() for j, value in {**old, **new}.items() if equations.keeps(kind, j, start)}
+        for kind, (old, new) in enumerate(zip(iterate.kept, fresh))
+    )
+    history, fallback = iterate.history, iterate.fallback
+    if history is not None:
+        added = equations.stop(start) - equations.stop(iterate.start)
+        moved, changed = (_shifted(value, rows, added) for value in (history.moved, history.changed))
+        history = History(history.points[rows:], history.values[rows:], moved, changed)
+    if fallback is not None:
+        fallback = (fallback[0][rows:], fallback[1][rows:])
+    return Iterate(start, iterate.states[rows:], kept, history, fallback)
+
+
+def _shifted(values: Tensor, rows: int, added: int) -> Tensor:
+    """(memory, rows, *shape) without its first rows and with new rows of zeros."""
+    return torch.cat([values[:, rows:], values.new_zeros(len(values), added, *values.shape[2:])], dim=1)
+
+
+def _refill(equations: Equations, iterate: Iterate, draw: Draw, guess: Tensor | None) -> Iterate:
+    """Let new rows into the window: their states from the guess, their noises drawn."""
+    if terminate(equations, iterate):
+        return iterate
+    stop, states = equations.stop(iterate.start), iterate.states
+    missing = stop + 1 - iterate.start - len(states)
+    fresh = states[-1:].expand(missing, *states.shape[1:]) if guess is None else guess[stop + 1 - missing : stop + 1]
+    noises = {
+        j: iterate.kept[2][j] if j in iterate.kept[2] else draw(j) for j in equations.at(iterate.start).columns[2]
+    }
+    return replace(iterate, states=torch.cat([states, fresh]), kept=(*iterate.kept[:2], noises))
+
+
+def _each(values: Tensor, like: Tensor) -> Tensor:
+    """(rows,) shaped to broadcast over (rows, *shape)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
