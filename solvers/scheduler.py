@@ -11,11 +11,13 @@ In a fresh process, a pipeline saved with it loads by
 """
 
 import inspect
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import Tensor
 
 from solvers.artifact import guidance_fits, load_solver, table_from_dict, table_to_dict
@@ -85,71 +87,73 @@ class TableScheduler(StandaloneScheduler):
 
         Args:
             solver, seed, allow_mismatch: as in `from_solver`.
-            pipe: a diffusers pipeline with its original scheduler.
+            pipe: a diffusers pipeline with its original scheduler, or the folder of a saved one.
             guidance_scale: the scale the pipeline will be called with; None leaves it unchecked.
         Raises:
             SolverError: the solver was made for another schedule, shift, prediction type or guidance scale.
         """
-        scale_start = not _mentions(pipe, "init_noise_sigma")
+        original, pipeline_class = _parts(pipe)
+        scale_start = not _mentions(pipeline_class, "init_noise_sigma")
         scheduler = cls.from_solver(solver, seed=seed, allow_mismatch=allow_mismatch, scale_start=scale_start)
         scheduler.check_pipeline(pipe, guidance_scale, allow_mismatch=allow_mismatch)
-        original = pipe.scheduler.config
-        if original.get("use_dynamic_shifting"):
-            scheduler.register_to_config(**{name: original[name] for name in DYNAMIC_SHIFT if name in original})
+        config = _config(original)
+        if config.get("use_dynamic_shifting"):
+            scheduler.register_to_config(**{name: config[name] for name in DYNAMIC_SHIFT if name in config})
         return scheduler
 
     def check_pipeline(self, pipe: Any, guidance_scale: float | None = None, allow_mismatch: bool = False) -> None:
-        """Compare schedule, shift, prediction type and guidance scale with a pipeline's (or its scheduler's).
+        """Compare schedule, shift, prediction type and guidance scale with a pipeline's.
 
         Args:
-            pipe: a diffusers pipeline with its original scheduler, or that scheduler.
+            pipe: a diffusers pipeline with its original scheduler, that scheduler, or the folder of a saved pipeline.
             guidance_scale: the scale the pipeline will be called with; None leaves it unchecked.
             allow_mismatch: accept any difference.
         Raises:
             SolverError: they differ; the message names every difference.
         """
-        reasons = [] if allow_mismatch else self._reasons(pipe, guidance_scale)
+        if allow_mismatch:
+            return
+        original, pipeline_class = _parts(pipe)
+        reasons = self._schedule_reasons(original) + self._start_reasons(pipeline_class)
+        allowed = self.config["guidance_scale"]
+        if guidance_scale is not None and allowed is not None and not guidance_fits(allowed, guidance_scale):
+            reasons.append(f"guidance scale is {guidance_scale}, made for {allowed}")
         if reasons:
             raise SolverError(
-                f"this solver does not fit {type(pipe).__name__}: {'; '.join(reasons)}. Use a solver made for this "
-                "pipeline, or pass allow_mismatch=True to use it all the same"
+                f"this solver does not fit the pipeline: {'; '.join(reasons)}. Use a solver made for this pipeline, "
+                "or pass allow_mismatch=True to use it all the same"
             )
 
-    def _reasons(self, pipe: Any, guidance_scale: float | None) -> list[str]:
-        original = getattr(pipe, "scheduler", pipe)
-        made_for = self.config.schedule
+    def _schedule_reasons(self, original: Any) -> list[str]:
+        made_for = self.config["schedule"]
         if made_for is None:
             return ["its schedule is not known: load it from an artifact, or pass schedule= to from_solver"]
-        reasons = []
-        found = _schedule_of(original)
+        found, reasons = _schedule_of(original), []
         if found.prediction_type != made_for["prediction_type"]:
             reasons.append(f"prediction type is {found.prediction_type}, made for {made_for['prediction_type']}")
-        made = {"kind": made_for["kind"], **made_for["parameters"]}
-        has = {"kind": found.kind, **found.parameters}
-        if original.config.get("use_dynamic_shifting"):
+        made, has = ({"kind": kind} | values for kind, values in _described(made_for, found))
+        if _config(original).get("use_dynamic_shifting"):
             has["shift"] = made.get("shift")  # set_timesteps compares it with the mu of each call
         if has != made:
             reasons.append(f"noise schedule is {has}, made for {made}")
-        allowed = self.config.guidance_scale
-        if guidance_scale is not None and allowed is not None and not guidance_fits(allowed, guidance_scale):
-            reasons.append(f"guidance scale is {guidance_scale}, made for {allowed}")
-        if any(abs(table["start_scale"] - 1) > 1e-7 for table in self._tables.values()):
-            reasons += self._start_reasons(pipe)
         return reasons
 
-    def _start_reasons(self, pipe: Any) -> list[str]:
-        """Whether the pipeline scales its first state, or lets the scheduler do so."""
-        if self.config.scale_start:
-            return [] if _mentions(pipe, "scale_model_input") else ["the pipeline never scales its start noise"]
-        if not _mentions(pipe, "init_noise_sigma"):
+    def _start_reasons(self, pipeline_class: type | None) -> list[str]:
+        """Whether the first state gets its scale, from the pipeline or from this scheduler."""
+        if all(abs(table["start_scale"] - 1) <= 1e-7 for table in self._tables.values()):
+            return []
+        if self.config["scale_start"]:
+            scaled = _mentions(pipeline_class, "scale_model_input")
+            return [] if scaled else ["the pipeline never scales its start noise, as this solver needs"]
+        if not _mentions(pipeline_class, "init_noise_sigma"):
             return ["the pipeline ignores init_noise_sigma: use for_pipeline, or pass scale_start=True to from_solver"]
         return []
 
     def _nodes(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes of any timesteps of the schedule; of the table's own where the schedule is not known."""
-        if self.config.schedule is None:
+        if self.config["schedule"] is None:
             return super()._nodes(timesteps)
-        return NoiseSchedule.from_dict(self.config.schedule).alpha_sigma(timesteps)
+        return NoiseSchedule.from_dict(self.config["schedule"]).alpha_sigma(timesteps)
 
 
 def load_tables(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
@@ -179,16 +183,41 @@ def _num_train_timesteps(schedule: dict[str, Any] | None) -> int:
     return int(steps or parameters["timestep_scale"])
 
 
+def _parts(pipe: Any) -> tuple[Any, type | None]:
+    """The scheduler (or its config) and the class of a pipeline, a pipeline's folder, or a bare scheduler."""
+    if isinstance(pipe, str | Path):
+        return _saved_parts(Path(pipe))
+    return (pipe.scheduler, type(pipe)) if hasattr(pipe, "scheduler") else (pipe, None)
+
+
+def _saved_parts(folder: Path) -> tuple[dict[str, Any], type | None]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise SolverError(f"{folder} is not the folder of a saved diffusers pipeline ({error})") from error
+    return config, getattr(diffusers, str(index.get("_class_name")), None)
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    return dict(getattr(scheduler, "config", scheduler))
+
+
 def _schedule_of(scheduler: Any) -> NoiseSchedule:
-    known = scheduler.config.get("schedule") if isinstance(scheduler, StandaloneScheduler) else None
+    config = _config(scheduler)
+    known = config.get("schedule") if "tables" in config else None
     return NoiseSchedule.from_scheduler(scheduler) if known is None else NoiseSchedule.from_dict(known)
 
 
-def _mentions(pipe: Any, name: str) -> bool:
-    """Whether the pipeline's code uses a scheduler's attribute; assumed where there is no source to look at."""
-    if not hasattr(pipe, "scheduler"):
+def _described(made_for: dict[str, Any], found: NoiseSchedule) -> list[tuple[str, dict[str, Any]]]:
+    return [(made_for["kind"], dict(made_for["parameters"])), (found.kind, dict(found.parameters))]
+
+
+def _mentions(pipeline_class: type | None, name: str) -> bool:
+    """Whether a pipeline's code uses a scheduler's attribute; assumed where there is no source to look at."""
+    if pipeline_class is None:
         return True
     try:
-        return name in inspect.getsource(sys.modules[type(pipe).__module__])
+        return name in inspect.getsource(sys.modules[pipeline_class.__module__])
     except (OSError, KeyError, TypeError):
         return True

@@ -77,7 +77,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """Scale of the first state against unit noise."""
-        return 1.0 if self.config.scale_start else float(self._table["start_scale"])
+        return 1.0 if self.config["scale_start"] else float(self._table["start_scale"])
 
     @property
     def step_index(self) -> int:
@@ -90,7 +90,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return self._begin
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     def set_timesteps(
         self,
@@ -121,7 +121,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 "pass one of these"
             )
         self._select(count, device)
-        if not self.config.allow_mismatch:
+        if not self.config["allow_mismatch"]:
             self._check_steps(sigmas, timesteps, mu)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -142,7 +142,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The sample itself: states are what the network receives (with `scale_start`, row 0 is scaled here)."""
-        if self.config.scale_start and self._row == 0:
+        if self.config["scale_start"] and self._row == 0:
             return sample * float(self._table["start_scale"])
         return sample
 
@@ -236,7 +236,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             self._check_shift(float(mu))
 
     def _check_shift(self, mu: float) -> None:
-        made_for = ((self.config.schedule or {}).get("parameters") or {}).get("shift")
+        made_for = ((self.config["schedule"] or {}).get("parameters") or {}).get("shift")
         shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
         if made_for is not None and abs(shift - made_for) > 1e-3 * made_for:
             raise ValueError(
