@@ -191,7 +191,7 @@ def _flow_table(entry: _Named, schedule: NoiseSchedule, n: int, spacing: str) ->
     if spacing == "trailing" and entry.scheduler == "FlowMatchHeunDiscreteScheduler":
         scheduler.sigma_min = 1 / n  # its set_timesteps takes no sigmas, but spreads n of them down to this one
     elif spacing == "trailing" and entry.scheduler != "DPMSolverMultistepScheduler":
-        arguments["sigmas"] = torch.linspace(1, 1 / n, n, dtype=torch.float64).tolist()
+        arguments["sigmas"] = torch.linspace(1, 1 / n, n, dtype=torch.float64).numpy()  # UniPC takes no list
     table = tabulate(scheduler, n, set_timesteps=arguments)
     return replace(table, timesteps=table.timesteps * (schedule.parameters["timestep_scale"] / 1000))
 
