@@ -203,7 +203,7 @@ def _warn(stats: ParallelStats, settings: Settings) -> None:
     left = stats.sample_reasons.count("max_rounds")
     warnings.warn(
         f"{left} of {len(stats.sample_reasons)} samples did not converge in {stats.rounds} rounds: the largest "
-        f"residual is {float(stats.residuals[-1].nan_to_num(0).max()):.1e}, tolerance {settings.tolerance:g}; raise max_rounds "
-        "(N rounds always suffice) or the tolerance",
+        f"residual is {float(stats.residuals[-1].nan_to_num(0).max()):.1e}, the tolerance {settings.tolerance:g}; "
+        "raise max_rounds (N rounds always suffice) or the tolerance",
         stacklevel=3,
     )

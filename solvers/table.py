@@ -103,13 +103,13 @@ class SolverTable:
         if not 0 <= start < n:
             raise ValueError(f"start is {start}: the frozen states of a table of {n} rows are 0 to {n - 1}")
         blocks = torch.stack([self.state_coef, self.output_coef, self.noise_coef], dim=1).detach()
-        rows = [blocks[i].clone() for i in range(n)]
-        for i, row in enumerate(rows):
-            for state in range(i, max(i - order + 1, start), -1):
-                weight = row[0, state].clone()
-                row[0, state] = 0
-                row += weight * blocks[state - 1]
-        state_coef, output_coef, noise_coef = torch.stack(rows).unbind(1)
+        rows = blocks.clone()
+        for back in range(min(order, n - start) - 1):
+            row = torch.arange(start + 1 + back, n)  # state row - back, all rows at once
+            weight = rows[row, 0, row - back]
+            rows[row, 0, row - back] = 0
+            rows[row] += weight[:, None, None] * blocks[row - back - 1]
+        state_coef, output_coef, noise_coef = (block.contiguous() for block in rows.unbind(1))
         return replace(
             self,
             state_coef=state_coef,
