@@ -60,54 +60,75 @@ class FrechetTo:
         return (means - self.target.mean).square().sum(-1) + traces - 2 * cross
 
 
-def kernel_distance(first: Tensor, second: Tensor, chunk: int = 4096) -> float:
-    """Unbiased squared maximum mean discrepancy with the cubic kernel (x . y / d + 1)^3, "KID", of all pairs.
+class KernelTo:
+    """Unbiased squared maximum mean discrepancies to one set of features, "KID", over all pairs.
+
+    The kernel is (x . y / d + 1)^3; the sum within the fixed set is taken once.
 
     Args:
-        first, second: features (n, d) and (m, d), at least two each.
-        chunk: rows of the kernel matrix held at once.
-    Source: arXiv 1801.01401, eq. 4; on all features instead of the mean over subsets, which has the same expectation.
+        target: features (m, d) of the data, at least two.
+        chunk: rows of a kernel matrix held at once.
+    Source: arXiv 1801.01401, eq. 4; of all features instead of the mean over subsets, which has the same expectation.
     """
-    first, second = first.double(), second.double()
-    n, m = len(first), len(second)
-    if min(n, m) < 2:
-        raise ValueError(f"a kernel distance of {n} and {m} images is undefined: give at least 2 each")
-    within = (_pair_sum(first, chunk) / (n * (n - 1)), _pair_sum(second, chunk) / (m * (m - 1)))
-    across = sum(float(_kernel(part, second).sum()) for part in first.split(chunk)) / (n * m)
-    return within[0] + within[1] - 2 * across
+
+    def __init__(self, target: Tensor, chunk: int = 1024) -> None:
+        self.target, self.chunk = target.double(), chunk
+        self.within = self._within(self.target)
+
+    def __call__(self, features: Tensor) -> float:
+        """The distance of features (n, d), at least two."""
+        features = features.double()
+        across = sum(float(_kernel(part, self.target).sum()) for part in features.split(self.chunk))
+        return self._within(features) + self.within - 2 * across / (len(features) * len(self.target))
+
+    def _within(self, features: Tensor) -> float:
+        """Mean of the kernel over ordered pairs of different features."""
+        count = len(features)
+        if count < 2:
+            raise ValueError(f"a kernel distance of {count} images is undefined: give at least 2")
+        total = sum(float(_kernel(part, features).sum()) for part in features.split(self.chunk))
+        return (total - float(((features.square().mean(1) + 1) ** 3).sum())) / (count * (count - 1))
 
 
-def _pair_sum(features: Tensor, chunk: int) -> float:
-    """Sum of the kernel over ordered pairs of different features."""
-    total = sum(float(_kernel(part, features).sum()) for part in features.split(chunk))
-    return total - float(((features.square().mean(1) + 1) ** 3).sum())
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """`KernelTo` of two sets of features, (n, d) and (m, d)."""
+    return KernelTo(second)(first)
 
 
 def _kernel(first: Tensor, second: Tensor) -> Tensor:
     return (first @ second.T / first.shape[1] + 1) ** 3
 
 
-def precision_recall(generated: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Share of generated features within the real manifold, and of real ones within the generated manifold.
-
-    A manifold is the union of balls around its features that reach to their k-th nearest neighbour.
+class Manifold:
+    """Union of balls around features that reach to their k-th nearest neighbour.
 
     Args:
-        generated, real: features (n, d) and (m, d), more than `neighbours` each.
+        features: (n, d), more than `neighbours`.
         neighbours: k.
-    Source: arXiv 1904.06991, eq. 1-2.
+    Source: arXiv 1904.06991, eq. 1.
     """
-    if min(len(generated), len(real)) <= neighbours:
-        raise ValueError(f"precision and recall need more than {neighbours} images on both sides")
-    generated, real = generated.double(), real.double()
-    return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
+
+    def __init__(self, features: Tensor, neighbours: int = 3) -> None:
+        if len(features) <= neighbours:
+            raise ValueError(f"precision and recall need more than {neighbours} images, {len(features)} were given")
+        self.features, self.neighbours = features.double(), neighbours
+        parts = [_distance(part, self.features).kthvalue(neighbours + 1).values for part in self.features.split(1024)]
+        self.radius = torch.cat(parts)
+
+    def share(self, features: Tensor) -> float:
+        """Share of features (m, d) that lie inside."""
+        parts = features.double().split(1024)
+        return float(
+            torch.cat([(_distance(part, self.features) <= self.radius).any(1) for part in parts]).double().mean()
+        )
 
 
-def _covered(points: Tensor, manifold: Tensor, neighbours: int) -> float:
-    radius = torch.cat([_distance(part, manifold).kthvalue(neighbours + 1).values for part in manifold.split(1024)])
-    return float(
-        torch.cat([(_distance(part, manifold) <= radius).any(1) for part in points.split(1024)]).double().mean()
-    )
+def precision_recall(generated: Tensor, real: Manifold) -> tuple[float, float]:
+    """Share of generated features (n, d) within the real manifold, and of real ones within the generated manifold.
+
+    Source: arXiv 1904.06991, eq. 2.
+    """
+    return real.share(generated), Manifold(generated, real.neighbours).share(real.features)
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class KernelDistance(_Gathered):
 
     def compute(self) -> Tensor:
         """The distance, float64."""
-        return _scalar(distances.kernel_distance(self.gathered(), self.statistics.features))
+        return _scalar(self.statistics.kernel(self.gathered()))
 
 
 class PrecisionRecall(_Gathered):
@@ -94,19 +94,18 @@ class PrecisionRecall(_Gathered):
 
     Args:
         statistics: of the data.
-        neighbours: balls reach to this neighbour.
         kwargs: of torchmetrics' Metric.
     """
 
     higher_is_better = True
 
-    def __init__(self, statistics: ReferenceStatistics, neighbours: int = 3, **kwargs: Any) -> None:
+    def __init__(self, statistics: ReferenceStatistics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.statistics, self.neighbours = statistics, neighbours
+        self.statistics = statistics
 
     def compute(self) -> dict[str, Tensor]:
         """`precision` and `recall`, float64."""
-        found = distances.precision_recall(self.gathered(), self.statistics.features, self.neighbours)
+        found = distances.precision_recall(self.gathered(), self.statistics.manifold)
         return {"precision": _scalar(found[0]), "recall": _scalar(found[1])}
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from evaluation.distances import FrechetTo, Gaussian
+from evaluation.distances import FrechetTo, Gaussian, KernelTo, Manifold
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor
 from solvers.files import atomic_write
 
@@ -43,6 +43,16 @@ class ReferenceStatistics:
     def frechet(self) -> FrechetTo:
         """Distances to the data, its covariance's root taken once."""
         return FrechetTo(self.gaussian)
+
+    @cached_property
+    def kernel(self) -> KernelTo:
+        """Kernel distances to the subset."""
+        return KernelTo(self.features)
+
+    @cached_property
+    def manifold(self) -> Manifold:
+        """The subset's manifold."""
+        return Manifold(self.features)
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,81 @@
+"""The columns of a comparison's table, as every report shows them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS = {
+    "solver": "solver",
+    "nfe": "NFE",
+    "guidance": "guidance",
+    "fd": "FD",
+    "kid": "KID x 1000",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "IS",
+    "rmse": "RMSE",
+    "psnr": "PSNR (dB)",
+    "end_noise_level": "end noise",
+    "seconds": "s / image",
+    "fitting_seconds": "fitting s",
+}
+HINTS = {
+    "nfe": "network evaluations; a guided one counts once",
+    "fd": "Frechet distance to the data; lower is better; 95 % interval",
+    "kid": "kernel distance to the data, times 1000; lower is better",
+    "precision": "share of samples inside the data's manifold",
+    "recall": "share of the data inside the samples' manifold",
+    "inception_score": "exp of the mean divergence of class probabilities",
+    "rmse": "to the reference solver from the same noise; 95 % interval",
+    "psnr": "to the reference solver, range 2",
+    "end_noise_level": "sigma / alpha left in the image",
+    "seconds": "sampling time per image",
+    "fitting_seconds": "time the solver's fit took, once",
+}
+
+
+def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns that hold a value in some row; guidance only where it differs."""
+    used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    constant = len({row["guidance"] for row in rows}) == 1
+    silent = {"end_noise_level"} if all(row["end_noise_level"] < 1e-6 for row in rows) else set()
+    return [name for name in used if name not in silent and not (name == "guidance" and constant)]
+
+
+def cell(row: Mapping[str, Any], name: str) -> str:
+    """A value as text, without its interval; empty where there is none."""
+    value = row.get(name)
+    if value is None:
+        return ""
+    if name == "kid":
+        return f"{1000 * value:.3g}"
+    return str(value) if isinstance(value, str | int) else f"{value:.4g}"
+
+
+def interval(row: Mapping[str, Any], name: str) -> str:
+    """The 95 % interval of a value as text, or empty."""
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    trivial = row.get("is_reference") and name == "rmse"
+    return "" if low is None or trivial else f"{low:.3g} to {high:.3g}"
+
+
+def summary(settings: Mapping[str, Any]) -> list[str]:
+    """What was compared and how, one sentence each."""
+    last = settings["seed"] + settings["num_samples"] - 1
+    lines = [
+        f"{settings['num_samples']} images per solver, seeds {settings['seed']} to {last}, "
+        f"network in {settings['precision']}."
+    ]
+    data = settings.get("statistics")
+    if data is not None:
+        described = data["description"] or data["fingerprint"]
+        lines.append(
+            f"Distances are measured in the features of {settings['extractor']} "
+            f"to {data['images']} images: {described}. "
+            "They depend on the number of images: compare only figures of the same number."
+        )
+    return lines
+
+
+def label(row: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """A solver's short name, the reference marked."""
+    return names[row["solver"]] + (" (reference)" if row["is_reference"] else "")

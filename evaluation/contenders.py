@@ -1,0 +1,160 @@
+"""What is compared: a solver table on a network, and what a user's list of solvers stands for."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from denoisers import load_denoiser
+from solvers import SolverTable
+from solvers.artifact import TENSORS, guidance_fits, load_solver, student_path
+from solvers.named import resolve_solver
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A solver on a network.
+
+    Args:
+        name: what reports call it.
+        table: the solver.
+        denoiser: the network, a student's own where it has one; it carries `schedule` and `sample_shape`.
+        guidance_scale: the scale its images stand for: the network's own, or what a student was distilled from.
+    """
+
+    name: str
+    table: SolverTable
+    denoiser: Any
+    guidance_scale: float = 1.0
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything its images depend on but the seeds; of the precision, only what the network reports."""
+        digest = hashlib.sha256(self.table.prediction_type.encode())
+        for name in TENSORS:
+            digest.update(getattr(self.table, name).detach().contiguous().numpy().tobytes())
+        own_scale = float(getattr(self.denoiser, "guidance_scale", 1.0))
+        digest.update(f"{self.table.start_scale!r} {own_scale!r} {network_hash(self.denoiser)}".encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def end_noise_level(self) -> float:
+        """sigma / alpha of the last node: noise that the solver leaves in its images."""
+        return float(self.table.sigma[-1].detach() / self.table.alpha[-1].detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Contenders of one guidance scale and the reference solver their errors are measured against."""
+
+    reference: Contender
+    contenders: tuple[Contender, ...]
+
+
+def network_hash(denoiser: Any) -> str:
+    """The network's weight hash; of one without, its weights are hashed; a plain function has none."""
+    known = getattr(denoiser, "weight_hash", None)
+    if known is not None:
+        return known
+    if isinstance(denoiser, torch.nn.Module):
+        from denoisers.checkpoint import weight_hash
+
+        return weight_hash(denoiser)
+    return f"function {getattr(denoiser, '__qualname__', type(denoiser).__name__)}"
+
+
+def load_groups(
+    denoiser: str,
+    solvers: Sequence[str],
+    reference: str,
+    guidance_scale: Sequence[float] | None = None,
+    precision: str = "float32",
+    device: torch.device | None = None,
+) -> list[Group]:
+    """Load what a command line names, a group per guidance scale.
+
+    An artifact appears at the scales it was made for, a `name:steps` at all of them.
+
+    Args:
+        denoiser: path of the network.
+        solvers: artifacts' paths or name:steps.
+        reference: the same.
+        guidance_scale: scales; default: the one the artifacts were made for, else 1.
+        precision: of the networks.
+        device: of the networks.
+    Raises:
+        ValueError: no solver, the same one twice, an unknown one, one that fits none of the scales or not the
+            network, or artifacts of different scales when none was given.
+    """
+    solvers = [str(solver) for solver in solvers]
+    if not solvers:
+        raise ValueError("no solvers to compare: give at least one artifact's path or name:steps")
+    if len(set(solvers)) < len(solvers):
+        raise ValueError(f"a solver is named twice in {', '.join(solvers)}: name each once")
+    made_for = {solver: _made_for(solver) for solver in solvers if solver.endswith(".json")}
+    scales = list(guidance_scale) if guidance_scale else _common_scale(made_for)
+    for solver, allowed in made_for.items():
+        if not any(guidance_fits(allowed, scale) for scale in scales):
+            raise ValueError(
+                f"{solver} was made for guidance scale {allowed}, not for {scales}: add it, or leave it out"
+            )
+    groups = []
+    for scale in scales:
+        model = load_denoiser(denoiser, guidance_scale=scale, precision=precision, device=device)
+        chosen = [name for name in solvers if name not in made_for or guidance_fits(made_for[name], scale)]
+        contenders = tuple(_load(name, model, scale, precision, device) for name in chosen)
+        groups.append(Group(_load(reference, model, scale, precision, device), contenders))
+    return groups
+
+
+def check_seeds(groups: Sequence[Group], seeds: range) -> None:
+    """Refuse evaluation on seeds that an artifact was fitted or selected on.
+
+    Raises:
+        ValueError: names the artifact and the overlap.
+    """
+    for contender in (contender for group in groups for contender in group.contenders):
+        info = contender.table.info
+        for source in ("fitted_on", "validation"):
+            for start, stop in (info.get(source) or {}).get("seeds", []):
+                if start < seeds.stop and seeds.start < stop:
+                    raise ValueError(
+                        f"{contender.name} was fitted on the seeds {start} to {stop - 1} ({source}), which overlap the "
+                        f"evaluation seeds {seeds.start} to {seeds.stop - 1}: choose another --seed"
+                    )
+
+
+def _load(name: str, model: Any, scale: float, precision: str, device: torch.device | None) -> Contender:
+    if not name.endswith(".json"):
+        return Contender(name, resolve_solver(name, model.schedule), model, scale)
+    weights = student_path(load_solver(name))
+    if weights is not None:
+        model = load_denoiser(weights.parent, precision=precision, device=device)
+    return Contender(name, load_solver(name, model), model, scale)
+
+
+def _made_for(path: str) -> Any:
+    """The guidance scale or range an artifact stands for; a student states what its teacher had in `fitted_on`."""
+    table = load_solver(path)
+    own = table.info["guidance_scale"]
+    return table.info["fitted_on"].get("guidance_scale", own) if table.info["student"] else own
+
+
+def _common_scale(made_for: dict[str, Any]) -> list[float]:
+    scales = {float(value) for value in made_for.values() if not isinstance(value, list)}
+    if len(scales) > 1:
+        raise ValueError(f"the artifacts were made for guidance scales {sorted(scales)}: choose with --guidance_scale")
+    if scales:
+        return list(scales)
+    ranges = [value for value in made_for.values() if isinstance(value, list)]
+    return [ranges[0][0]] if ranges else [1.0]
+
+
+def display_names(names: Sequence[str]) -> dict[str, str]:
+    """Short names for pictures: file names without folder where they stay different."""
+    short = {name: Path(name).stem if name.endswith(".json") else name for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in names}
