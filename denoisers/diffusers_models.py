@@ -13,26 +13,33 @@ from denoisers.protocol import drop_learned_variance
 from solvers.schedule import NoiseSchedule
 
 
-def read_schedule(scheduler: Any, image_tokens: int | None = None) -> NoiseSchedule:
+def read_schedule(scheduler: Any, image_tokens: int | None = None, mu: float | None = None) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler; dynamic shift is resolved for one number of image tokens.
 
-        shift = exp(mu) (exponential) or mu (linear),  mu = line through (base_image_seq_len, base_shift) and
+        shift = exp(mu) (exponential) or mu (linear),  mu on the line through (base_image_seq_len, base_shift) and
         (max_image_seq_len, max_shift) at `image_tokens`
 
     Args:
         scheduler: a scheduler or its config.
-        image_tokens: what the pipeline calls image_seq_len.
+        image_tokens: what pipelines call image_seq_len.
+        mu: where it is known instead of the number of tokens.
     Raises:
         ValueError: a beta schedule NoiseSchedule does not know.
     """
     config = dict(getattr(scheduler, "config", scheduler))
     schedule = NoiseSchedule.from_scheduler(scheduler)
-    if not config.get("use_dynamic_shifting") or image_tokens is None:
+    if not config.get("use_dynamic_shifting") or (image_tokens is None and mu is None):
         return schedule
+    mu = _shift_exponent(config, image_tokens) if mu is None else mu
+    return NoiseSchedule.flow(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+
+
+def _shift_exponent(config: dict[str, Any], image_tokens: int) -> float:
+    """mu, rounded as the pipelines round it, so that fingerprints agree."""
     tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = shifts[0] + (image_tokens - tokens[0]) * (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
-    return NoiseSchedule.flow(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+    slope = (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+    return image_tokens * slope + (shifts[0] - slope * tokens[0])
 
 
 @dataclass(frozen=True)
