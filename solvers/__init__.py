@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from solvers.artifact import load_solver, save_solver, student_path
 from solvers.errors import SolverError
+from solvers.export import export_solver
+from solvers.hub import push_to_hub
 from solvers.ipndm import ipndm
 from solvers.named import baseline_names, named_solver, resolve_solver, solver_names
 from solvers.noise import row_noise, start_noise
@@ -24,10 +26,12 @@ __all__ = [
     "TableScheduler",
     "Trace",
     "baseline_names",
+    "export_solver",
     "ipndm",
     "load_solver",
     "named_solver",
     "propagate",
+    "push_to_hub",
     "resolve_solver",
     "row_noise",
     "sample",

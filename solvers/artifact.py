@@ -169,11 +169,11 @@ def table_from_dict(values: Any) -> SolverTable:
         SolverError: a missing or extra field, a wrong shape or type, or anything SolverTable refuses.
     """
     _fields("table", values, (*TENSORS, "start_scale", "prediction_type"), optional=SUPPORTS)
-    tensors = {name: _tensor(name, values[name], matrix=name.endswith("coef")) for name in TENSORS}
-    supports = {name: _tensor(name, values[name], matrix=True, of=bool) for name in SUPPORTS if name in values}
+    tensors: dict[str, Any] = {name: _tensor(name, values[name], name.endswith("coef")) for name in TENSORS}
+    tensors |= {name: _tensor(name, values[name], matrix=True, of=bool) for name in SUPPORTS if name in values}
     start_scale = _number("table.start_scale", values["start_scale"])
     try:
-        return SolverTable(**tensors, **supports, start_scale=start_scale, prediction_type=values["prediction_type"])
+        return SolverTable(**tensors, start_scale=start_scale, prediction_type=values["prediction_type"])
     except ValueError as error:
         raise SolverError(f"the table is not valid: {error}") from error
 
