@@ -60,6 +60,11 @@ def tabulate(
     factors, samples = run(lambda i, _: unit[0, i], unit[1].__getitem__, unit[2].__getitem__)
     scales = torch.tensor([*factors[1:], 1.0], dtype=torch.float64)
     coefs = torch.stack([sample.reshape(3, n) for sample in samples], dim=1) * scales[:, None]
+    if not bool(torch.isfinite(coefs).all()):
+        raise ValueError(
+            f"{type(scheduler).__name__} gives coefficients that are not finite with these settings: "
+            "try final_sigmas_type='sigma_min' or a schedule without zero signal-to-noise ratio"
+        )
     first = _first_node(used)
     table = SolverTable(
         timesteps=used.timesteps.detach().cpu().double(),
