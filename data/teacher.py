@@ -1,11 +1,9 @@
 """`train.py predict`: teacher trajectories by Lightning, on as many processes as the trainer has."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -61,37 +59,33 @@ class TeacherTrajectories(lightning.LightningModule):
             teacher = describe_teacher(self.denoiser, self.table, self.dtype_)
         self.writer = TrajectoryWriter(self.folder, teacher, self.seeds, self.shard_size)
 
-    def predict_step(self, batch: int, batch_idx: int) -> Trajectories | None:
-        """Trajectories of a shard; None for one that exists already."""
+    def predict_step(self, batch: int, batch_idx: int) -> list[Trajectories]:
+        """Trajectories of a shard; nothing for one that exists already."""
         if batch < 0:
-            return None
+            return []
         seeds = self.writer.shard_seeds(batch)
-        return run_teacher(self.denoiser, self.table, seeds, self.dtype_, device=self.device)
+        return [run_teacher(self.denoiser, self.table, seeds, self.dtype_, device=self.device)]
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """The writer is part of the job."""
         return [StoreTrajectories()]
 
 
-class StoreTrajectories(BasePredictionWriter):
+class StoreTrajectories(lightning.Callback):
     """Hands each shard to the module's writer, which works in the background."""
 
-    def __init__(self) -> None:
-        super().__init__(write_interval="batch")
-
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: lightning.Trainer,
         pl_module: TeacherTrajectories,
-        prediction: Trajectories | None,
-        batch_indices: Sequence[int] | None,
+        outputs: list[Trajectories],
         batch: int,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Queue a shard."""
-        if prediction is not None:
-            pl_module.writer.write(batch, prediction)
+        for trajectories in outputs:
+            pl_module.writer.write(batch, trajectories)
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: TeacherTrajectories) -> None:
         """Wait for the last shard and complete the manifest."""
