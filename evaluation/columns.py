@@ -37,7 +37,7 @@ def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns that hold a value in some row; guidance only where it differs."""
     used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     constant = len({row["guidance"] for row in rows}) == 1
-    silent = {"end_noise_level"} if all(row["end_noise_level"] < 1e-6 for row in rows) else set()
+    silent = {"end_noise_level"} if all(row["end_noise_level"] < 1e-4 for row in rows) else set()
     return [name for name in used if name not in silent and not (name == "guidance" and constant)]
 
 
@@ -48,6 +48,8 @@ def cell(row: Mapping[str, Any], name: str) -> str:
         return ""
     if name == "kid":
         return f"{1000 * value:.3g}"
+    if name in ("end_noise_level", "seconds", "fitting_seconds"):
+        return f"{value:.2g}"
     return str(value) if isinstance(value, str | int) else f"{value:.4g}"
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -73,14 +74,10 @@ def _findings(group: Sequence["Entry"], names: Mapping[str, str], several: bool)
         measured = [row for row in rows if row[metric] is not None]
         if measured:
             best = min(measured, key=lambda row: row[metric])
-            lines.append(
-                f"{start}{text} is <b>{escape(names[best['solver']])}</b> {_figure(best, metric)}{_rivals(best, measured, metric, names)}."
-            )
+            figure = f"({COLUMNS[metric]} {best[metric]:.4g} with {best['nfe']} evaluations)"
+            rivals = _rivals(best, measured, metric, names)
+            lines.append(f"{start}{text} is <b>{escape(names[best['solver']])}</b> {figure}{rivals}.")
     return "".join(f"<p class=finding>{line[0].upper()}{line[1:]}</p>" for line in lines)
-
-
-def _figure(row: Mapping[str, Any], metric: str) -> str:
-    return f"({COLUMNS[metric]} {row[metric]:.4g} with {row['nfe']} evaluations)"
 
 
 def _rivals(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str, names: Mapping[str, str]) -> str:
@@ -95,10 +92,7 @@ def _rivals(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: 
 def _table(entries: Sequence["Entry"], names: Mapping[str, str]) -> str:
     rows = [entry.row for entry in entries]
     columns = shown_columns(rows)
-    head = "".join(
-        f'<th scope=col title="{escape(HINTS.get(name, ""))}"><button>{escape(COLUMNS[name])}</button></th>'
-        for name in columns
-    )
+    head = "".join(_head(name) for name in columns)
     best = {name: _best(rows, name) for name in ("fd", "kid", "rmse")}
     body = "".join(
         f"<tr{' class=reference' if row['is_reference'] else ''}>"
@@ -107,7 +101,12 @@ def _table(entries: Sequence["Entry"], names: Mapping[str, str]) -> str:
         for row in rows
     )
     hints = "; ".join(f"<b>{escape(COLUMNS[name])}</b> {escape(HINTS[name])}" for name in columns if name in HINTS)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p class=note>{hints}.</p>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll>{table}</div><p class=note>{hints}.</p>"
+
+
+def _head(name: str) -> str:
+    return f'<th scope=col title="{escape(HINTS.get(name, ""))}"><button>{escape(COLUMNS[name])}</button></th>'
 
 
 def _best(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
@@ -142,13 +141,34 @@ def _pareto_chart(group: Sequence["Entry"], names: Mapping[str, str], metric: st
         ends = (min(nfes), max(nfes)) if len(nfes) > 1 else (nfes[0] - 1, nfes[0] + 1)
         text = f"{names[group[0].row['solver']]}: {floor:.4g}"
         series.append(Series(text, ends, (floor, floor), None, labels=("", text), dots=False, dashed=True))
-    for index, row in enumerate(rows):
-        low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-        bars = {"low": (max(low, 1e-12),), "high": (high,)} if low is not None else {}
-        name = names[row["solver"]]
-        series.append(Series(name, (row["nfe"],), (row[metric],), index, labels=(name,), **bars))
+    colors = _colors(group, names)
+    for family, color in colors.items():
+        members = sorted((row for row in rows if _family(names[row["solver"]]) == family), key=lambda row: row["nfe"])
+        series.append(_family_series(members, metric, names, color))
     title = "FD to the data (lower is better)" if metric == "fd" else f"RMSE to {names[group[0].row['solver']]}"
     return Chart(series, "network evaluations", title, log_y=log_y, x_ticks=nfes, **_CHART).svg()
+
+
+def _family_series(rows: Sequence[Mapping[str, Any]], metric: str, names: Mapping[str, str], color: int) -> Series:
+    """One solver with several numbers of evaluations as a line, its name at the end."""
+    title = [names[row["solver"]] for row in rows]
+    text = [""] * (len(rows) - 1) + [title[0] if len(rows) == 1 else _family(title[0])] if rows else []
+    has_bars = all(row.get(f"{metric}_low") is not None for row in rows)
+    low = [max(row[f"{metric}_low"], 1e-3 * row[metric]) for row in rows] if has_bars else []
+    high = [row[f"{metric}_high"] for row in rows] if has_bars else []
+    values = [row["nfe"] for row in rows], [row[metric] for row in rows]
+    return Series(_family(title[0]) if rows else "", *values, color, low, high, text)
+
+
+def _family(name: str) -> str:
+    """A solver's name without its number of evaluations."""
+    return re.sub(r"[:-]\d+$", "", name)
+
+
+def _colors(group: Sequence["Entry"], names: Mapping[str, str]) -> dict[str, int]:
+    """Colour of each family of solvers, the same in all charts."""
+    families = dict.fromkeys(_family(names[entry.row["solver"]]) for entry in group if not entry.row["is_reference"])
+    return {family: index for index, family in enumerate(families)}
 
 
 def _frontier(rows: Sequence[Mapping[str, Any]], metric: str) -> Series:
@@ -158,7 +178,7 @@ def _frontier(rows: Sequence[Mapping[str, Any]], metric: str) -> Series:
         if row[metric] < best:
             best = row[metric]
             points.append((row["nfe"], best))
-    return Series("best so far", [x for x, _ in points], [y for _, y in points], None, dots=False)
+    return Series("best so far", [x for x, _ in points], [y for _, y in points], None, dots=False, dashed=True)
 
 
 def _pictures(group: Sequence["Entry"], names: Mapping[str, str]) -> str:
@@ -166,7 +186,7 @@ def _pictures(group: Sequence["Entry"], names: Mapping[str, str]) -> str:
     for entry in group:
         figures = f"{entry.row['nfe']} evaluations"
         if not entry.row["is_reference"]:
-            figures += f", RMSE {entry.row['rmse']:.3g}"
+            figures += f"<br>RMSE {entry.row['rmse']:.3g}"
         images = entry.images[:_SHOWN]
         name = escape(label(entry.row, names))
         rows.append(
@@ -185,16 +205,16 @@ def _png(images: Tensor) -> str:
 
 def _trajectories(group: Sequence["Entry"], names: Mapping[str, str]) -> str:
     traced = [entry for entry in group if entry.trajectory is not None]
+    colors = _colors(group, names)
     series = [
-        Series(names[entry.row["solver"]], _noise_level(entry).tolist(), entry.trajectory.tolist(), index)
-        for index, entry in enumerate(traced)
+        Series(name, _noise_level(entry).tolist(), entry.trajectory.tolist(), colors[_family(name)])
+        for entry, name in ((entry, names[entry.row["solver"]]) for entry in traced)
     ]
     chart = Chart(series, "noise level sigma / sqrt(alpha² + sigma²)", "RMS distance", reverse_x=True, **_CHART).svg()
     keys = "".join(
-        f'<span><i class="c{index % NUM_COLORS}"></i>{escape(names[entry.row["solver"]])}</span>'
-        for index, entry in enumerate(traced)
+        f'<span><i class="c{color % NUM_COLORS}"></i>{escape(family)}</span>' for family, color in colors.items()
     )
-    text = "Each state against the reference's at the same noise level, mean of the first images. Noise is left, the image right."
+    text = "Each state against the reference's at the same noise level, over the first images; noise left, image right."
     return f"<p class=note>{text}</p><figure class=wide>{chart}</figure><p class=legend>{keys}</p>"
 
 
@@ -216,7 +236,7 @@ def _solver(entry: "Entry", names: Mapping[str, str]) -> str:
     ticks = list(range(0, table.nfe, max(1, table.nfe // 8)))
     steps = Chart(series, "evaluation", "timestep", x_ticks=ticks, **_CHART).svg()
     return (
-        f"<details><summary><b>{escape(label(row, names))}</b> <small>{escape(', '.join(facts))}</small></summary>"
+        f"<details{' open' * (row['method'] != 'baseline')}><summary><b>{escape(label(row, names))}</b> <small>{escape(', '.join(facts))}</small></summary>"
         f"<div class=charts><figure>{_coefficients(table)}</figure><figure>{steps}</figure></div></details>"
     )
 

@@ -57,7 +57,8 @@ def choose_metrics(
     unknown = set(wanted or ()) - set(METRICS)
     if unknown:
         raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}: use some of {', '.join(METRICS)}")
-    chosen, notes = ["rmse"], []
+    chosen: list[str] = ["rmse"]
+    left_out: dict[str, list[str]] = {}
     for metric in METRICS[1:] if wanted is None else [name for name in METRICS[1:] if name in wanted]:
         reason = _obstacle(metric, extractor, statistics, num_samples, tuple(shape))
         if reason is None:
@@ -65,7 +66,8 @@ def choose_metrics(
         elif wanted is not None:
             raise ValueError(f"{metric} was asked for: {reason}")
         else:
-            notes.append(f"{metric} is left out: {reason}")
+            left_out.setdefault(reason, []).append(metric)
+    notes = [f"left out: {', '.join(metrics)}, because {reason}" for reason, metrics in left_out.items()]
     only_rmse = chosen == ["rmse"]
     return Measure(tuple(chosen), None if only_rmse else extractor, None if only_rmse else statistics, tuple(notes))
 
@@ -116,7 +118,7 @@ def make_row(
     fitted = info.get("fitted_on") or {}
     return {
         "solver": contender.name,
-        "method": info.get("method", "reference" if is_reference else "named"),
+        "method": info.get("method", "baseline"),
         "nfe": contender.table.nfe,
         "guidance": contender.guidance_scale,
         "num_images": count,

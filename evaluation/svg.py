@@ -115,9 +115,9 @@ def heat_map(rows: Sequence[Sequence[float]], row_names: Sequence[str], column_n
     for j, name in enumerate(column_names):
         if cell >= 30 or j % 4 == 0:
             parts.append(_text(left + (j + 0.5) * cell, top - 5, name, "middle"))
-    size = f"0 0 {left + len(column_names) * cell + 4} {top + len(rows) * cell + 2}"
-    width = left + len(column_names) * cell + 4
-    return f'<svg viewBox="{size}" style="max-width:{width * 1.1:.0f}px" role="img" aria-label="coefficients">{"".join(parts)}</svg>'
+    width, height = left + len(column_names) * cell + 4, top + len(rows) * cell + 2
+    size = f'viewBox="0 0 {width} {height}" style="max-width:{1.1 * width:.0f}px"'
+    return f'<svg {size} role="img" aria-label="coefficients">{"".join(parts)}</svg>'
 
 
 def _short(value: float) -> str:
@@ -196,9 +196,9 @@ def _labels(axes: _Axes, all_series: Sequence[Series]) -> str:
     placed: list[tuple[float, float, float, float]] = []
     parts = []
     for x, y, label in sorted(wanted, key=lambda item: item[1]):
-        width = 6.2 * len(label)
-        is_right = x + 8 + width <= axes.right + 10
-        left = x + 8 if is_right else x - 8 - width
+        width = 6.6 * len(label)
+        is_right = x + 8 + width <= axes.chart.width - 2
+        left = x + 9 if is_right else x - 11 - width
         spots = sorted((step * 6 for step in range(-12, 13)), key=abs)
         shift = next((s for s in spots if _is_free(left, y + s, width, placed)), 0)
         placed.append((left, left + width, y + shift - 6, y + shift + 6))

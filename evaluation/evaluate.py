@@ -1,0 +1,120 @@
+"""evaluate_table: the figures of one solver table, for `train.py test` and for logging during training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchmetrics import MetricCollection
+
+from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
+from evaluation.generate import generate
+from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
+from evaluation.rows import Measure, choose_metrics
+from evaluation.statistics import find_statistics
+from solvers import SolverTable
+
+
+def shipped_measure(num_images: int, shape: Sequence[int], metrics: Sequence[str] | None = None) -> Measure:
+    """What can be measured offline of this many images: with the shipped classifier where images fit it, else RMSE.
+
+    Args:
+        num_images: images per solver.
+        shape: of an image.
+        metrics: as in `evaluation.rows.choose_metrics`.
+    """
+    extractor = (
+        load_extractor() if (metrics is None or set(metrics) - {"rmse"}) and DEFAULT_EXTRACTOR.is_dir() else None
+    )
+    statistics = None if extractor is None else find_statistics(None, extractor)
+    return choose_metrics(metrics, extractor, statistics, num_images, shape)
+
+
+@torch.no_grad()
+def evaluate_table(
+    denoiser: Any,
+    table: SolverTable,
+    reference: SolverTable | None = None,
+    *,
+    num_images: int = 256,
+    seed: int = 0,
+    batch_size: int = 64,
+    measure: Measure | None = None,
+    fitted_seeds: Sequence[Sequence[int]] = (),
+    reference_denoiser: Any = None,
+) -> dict[str, float]:
+    """Figures of a table on fresh noises, the same in every process of a running process group.
+
+    Each process samples its share of the images; sums and features are gathered.
+
+    Args:
+        denoiser: the network, with `sample_shape`.
+        table: the solver.
+        reference: solver that RMSE and PSNR are measured against; without one they are left out.
+        num_images: images in total, at least one per process.
+        seed: of the first image.
+        batch_size: images per network call.
+        measure: what to measure; default: `shipped_measure(num_images, denoiser.sample_shape)`.
+        fitted_seeds: half-open ranges the table was fitted on.
+        reference_denoiser: the network of `reference`; default `denoiser`. (A student's teacher.)
+    Returns:
+        Some of `rmse`, `psnr`, `fd`, `kid`, `precision`, `recall`, `inception_score`, and `nfe`, `num_images`.
+    Raises:
+        ValueError: seeds that overlap, fewer images than processes, or images that are not finite.
+    """
+    seeds = range(seed, seed + num_images)
+    _check_disjoint(seeds, fitted_seeds)
+    rank, world_size = _process()
+    if num_images < world_size:
+        raise ValueError(f"{num_images} images for {world_size} processes: evaluate at least one per process")
+    measure = measure or shipped_measure(num_images, denoiser.sample_shape)
+    share = seeds[rank::world_size]
+    device = _device(denoiser)
+    images = generate(denoiser, table, share, batch_size=batch_size).to(device)
+    found: dict[str, Any] = {"nfe": float(table.nfe), "num_images": float(num_images)}
+    if reference is not None:
+        target = generate(reference_denoiser or denoiser, reference, share, batch_size=batch_size).to(device)
+        error = ReferenceError().to(device)
+        error.update(images, target)
+        found |= error.compute()
+    if measure.extractor is not None:
+        found |= _distances(images, measure, measure.extractor.to(device), batch_size)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _distances(images: torch.Tensor, measure: Measure, extractor: Extractor, batch_size: int) -> dict[str, Any]:
+    statistics = measure.statistics
+    chosen: dict[str, Any] = {}
+    if "fd" in measure.metrics:
+        chosen["fd"] = FrechetDistance(statistics)
+    if "kid" in measure.metrics:
+        chosen["kid"] = KernelDistance(statistics)
+    if "precision_recall" in measure.metrics:
+        chosen["precision_recall"] = PrecisionRecall(statistics)
+    metrics = MetricCollection(chosen, compute_groups=False).to(images.device)
+    score = InceptionScore().to(images.device) if "inception_score" in measure.metrics else None
+    for part in images.split(batch_size):
+        features, scores = extractor(part)
+        metrics.update(features)
+        if score is not None:
+            score.update(scores)
+    return dict(metrics.compute()) | ({} if score is None else {"inception_score": score.compute()})
+
+
+def _check_disjoint(seeds: range, fitted: Sequence[Sequence[int]]) -> None:
+    for start, stop in fitted:
+        if start < seeds.stop and seeds.start < stop:
+            raise ValueError(
+                f"the solver was fitted on the seeds {start} to {stop - 1}, which overlap the evaluation seeds "
+                f"{seeds.start} to {seeds.stop - 1}: evaluate on others"
+            )
+
+
+def _process() -> tuple[int, int]:
+    group = torch.distributed
+    running = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if running else (0, 1)
+
+
+def _device(denoiser: Any) -> torch.device:
+    parameter = next(iter(denoiser.parameters()), None) if hasattr(denoiser, "parameters") else None
+    return torch.device("cpu") if parameter is None else parameter.device
