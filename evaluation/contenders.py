@@ -118,14 +118,23 @@ def check_seeds(groups: Sequence[Group], seeds: range) -> None:
         ValueError: names the artifact and the overlap.
     """
     for contender in (contender for group in groups for contender in group.contenders):
-        info = contender.table.info
         for source in ("fitted_on", "validation"):
-            for start, stop in (info.get(source) or {}).get("seeds", []):
-                if start < seeds.stop and seeds.start < stop:
-                    raise ValueError(
-                        f"{contender.name} was fitted on the seeds {start} to {stop - 1} ({source}), which overlap the "
-                        f"evaluation seeds {seeds.start} to {seeds.stop - 1}: choose another --seed"
-                    )
+            ranges = (contender.table.info.get(source) or {}).get("seeds", [])
+            check_disjoint(seeds, ranges, contender.name)
+
+
+def check_disjoint(seeds: range, fitted: Sequence[Sequence[int]], name: str = "the solver") -> None:
+    """Refuse evaluation `seeds` that overlap half-open ranges a solver was fitted on.
+
+    Raises:
+        ValueError: names the overlap.
+    """
+    for start, stop in fitted:
+        if start < seeds.stop and seeds.start < stop:
+            raise ValueError(
+                f"{name} was fitted on the seeds {start} to {stop - 1}, which overlap the evaluation seeds "
+                f"{seeds.start} to {seeds.stop - 1}: evaluate on others"
+            )
 
 
 def _load(name: str, model: Any, scale: float, precision: str, device: torch.device | None) -> Contender:

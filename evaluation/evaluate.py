@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torchmetrics import MetricCollection
 
+from evaluation.contenders import check_disjoint
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
-from evaluation.generate import generate
+from evaluation.generate import device_of, generate
 from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
 from evaluation.rows import Measure, choose_metrics
 from evaluation.statistics import find_statistics
@@ -62,13 +63,13 @@ def evaluate_table(
         ValueError: seeds that overlap, fewer images than processes, or images that are not finite.
     """
     seeds = range(seed, seed + num_images)
-    _check_disjoint(seeds, fitted_seeds)
+    check_disjoint(seeds, fitted_seeds)
     rank, world_size = _process()
     if num_images < world_size:
         raise ValueError(f"{num_images} images for {world_size} processes: evaluate at least one per process")
     measure = measure or shipped_measure(num_images, denoiser.sample_shape)
     share = seeds[rank::world_size]
-    device = _device(denoiser)
+    device = device_of(denoiser)
     images = generate(denoiser, table, share, batch_size=batch_size).to(device)
     found: dict[str, Any] = {"nfe": float(table.nfe), "num_images": float(num_images)}
     if reference is not None:
@@ -100,21 +101,7 @@ def _distances(images: torch.Tensor, measure: Measure, extractor: Extractor, bat
     return dict(metrics.compute()) | ({} if score is None else {"inception_score": score.compute()})
 
 
-def _check_disjoint(seeds: range, fitted: Sequence[Sequence[int]]) -> None:
-    for start, stop in fitted:
-        if start < seeds.stop and seeds.start < stop:
-            raise ValueError(
-                f"the solver was fitted on the seeds {start} to {stop - 1}, which overlap the evaluation seeds "
-                f"{seeds.start} to {seeds.stop - 1}: evaluate on others"
-            )
-
-
 def _process() -> tuple[int, int]:
     group = torch.distributed
     running = group.is_available() and group.is_initialized()
     return (group.get_rank(), group.get_world_size()) if running else (0, 1)
-
-
-def _device(denoiser: Any) -> torch.device:
-    parameter = next(iter(denoiser.parameters()), None) if hasattr(denoiser, "parameters") else None
-    return torch.device("cpu") if parameter is None else parameter.device

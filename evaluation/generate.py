@@ -43,7 +43,7 @@ def generate(
     with tqdm(total=len(seeds) * table.nfe, desc=progress, unit="evaluation", disable=progress is None) as bar:
         images = []
         for batch, condition in batches:
-            noise = start_noise(batch, denoiser.sample_shape).to(_device(denoiser))
+            noise = start_noise(batch, denoiser.sample_shape).to(device_of(denoiser))
             with torch.inference_mode():
                 step = lambda row, state: bar.update(len(state))  # noqa: E731
                 images.append(sampler(denoiser, table, noise, condition, seeds=batch, callback=step).float().cpu())
@@ -51,7 +51,7 @@ def generate(
 
 
 def _batches(denoiser, seeds, labels, batch_size) -> Iterator[tuple[list[int], Tensor | None]]:
-    device = _device(denoiser)
+    device = device_of(denoiser)
     chosen = _labels(denoiser, seeds, labels)
     for start in range(0, len(seeds), batch_size):
         stop = start + batch_size
@@ -70,6 +70,7 @@ def _labels(denoiser, seeds, labels) -> Tensor | None:
     return torch.tensor([labels[k % len(labels)] for k in range(len(seeds))])
 
 
-def _device(denoiser: Any) -> torch.device:
+def device_of(denoiser: Any) -> torch.device:
+    """Where its parameters are; the CPU for one without."""
     parameter = next(iter(denoiser.parameters()), None) if hasattr(denoiser, "parameters") else None
     return torch.device("cpu") if parameter is None else parameter.device

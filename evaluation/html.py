@@ -236,8 +236,9 @@ def _solver(entry: "Entry", names: Mapping[str, str]) -> str:
     ticks = list(range(0, table.nfe, max(1, table.nfe // 8)))
     steps = Chart(series, "evaluation", "timestep", x_ticks=ticks, **_CHART).svg()
     return (
-        f"<details{' open' * (row['method'] != 'baseline')}><summary><b>{escape(label(row, names))}</b> <small>{escape(', '.join(facts))}</small></summary>"
-        f"<div class=charts><figure>{_coefficients(table)}</figure><figure>{steps}</figure></div></details>"
+        f"<details{' open' * (row['method'] != 'baseline')}><summary><b>{escape(label(row, names))}</b> "
+        f"<small>{escape(', '.join(facts))}</small></summary><div class=charts>"
+        f"<figure>{_coefficients(table)}</figure><figure>{steps}</figure></div></details>"
     )
 
 
