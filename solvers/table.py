@@ -152,9 +152,9 @@ class SolverTable:
         return float(self.canonical().output[-1].detach().norm())
 
     def noise_level_rises(self) -> list[int]:
-        """Rows after which sigma / alpha is higher than before (PNDM's warm-up and restart samplers)."""
+        """Rows after which sigma / alpha is higher than before, beyond rounding (PNDM's warm-up, restart samplers)."""
         angle = torch.atan2(self.sigma, self.alpha).detach()
-        return [i for i in range(self.nfe) if angle[i + 1] > angle[i] + 1e-12]
+        return [i for i in range(self.nfe) if angle[i + 1] > angle[i] + 1e-6]
 
     def detach(self) -> "SolverTable":
         """The same numbers without gradients."""
