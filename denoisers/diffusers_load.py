@@ -1,5 +1,6 @@
 """diffusers folders (and hub names) as denoisers."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DMod
 from torch import nn
 
 from denoisers.diffusers_models import FAMILIES, DiffusersDenoiser, from_network, vae_scale
+from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,7 +26,7 @@ def load_diffusers(
     height: int | None = None,
     width: int | None = None,
     dtype: str = "float32",
-    **options: Any,
+    encode: dict[str, Any] | None = None,
 ) -> DiffusersDenoiser:
     """Load the network and schedule of a diffusers folder; autoencoder and text encoders do not stay in memory.
 
@@ -37,12 +39,11 @@ def load_diffusers(
         height: of the image in pixels; None takes the network's own size.
         width: likewise.
         dtype: of the weights, by torch's name: float32, bfloat16 or float16.
-        options: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
+        encode: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
     Raises:
         ValueError: an unknown family or dtype, missing files, or a hub name that cannot be reached.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     root, component = _locate(path)
     network = _load_network(root, component, getattr(torch, dtype))
     scale = vae_scale(_config(AutoencoderKL, root, "vae", required=False))
@@ -51,14 +52,49 @@ def load_diffusers(
     denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
     if prompts is not None:
         pipe = _text_pipeline(root, getattr(torch, dtype))
-        denoiser.conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **options)
+        denoiser.conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **(encode or {}))
     return denoiser
 
 
-def _locate(path: str | Path) -> tuple[str, str | None]:
+def load_pipeline(
+    path: str | Path,
+    prompts: Sequence[Any] | str | Path,
+    dtype: str = "float32",
+    prompt_argument: str = "prompt",
+    batch_size: int = 1,
+    call: dict[str, Any] | None = None,
+) -> PipelineDenoiser:
+    """Load any diffusers pipeline, whole, as a denoiser; see PipelineDenoiser.
+
+    Args:
+        path: a pipeline folder or hub name.
+        prompts: a list, or a text file of one prompt a line.
+        dtype: of the weights, by torch's name: float32, bfloat16 or float16.
+        prompt_argument: the argument of the pipeline's call that takes the prompts.
+        batch_size: prompts in one call.
+        call: further arguments of every call.
+    Raises:
+        ValueError: no pipeline there, or arguments it does not take.
+    """
+    _check_dtype(dtype)
+    _locate(path, any_network=True)
+    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    known = inspect.signature(type(pipe).__call__).parameters
+    call = {key: value for key, value in (call or {}).items() if key in known or key != "guidance_scale"}
+    prompts = read_prompts(prompts)
+    return PipelineDenoiser(pipe, prompts, prompt_argument=prompt_argument, batch_size=batch_size, **call)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+
+
+def _locate(path: str | Path, any_network: bool = False) -> tuple[str, str | None]:
     """(root, component): where the pipeline lies, and the network's folder in it; None when it lies in the root."""
     folder = Path(path)
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    if not any_network and (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         beside = (folder.parent / "scheduler" / "scheduler_config.json").is_file()
         return (str(folder.parent), folder.name) if beside else (str(folder), None)
     try:
@@ -69,7 +105,7 @@ def _locate(path: str | Path) -> tuple[str, str | None]:
             "download it first"
         ) from error
     component = next((name for name in NETWORKS if index.get(name)), None)
-    if component is None:
+    if component is None and not any_network:
         raise ValueError(f"{path} is a {index.get('_class_name')} without transformer or unet: wrap its network")
     return str(path), component
 

@@ -1,9 +1,12 @@
 """load_denoiser: one function for every kind of model on disk."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from denoisers.guidance import with_guidance, with_precision
@@ -24,57 +27,107 @@ def load_denoiser(
             a checkpoint folder of this project (config.json and model.safetensors);
             a `.pt` file of the public DiT or SiT releases;
             a diffusers pipeline folder (model_index.json), or a model folder beside its scheduler's;
-            a name on the hub (`owner/name`) of such a pipeline, where there is network.
+            a name on the hub (`owner/name`) of such a pipeline, where there is network;
+            a `.yaml` file with one of these as `path`, and `device` and options where needed.
         guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation.
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
         device: where the network goes; the CPU when None.
         options: `family` ("dit" or "sit") and `num_heads` for `.pt` files whose name does not tell; for diffusers
-            models those of `denoisers.diffusers_load.load_diffusers`, such as `prompts`.
+            models those of `denoisers.diffusers_load.load_diffusers`, such as `prompts`; for any diffusers pipeline
+            without an adapter family "pipeline" and the arguments of `load_pipeline` there.
     Returns:
         A denoiser, see `denoisers.protocol.Denoiser`.
     Raises:
-        ValueError: a missing path, a folder of unknown kind, a damaged file, an unknown precision, or guidance for a
-            model without null condition.
+        ValueError: a missing path, a folder of unknown kind, a damaged file, an unknown option or precision, or
+            guidance for a model without null condition.
     """
+    if Path(path).suffix in (".yaml", ".yml"):
+        described = _read_description(Path(path))
+        path, device = described.pop("path"), device or described.pop("device", None)
+        options = {key: value for key, value in described.items() if key != "device"} | options
+    if options.get("family") == "pipeline":
+        return _load_pipeline(path, guidance_scale, precision, device, options)
     denoiser = _load(path, options)
     if device is not None:
         denoiser = denoiser.to(device)
     return with_guidance(with_precision(denoiser.eval().requires_grad_(False), precision), guidance_scale)
 
 
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a checkpoint folder, a .pt file, a diffusers folder or a .yaml")
+    try:
+        described = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(described, dict) or "path" not in described:
+        raise ValueError(
+            f"{path} describes no model: it needs a line `path: ...` and may have options of load_denoiser"
+        )
+    unused = {"guidance_scale", "precision"} & described.keys()
+    if unused:
+        raise ValueError(f"{path} sets {', '.join(sorted(unused))}, which belong to the run: leave them out there")
+    return described
+
+
+def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Module:
+    """A pipeline guides itself: it is told the scale."""
+    if precision != "float32":
+        raise ValueError(f"precision {precision!r} is not for family 'pipeline': choose the weights' dtype instead")
+    from denoisers.diffusers_load import load_pipeline
+
+    options = {key: value for key, value in options.items() if key != "family"}
+    call = {"guidance_scale": guidance_scale} | options.pop("call", {})
+    denoiser = load_pipeline(path, **_checked(load_pipeline, options, path), call=call)
+    return denoiser.to(device) if device is not None else denoiser
+
+
 def _load(path: str | Path, options: dict[str, Any]) -> nn.Module:
     """Imports wait until a kind is known: timm and diffusers take seconds."""
     folder = Path(path)
     if folder.is_file():
-        return _load_file(folder, **options)
+        return _load_file(folder, **_checked(_load_file, options, path))
     if _is_diffusers(folder) or _may_be_hub_name(str(path)):
         from denoisers.diffusers_load import load_diffusers
 
-        return load_diffusers(path, **options)
+        return load_diffusers(path, **_checked(load_diffusers, options, path))
     if not folder.exists():
         raise ValueError(f"{path} does not exist: give a checkpoint folder, a .pt file or a diffusers folder")
     if (folder / "config.json").is_file():
         from denoisers.checkpoint import load_checkpoint
 
-        return _with_hash(load_checkpoint(folder, **options))
+        return _with_hash(load_checkpoint(folder, **_checked(load_checkpoint, options, path)))
     raise ValueError(
         f"{path} is not a model: expected config.json and model.safetensors (this project), model_index.json "
         "(a diffusers pipeline), or a diffusers model's config.json"
     )
 
 
-def _load_file(path: Path, family: str | None = None, **network: Any) -> nn.Module:
+def _checked(loader: Callable, options: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """`options`, once each is known to be an argument of the loader."""
+    allowed = list(inspect.signature(loader).parameters)[1:]
+    unknown = sorted(options.keys() - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"{path} cannot be loaded with {', '.join(unknown)}: for this kind of model the options are "
+            f"{', '.join(allowed) or 'none'}"
+        )
+    return options
+
+
+def _load_file(path: Path, family: str | None = None, num_heads: int | None = None) -> nn.Module:
     """A public `.pt` file; DiT and SiT weights have the same names, so the file name or `family` decides."""
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"{path} is a file of unknown kind: give a .pt file of DiT or SiT, or a folder")
+    found = [name for name in ("dit", "sit") if name in path.stem.lower()] if family is None else [family]
+    if found not in (["dit"], ["sit"]):
+        raise ValueError(f"{path.name} does not say whether it is a DiT or a SiT: pass family='dit' or family='sit'")
     from denoisers.checkpoint import load_public_checkpoint
 
-    found = [name for name in ("dit", "sit") if name in path.stem.lower()] if family is None else [family]
+    network: dict[str, Any] = {} if num_heads is None else {"num_heads": num_heads}
     if found == ["dit"]:
         return _with_hash(load_public_checkpoint(path, NoiseSchedule.linear(), **network))
-    if found == ["sit"]:
-        return _with_hash(load_public_checkpoint(path, NoiseSchedule.flow(), **{"convention": "sit"} | network))
-    raise ValueError(f"{path.name} does not say whether it is a DiT or a SiT: pass family='dit' or family='sit'")
+    return _with_hash(load_public_checkpoint(path, NoiseSchedule.flow(), **network, convention="sit"))
 
 
 def _with_hash(denoiser: nn.Module) -> nn.Module:

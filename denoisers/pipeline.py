@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from denoisers.diffusers_models import read_schedule
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
@@ -18,7 +18,7 @@ from solvers.tabulate import tabulate
 NETWORKS = ("transformer", "unet", "prior", "decoder")
 
 
-class PipelineDenoiser:
+class PipelineDenoiser(nn.Module):
     """What a pipeline hands its scheduler, as a function of state and timestep.
 
     Prompts, guidance, sizes and everything else are the pipeline's own business, so pipelines this project has never
@@ -89,8 +89,13 @@ class PipelineDenoiser:
         steps = arguments.pop("num_inference_steps", None)
         return tabulate(self.pipe.scheduler, steps, set_timesteps=arguments, step=probe.step)
 
+    def to(self, *args: Any, **kwargs: Any) -> "PipelineDenoiser":
+        """Move the pipeline."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
     @torch.no_grad()
-    def __call__(self, x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """What the pipeline's scheduler would be given, (batch, *sample_shape).
 
         Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from denoisers.protocol import drop_learned_variance
 
 
-class Finished(Exception):  # noqa: N818 - a signal, not an error
+class Finished(Exception):
     """Ends a pipeline's call once everything wanted is known, before it decodes."""
 
 

@@ -1,6 +1,7 @@
 """Adapters against the pipelines' own network calls and images."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,20 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 
 from denoisers import class_labels, load_denoiser, with_guidance
 from denoisers.diffusers_models import from_network, from_pipeline, read_schedule
-from denoisers.prompts import encode_prompts
-from solvers import NoiseSchedule, sample, start_noise
-from solvers.tabulate import tabulate
-from tests.tiny_pipelines import LENGTH, call_arguments, tiny_pipeline, tiny_unet
+from denoisers.prompts import encode_prompts, read_prompts
+from solvers import NoiseSchedule, sample, start_noise, tabulate
+from tests.tiny_pipelines import KINDS, LENGTH, call_arguments, tiny_pipeline, tiny_unet
 
 PROMPTS = ["a cat", "dog"]
-PROMPT_KINDS = ("sd", "sdxl", "pixart", "sd3", "flux")
 STEPS = 4
 
 
@@ -41,13 +43,7 @@ def table_of(kind: str, pipe: Any, denoiser: Any) -> Any:
     return tabulate(pipe.scheduler, None, set_timesteps={"sigmas": sigmas, "mu": mu})
 
 
-def recorded_calls(network: torch.nn.Module) -> list[tuple[tuple, dict, Any]]:
-    calls: list = []
-    network.register_forward_hook(lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
-    return calls
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "dit", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_sample_equals_the_pipeline(kind: str, guidance_scale: float) -> None:
     """The whole run: conditions, guidance, timesteps and the learned variance as the pipeline handles them."""
@@ -66,4 +62,188 @@ def test_sample_equals_the_pipeline(kind: str, guidance_scale: float) -> None:
         result = (pipe.vae.decode(result / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     scale = float(expected.abs().max())
     assert float((result - expected).abs().max()) < 1e-5 * scale
-    assert denoiser.guidance_scale == guidance_scale if guidance_scale != 1 else True
+    assert getattr(denoiser, "guidance_scale", 1.0) == guidance_scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_folder_equals_the_pipeline_s_network(kind: str, tmp_path: Path) -> None:
+    """A saved pipeline, loaded by its folder with prompts, is the denoiser of the pipeline in memory."""
+    pipe = tiny_pipeline(kind)
+    pipe.save_pretrained(tmp_path / kind)
+    options: dict[str, Any] = {"height": 16, "width": 16}
+    if kind != "dit":
+        options |= {"prompts": PROMPTS, "negative_prompt": "bad"}
+        options |= {} if kind in ("sd", "sdxl") else {"encode": {"max_sequence_length": LENGTH}}
+    loaded = load_denoiser(tmp_path / kind, 2.0, **options)
+    expected = from_pipeline(pipe, 16, 16)
+    assert (loaded.sample_shape, loaded.schedule) == (expected.sample_shape, expected.schedule)
+    assert loaded.name == kind
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    seeds = [2, 3, 4]
+    condition = class_labels(loaded, seeds)
+    chosen = [PROMPTS[seed % 2] for seed in seeds]
+    if kind == "dit":
+        by_hand = torch.tensor(seeds)
+    else:
+        longer = {} if kind in ("sd", "sdxl") else {"max_sequence_length": LENGTH}
+        by_hand = encode_prompts(pipe, chosen, "bad", expected, **longer)
+    x, timestep = start_noise(seeds, loaded.sample_shape), torch.tensor(500.25)
+    found, wanted = loaded(x, timestep, condition), with_guidance(expected, 2.0)(x, timestep, by_hand)
+    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    assert float((found - loaded(x, torch.tensor(500.0), condition)).abs().max()) > 0
+
+
+@pytest.mark.parametrize("num_classes", [None, 5])
+def test_pixel_unet(num_classes: int | None, tmp_path: Path) -> None:
+    """A folder of a U-Net without an autoencoder, with or without labels."""
+    unet, scheduler = tiny_unet(num_class_embeds=num_classes), DDIMScheduler(clip_sample=False)
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "unet"):
+        denoiser = load_denoiser(folder)
+        assert denoiser.sample_shape == (3, 8, 8)
+        assert denoiser.schedule == NoiseSchedule.linear()
+        labels = class_labels(denoiser, [3, 9])
+        assert (labels is None) if num_classes is None else (labels.tolist() == [3, 4])
+        x = start_noise([0, 1], (3, 8, 8))
+        expected = unet(x, torch.tensor([7.5, 7.5]), class_labels=labels).sample
+        assert torch.equal(denoiser(x, torch.tensor(7.5), labels), expected)
+    with pytest.raises(ValueError, match="no null condition"):
+        load_denoiser(tmp_path, guidance_scale=2.0)
+
+
+def test_old_repositories_keep_everything_in_one_folder(tmp_path: Path) -> None:
+    unet, scheduler = tiny_unet(), DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    unet.save_pretrained(tmp_path)
+    scheduler.save_pretrained(tmp_path)
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIM"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert load_denoiser(tmp_path).schedule == NoiseSchedule.cosine()
+
+
+def test_learned_variance_is_dropped_before_guidance() -> None:
+    """The DiT has 8 output channels for 4 input ones; the second half never enters."""
+    pipe = tiny_pipeline("dit")
+    denoiser, x = with_guidance(from_pipeline(pipe), 3.0), torch.randn(2, 4, 8, 8)
+    labels, null, timestep = torch.tensor([1, 2]), torch.tensor([1000, 1000]), torch.tensor([9.0, 9.0])
+    calls = [pipe.transformer(x, timestep=timestep, class_labels=c).sample[:, :4] for c in (labels, null)]
+    expected = calls[1] + 3 * (calls[0] - calls[1])
+    assert torch.allclose(denoiser(x, torch.tensor(9.0), labels), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (DDIMScheduler(), NoiseSchedule.linear()),
+        (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), NoiseSchedule.cosine()),
+        (
+            DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            NoiseSchedule.scaled_linear(),
+        ),
+        (
+            DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        ),
+        (DDIMScheduler(trained_betas=[0.1, 0.2]), NoiseSchedule.from_betas([0.1, 0.2])),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), NoiseSchedule.flow(3.0)),
+        (
+            DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+            NoiseSchedule.flow(2.0),
+        ),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), NoiseSchedule.flow(math.exp(1.15))),
+        (
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear", max_shift=2.0),
+            NoiseSchedule.flow(2.0),
+        ),
+    ],
+)
+def test_schedules_are_read_from_the_scheduler(scheduler: Any, expected: NoiseSchedule) -> None:
+    """4096 tokens, where dynamic shift reaches its maximum."""
+    for described in (scheduler, json.loads(scheduler.to_json_string())):
+        found = read_schedule(described, image_tokens=4096)
+        assert found.prediction_type == expected.prediction_type
+        grid = torch.linspace(found.t_min, found.t_max, 7)
+        assert torch.equal(found.alpha_sigma(grid)[0], expected.alpha_sigma(grid)[0])
+        assert found.parameters.get("shift", 0) == pytest.approx(expected.parameters.get("shift", 0), rel=1e-12)
+
+
+def test_states_of_another_precision_come_back_in_theirs() -> None:
+    denoiser = from_network(tiny_unet().to(torch.bfloat16), DDIMScheduler())
+    assert denoiser(torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.tensor(3.0)).dtype == torch.float64
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  dog \n")
+    assert read_prompts(file) == PROMPTS
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(file)
+    with pytest.raises(ValueError, match=r"missing\.txt does not exist"):
+        read_prompts(tmp_path / "missing.txt")
+
+
+def test_adapter_errors() -> None:
+    pipe = tiny_pipeline("sd")
+    denoiser = from_pipeline(pipe)
+    with pytest.raises(ValueError, match="needs prompt embeddings, found NoneType"):
+        denoiser(torch.zeros(1, 4, 8, 8), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="no null prompt"):
+        with_guidance(denoiser, 2.0)(
+            torch.zeros(1, 4, 8, 8), torch.tensor(1.0), {"encoder_hidden_states": torch.zeros(1, 8, 16)}
+        )
+    with pytest.raises(ValueError, match="AutoencoderKL is of no known family"):
+        from_network(pipe.vae, pipe.scheduler)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        encode_prompts(pipe, [])
+    with pytest.raises(ValueError, match="prompts of DDPMPipeline cannot be encoded"):
+        encode_prompts(DDPMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()), PROMPTS)
+    inpainting = UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9})
+    with pytest.raises(ValueError, match="9 input and 4 output channels"):
+        from_network(inpainting, pipe.scheduler)
+
+
+def test_loading_errors(tmp_path: Path) -> None:
+    for name in ("missing", "tests/missing", "./missing/folder", "far/too/deep"):
+        with pytest.raises(ValueError, match="does not exist"):
+            load_denoiser(name)
+    with pytest.raises(ValueError, match="neither a folder here nor a pipeline on the hub that can be reached"):
+        load_denoiser("nobody/nothing")
+    with pytest.raises(ValueError, match="is not a model"):
+        load_denoiser(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="a file of unknown kind"):
+        load_denoiser(tmp_path / "notes.txt")
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="pass family='dit' or family='sit'"):
+        load_denoiser(tmp_path / "weights.pt")
+    tiny_unet().save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"has no scheduler_config\.json"):
+        load_denoiser(tmp_path / "alone")
+    pipe: StableDiffusionPipeline = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "sd")
+    with pytest.raises(ValueError, match="unknown dtype 'float8'"):
+        load_denoiser(tmp_path / "sd", dtype="float8")
+    with pytest.raises(ValueError, match="cannot be loaded with promts: .* the options are prompts, "):
+        load_denoiser(tmp_path / "sd", promts=PROMPTS)
+    with pytest.raises(ValueError, match="holds a AutoencoderKL"):
+        load_denoiser(tmp_path / "sd" / "vae")
+
+
+def test_description_file(tmp_path: Path) -> None:
+    """A YAML file stands for a model and its options wherever a path is taken."""
+    tiny_pipeline("sd").save_pretrained(tmp_path / "sd")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(f"path: {tmp_path}/sd\nprompts: [a cat, dog]\nnegative_prompt: bad\n")
+    denoiser = load_denoiser(file, guidance_scale=2.0)
+    assert denoiser.guidance_scale == 2.0
+    assert len(denoiser.conditions["null"]["encoder_hidden_states"]) == 2
+    for text, message in (
+        ("prompts: [a]", "needs a line `path"),
+        ("path: [", "is not valid YAML"),
+        ("path: x\nguidance_scale: 2", "sets guidance_scale, which belong to the run"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_denoiser(file)
+    with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
+        load_denoiser(tmp_path / "none.yaml")
