@@ -14,6 +14,9 @@ from torch.nn.functional import mse_loss
 from data.loader import seed_of
 from denoisers.checkpoint import WEIGHTS_NAME, load_weights, save_denoiser
 from denoisers.dit import DiT
+from evaluation.generate import generate
+from evaluation.pictures import image_grid
+from solvers.named import named_solver
 from solvers.prediction import per_sample, to_output
 from training.ema import averaged_network
 
@@ -39,6 +42,7 @@ class BaseModel(lightning.LightningModule):
         class_dropout: probability that a label becomes the null class.
         init_from: checkpoint folder whose weights to start from (same network, any schedule).
         compile: compile the network for training.
+        sample_every: steps between pictures of samples in the logger (20 steps of DDIM or Euler); 0 for none.
         seed: seed of timesteps, noises and dropped labels.
     Raises:
         ValueError: an option out of its range, or weights that do not fit.
@@ -57,6 +61,7 @@ class BaseModel(lightning.LightningModule):
         class_dropout: float = 0.1,
         init_from: str | None = None,
         compile: bool = False,
+        sample_every: int = 1000,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,7 +71,7 @@ class BaseModel(lightning.LightningModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.warmup_steps, self.decay_fraction = warmup_steps, decay_fraction
         self.time_sampling, self.class_dropout = time_sampling, class_dropout
-        self.init_from = init_from
+        self.init_from, self.sample_every = init_from, sample_every
         if init_from:
             load_weights(network, _read_weights(Path(init_from)), init_from)
         self._predict = torch.compile(network.forward) if compile else network.forward
@@ -136,6 +141,19 @@ class BaseModel(lightning.LightningModule):
         """Clip the norm; Lightning itself refuses to with a fused optimizer."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log samples of the averaged weights, always from the same noises."""
+        if self.sample_every and self.global_step % self.sample_every == 0 and hasattr(self.logger, "log_image"):
+            self._log_samples(averaged_network(self.trainer, self.network))
+
+    @rank_zero_only
+    def _log_samples(self, network: DiT, num_images: int = 40) -> None:
+        schedule = self.network.schedule
+        table = named_solver("euler:20" if schedule.kind == "flow" else "ddim:20", schedule)
+        with self.trainer.precision_plugin.train_step_context():
+            images = generate(network, table, range(num_images), batch_size=num_images)
+        self.logger.log_image("samples", [image_grid(images, columns=10)])
 
     @rank_zero_only
     def on_train_end(self) -> None:

@@ -1,27 +1,23 @@
 """LightningCLI with the edges taken off: one line per error, safe resume, one run folder."""
 
-import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from training.arguments import OneLineErrors, guarded
+from training.wandb import forget_run
 
-class Parser(LightningArgumentParser):
-    """A parser whose errors are one line and exit code 2."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong without the usage text."""
-        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-        print(f"error: {' '.join(lines)} (see --help)", file=sys.stderr)
-        sys.exit(2)
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with one-line errors."""
 
 
 class CLI(LightningCLI):
     """Configs in subclass mode; the command line and the config decide, never a checkpoint's hyper-parameters."""
 
-    def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -32,9 +28,20 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             auto_configure_optimizers=False,
-            trainer_defaults={"use_distributed_sampler": False},
-            **kwargs,
+            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs"},
         )
+
+    def before_instantiate_classes(self) -> None:
+        """A run from the start is a new W&B run; one from a checkpoint goes on in the old one."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit" and not config.get("ckpt_path"):
+            for folder in _run_folders(config.trainer.get("logger")):
+                forget_run(folder)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Leave the arguments alone: Lightning would replace them by those saved in the checkpoint."""
@@ -46,8 +53,11 @@ def run(args: Sequence[str] | None = None) -> CLI:
     Args:
         args: the arguments; default: those of the process.
     """
-    try:
-        return CLI(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return guarded(CLI, args)
+
+
+def _run_folders(logger: Any) -> Iterator[str]:
+    """Folders of the W&B loggers in the parsed `trainer.logger`: one logger, several, or a bool."""
+    for one in logger if isinstance(logger, list) else [logger]:
+        if hasattr(one, "class_path") and one.class_path == "training.wandb.Wandb":
+            yield one.init_args.save_dir

@@ -58,16 +58,19 @@ def run_id(folder: str | Path) -> str:
     return path.read_text().strip()
 
 
+@rank_zero_only
+def forget_run(folder: str | Path) -> None:
+    """Let the next run in this folder be a new one."""
+    (Path(folder) / RUN_ID_NAME).unlink(missing_ok=True)
+
+
 def _logged_in() -> bool:
     """Whether W&B can be used online; says so when not."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return False
     if (os.environ.get("WANDB_API_KEY") or wandb.api.api_key) and wandb.login(prompt=False):
         return True
-    _say("W&B: not logged in, so the run is kept offline; `wandb login` first, or `wandb sync` its folder later")
+    rank_zero_info(
+        "W&B: not logged in, so the run is kept offline; `wandb login` first, or `wandb sync` its folder later"
+    )
     return False
-
-
-@rank_zero_only
-def _say(message: str) -> None:
-    rank_zero_info(message)
