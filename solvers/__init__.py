@@ -45,9 +45,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """TableScheduler on first use: importing diffusers takes seconds."""
-    if name == "TableScheduler":
-        from solvers.scheduler import TableScheduler
+    """TableScheduler on first use: importing diffusers takes seconds.
 
-        return TableScheduler
+    diffusers, loading a pipeline that was saved with it, also looks for SchedulerMixin beside it.
+    """
+    if name in ("TableScheduler", "SchedulerMixin"):
+        from solvers import scheduler
+
+        return getattr(scheduler, name)
     raise AttributeError(f"module 'solvers' has no attribute {name!r}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from solvers.artifact import guidance_fits, load_solver, table_from_dict, table_to_dict
@@ -25,6 +26,8 @@ from solvers.errors import SolverError
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
 from solvers.table import SolverTable
+
+__all__ = ["SchedulerMixin", "TableScheduler", "load_tables"]
 
 DYNAMIC_SHIFT = (
     "use_dynamic_shifting",

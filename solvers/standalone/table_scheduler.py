@@ -209,7 +209,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if not bool(matches.any(1).all()):
             raise ValueError(f"add_noise knows the timesteps {own.tolist()} of this solver only: pass one of them")
         rows = matches.float().argmax(1)
-        alpha, sigma = (torch.tensor(self._table[name])[rows] for name in ("alpha", "sigma"))
+        alpha, sigma = (torch.tensor(self._table[name], dtype=torch.float64)[rows] for name in ("alpha", "sigma"))
         return alpha, sigma
 
     def _select(self, count: int, device: str | torch.device | None) -> None:

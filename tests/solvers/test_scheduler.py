@@ -1,0 +1,513 @@
+"""TableScheduler in real pipelines: what a pipeline computes with it is what `sample` computes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
+
+from solvers import (
+    NoiseSchedule,
+    SolverError,
+    SolverTable,
+    TableScheduler,
+    export_solver,
+    load_solver,
+    row_noise,
+    sample,
+    sample_trace,
+    save_solver,
+    start_noise,
+    tabulate,
+)
+from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
+from tests.analytic import gaussian_denoiser, two_point_denoiser
+from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+
+ROOT = Path(__file__).parent.parent.parent
+PROMPTS = ["a cat", "the dogs"]
+VP = NoiseSchedule.linear()
+
+
+def solver(name=DPMSolverMultistepScheduler, steps: int = 4, **config) -> SolverTable:
+    settings = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "trailing"}
+    return tabulate(name(**settings | config), steps)
+
+
+def pipeline_table(pipe, kind: str, steps: int) -> SolverTable:
+    """A solver of the pipeline's own schedule: second order where it is VP, with the call's shift for Flux."""
+    if kind == "flux":
+        return tabulate(
+            pipe.scheduler, None, set_timesteps={"sigmas": [1 - i / steps for i in range(steps)], "mu": 0.5}
+        )
+    if kind == "sd3":
+        return tabulate(pipe.scheduler, steps)
+    config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing"}
+    return tabulate(DPMSolverMultistepScheduler.from_config(config), steps)
+
+
+class Recorder(TableScheduler):
+    """Keeps what a pipeline passes to `step` and gets from it."""
+
+    def _select(self, count, device):
+        super()._select(count, device)
+        self.calls = []
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        result = super().step(model_output, timestep, sample, generator, return_dict)
+        previous = result.prev_sample if return_dict else result[0]
+        self.calls.append([value.clone() for value in (sample, timestep, model_output, previous)])
+        return result
+
+
+def assert_same_as_sample(calls, table: SolverTable, size: int, seeds=None) -> None:
+    """Replay the network's outputs through `sample`: states, timesteps and the result are the pipeline's."""
+    rows = iter(calls)
+
+    def replay(x, timestep, condition):
+        state, told, output, _ = next(rows)
+        scale = state.abs().max()
+        assert (x - state[:size]).abs().max() <= 1e-6 * scale
+        assert timestep == told
+        return output[:size]
+
+    noise = calls[0][0][:size] / table.start_scale
+    image = sample(replay, table, noise, seeds=seeds)
+    assert len(calls) == table.nfe
+    assert (image - calls[-1][3][:size]).abs().max() <= 1e-6 * image.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipelines_compute_what_sample_computes(kind):
+    pipe = tiny_pipeline(kind)
+    table = pipeline_table(pipe, kind, 4)
+    pipe.scheduler = Recorder.from_solver(table)
+    pipe(**call_arguments(kind, PROMPTS, 3.0, table.nfe), generator=torch.Generator().manual_seed(0))
+    calls = pipe.scheduler.calls
+    assert len(calls[0][0]) == (4 if kind == "dit" else 2)  # DiT doubles the batch under guidance
+    assert_same_as_sample(calls, table, 2)
+
+
+def test_a_pipeline_with_the_table_equals_the_pipeline_with_the_scheduler():
+    pipe = tiny_pipeline("sd")
+    arguments = call_arguments("sd", PROMPTS, 3.0, 4) | {"output_type": "latent"}
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    pipe.scheduler = TableScheduler.from_solver(tabulate(pipe.scheduler, 4))
+    found = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+def test_noise_comes_from_the_scheduler_seed(kind):
+    pipe = tiny_pipeline(kind)
+    config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing"}
+    table = tabulate(EulerAncestralDiscreteScheduler.from_config(config), 3)
+    pipe.scheduler = Recorder.for_pipeline(table_artifact(table, pipe), pipe, seed=5)
+    pipe(**call_arguments(kind, PROMPTS, 3.0, 3), generator=torch.Generator().manual_seed(0))
+    assert_same_as_sample(pipe.scheduler.calls, table, 2, seeds=[5, 6])
+
+
+def table_artifact(table: SolverTable, pipe) -> SolverTable:
+    """The table as if loaded from an artifact made for a pipeline."""
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    info = {"schedule": schedule.to_dict() | {"fingerprint": schedule.fingerprint()}, "guidance_scale": 3.0}
+    return SolverTable(
+        **{name: getattr(table, name) for name in table.__dataclass_fields__ if name != "info"}, info=info
+    )
+
+
+def run(scheduler, denoiser, noise, steps=None, generator=None):
+    """The loop every Stable Diffusion pipeline runs."""
+    scheduler.set_timesteps(steps)
+    state = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        output = denoiser(scheduler.scale_model_input(state, timestep), timestep)
+        state = scheduler.step(output, timestep, state, generator=generator).prev_sample
+    return state
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_loop_equals_sample_in_float64(kind):
+    table = solver(steps=6, prediction_type=kind)
+    denoiser = two_point_denoiser(NoiseSchedule.linear(prediction_type=kind))
+    noise = start_noise([3, 4], (2, 5), torch.float64)
+    expected = sample(denoiser, table, noise)
+    found = run(TableScheduler.from_solver(table), lambda x, t: denoiser(x, t.double()), noise)
+    assert (found - expected).abs().max() < 1e-6  # timesteps are float32 in a scheduler
+
+
+def test_start_scale_and_repeated_timesteps():
+    table = solver(EulerDiscreteScheduler, 5)
+    assert table.start_scale != 1
+    repeated = SolverTable(
+        **{name: getattr(table, name) for name in table.__dataclass_fields__ if name not in ("timesteps", "info")},
+        timesteps=torch.tensor([900.25, 900.25, 500.5, 500.5, 1.0], dtype=torch.float64),
+    )
+    noise = start_noise([3, 4], (2, 5), torch.float64)
+    denoiser = gaussian_denoiser(VP)
+    scheduler = TableScheduler.from_solver(repeated)
+    assert scheduler.timesteps.tolist() == [900.25, 900.25, 500.5, 500.5, 1.0]  # fractions stay
+    assert scheduler.init_noise_sigma == table.start_scale
+    assert torch.allclose(run(scheduler, denoiser, noise), sample(denoiser, repeated, noise), rtol=0, atol=1e-12)
+
+
+def test_runs_leave_nothing_behind():
+    table = solver(steps=4)
+    scheduler, denoiser = TableScheduler.from_solver(table), two_point_denoiser(VP)
+    noise = start_noise([0], (2, 3))
+    first = run(scheduler, denoiser, noise)
+    scheduler.set_timesteps(4)
+    scheduler.step(noise, scheduler.timesteps[0], noise)  # a run that stops early
+    assert torch.equal(run(scheduler, denoiser, noise), first)
+    assert scheduler.step_index == 4
+    assert all(not values for values in scheduler._history)
+    with pytest.raises(ValueError, match="all 4 steps are done"):
+        scheduler.step(noise, scheduler.timesteps[-1], noise)
+
+
+def test_the_received_sample_is_stored():
+    """A pipeline that changes the sample between steps (inpainting) is followed."""
+    table, noise = solver(steps=3), start_noise([0], (4,), torch.float64)
+    scheduler = TableScheduler.from_solver(table)
+    changed, outputs = noise + 0.5, [torch.ones_like(noise) * k for k in (0.3, -0.2, 0.1)]
+    first = scheduler.step(outputs[0], 999, noise).prev_sample
+    second = scheduler.step(outputs[1], 666, changed).prev_sample
+    assert not torch.allclose(first, changed)
+    expected = table.state_coef[1, 0] * noise + table.state_coef[1, 1] * changed
+    expected = expected + table.output_coef[1, 0] * outputs[0] + table.output_coef[1, 1] * outputs[1]
+    assert torch.allclose(second, expected, rtol=0, atol=1e-12)
+
+
+def test_half_precision_pipelines_accumulate_in_float32():
+    table, denoiser = solver(DDIMScheduler, 50, clip_sample=False), two_point_denoiser(VP)
+    noise = start_noise(range(8), (16,)).half()
+
+    def rounded(x, t, condition=None):
+        return denoiser(x.half().float(), t).half()
+
+    expected = sample(rounded, table, noise)
+    assert torch.equal(run(TableScheduler.from_solver(table), rounded, noise), expected)
+
+
+def test_noise_of_a_generator_of_a_list_and_of_seeds():
+    table, noise = solver(EulerAncestralDiscreteScheduler, 3), start_noise([7, 8], (4, 4))
+    denoiser = gaussian_denoiser(VP)
+    scheduler = TableScheduler.from_solver(table)
+    draws = torch.stack(
+        [torch.randn(2, 4, 4, generator=g) for g in [torch.Generator().manual_seed(1)] for _ in range(2)]
+    )
+    step_noise = torch.cat([draws, torch.zeros(1, 2, 4, 4)])
+    assert table.noise_coef[2].abs().sum() == 0
+    found = run(scheduler, denoiser, noise, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(found, sample(denoiser, table, noise, step_noise=step_noise), rtol=0, atol=1e-6)
+    scheduler.seed = [70, 7]
+    found = run(scheduler, denoiser, noise, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(found, sample(denoiser, table, noise, seeds=[70, 7]), rtol=0, atol=1e-6)
+    assert torch.equal(scheduler._noise(2, noise, None), row_noise([70, 7], 2, (4, 4)))
+    scheduler.seed = [1, 2, 3]
+    with pytest.raises(ValueError, match="3 seeds for a batch of 2"):
+        run(scheduler, denoiser, noise)
+    scheduler.seed = 2**32
+    with pytest.raises(ValueError, match="outside 0 to"):
+        run(scheduler, denoiser, noise)
+
+
+def test_several_numbers_of_steps_in_one_scheduler():
+    tables = [solver(steps=4), solver(steps=6)]
+    scheduler = TableScheduler.from_solver(tables)
+    noise, denoiser = start_noise([0], (3,)), gaussian_denoiser(VP)
+    for table in tables:
+        expected = sample(denoiser, table, noise)
+        assert torch.allclose(run(scheduler, denoiser, noise, table.nfe), expected, rtol=0, atol=1e-6)
+        assert scheduler.num_inference_steps == len(scheduler.timesteps) == len(scheduler.sigmas) - 1 == table.nfe
+    assert scheduler.available_steps == [4, 6]
+    for count in (5, None):
+        with pytest.raises(ValueError, match=rf"num_inference_steps is {count}: .* tables for \[4, 6\] steps"):
+            scheduler.set_timesteps(count)
+    with pytest.raises(ValueError, match="each with another number"):
+        TableScheduler.from_solver([tables[0], tables[0]])
+    with pytest.raises(SolverError, match="different models or scales"):
+        TableScheduler.from_solver([tables[0], solver(steps=6, prediction_type="sample")])
+
+
+def test_sigmas_and_timesteps_of_a_pipeline_are_counted_and_checked():
+    scheduler = TableScheduler.from_solver(solver(steps=4))
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], device="cpu")
+    scheduler.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    with pytest.raises(ValueError, match="this solver has its own steps"):
+        scheduler.set_timesteps(sigmas=[14.6, 3.0, 1.0, 0.2])
+    with pytest.raises(ValueError, match="this solver's own are"):
+        scheduler.set_timesteps(timesteps=[999, 700, 400, 100])
+    allowed = TableScheduler.from_solver(solver(steps=4), allow_mismatch=True)
+    allowed.set_timesteps(timesteps=[999, 700, 400, 100])
+    assert torch.equal(allowed.timesteps, scheduler.timesteps)
+
+
+def test_sigmas_are_ratios_of_the_nodes():
+    vp, flow = solver(steps=4), flow_solver(4)
+    assert torch.allclose(TableScheduler.from_solver(vp).sigmas.double(), vp.sigma / vp.alpha, rtol=1e-6)
+    assert torch.allclose(TableScheduler.from_solver(flow).sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), atol=1e-6)
+
+
+def flow_solver(steps: int) -> SolverTable:
+    """Euler on a flow with shift 3."""
+    sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sigma = 3 * sigma / (1 + 2 * sigma)
+    zero = torch.zeros(steps, steps, dtype=torch.float64)
+    return SolverTable(
+        1000 * sigma[:-1],
+        1 - sigma,
+        sigma,
+        torch.eye(steps).double(),
+        sigma.diff().diag(),
+        zero,
+        1.0,
+        "flow_prediction",
+    )
+
+
+def test_add_noise_uses_the_row_or_the_schedule():
+    table = solver(steps=4)
+    scheduler = TableScheduler.from_solver(table, schedule=VP)
+    data, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    found = scheduler.add_noise(data, noise, scheduler.timesteps[:1])
+    assert torch.allclose(found, table.alpha[0] * data + table.sigma[0] * noise, rtol=0, atol=1e-12)
+    alpha, sigma = (value.reshape(2, 1, 1) for value in VP.alpha_sigma(torch.tensor([10.0, 400.5])))
+    found = scheduler.add_noise(data, noise, torch.tensor([10.0, 400.5]))
+    assert torch.allclose(found, alpha * data + sigma * noise, rtol=0, atol=1e-6)
+    bare = TableScheduler.from_solver(table)
+    found = bare.add_noise(data, noise, bare.timesteps[2])
+    assert torch.allclose(found, table.alpha[2] * data + table.sigma[2] * noise, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="add_noise knows the timesteps"):
+        bare.add_noise(data, noise, torch.tensor([10.0, 400.5]))
+
+
+def test_image_to_image_starts_later_with_a_one_step_solver_only():
+    pipe = tiny_pipeline("sd")
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    table = tabulate(DDIMScheduler.from_config(config), 4)
+    scheduler = Recorder.from_solver(table, schedule=schedule)
+    image_pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    image_pipe.set_progress_bar_config(disable=True)
+    image_pipe.scheduler = scheduler
+    arguments = {"prompt": ["a cat"], "image": torch.zeros(1, 3, 16, 16), "num_inference_steps": 4, "strength": 0.5}
+    arguments |= {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    result = image_pipe(**arguments).images
+    calls = scheduler.calls
+    assert [float(call[1]) for call in calls] == table.timesteps.tolist()[2:]
+    state = calls[0][0]
+    for row, call in enumerate(calls, start=2):
+        assert torch.allclose(call[0], state, atol=1e-6)
+        state = table.state_coef[row, row] * call[0] + table.output_coef[row, row] * call[2]
+    assert torch.allclose(result, state.float(), atol=1e-5)
+    image_pipe.scheduler = TableScheduler.from_solver(pipeline_table(pipe, "sd", 4), schedule=schedule)
+    with pytest.raises(ValueError, match="cannot start at row 2"):
+        image_pipe(**arguments)
+
+
+def test_one_step_pixart_reads_the_image():
+    pipe = tiny_pipeline("pixart")
+    pipe.scheduler = Recorder.from_solver(pipeline_table(pipe, "pixart", 1))
+    images = pipe(**call_arguments("pixart", PROMPTS, 3.0, 1), generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(images, pipe.scheduler.calls[0][3])
+
+
+def test_save_and_load_by_the_documented_line(tmp_path):
+    table = solver(steps=4)
+    scheduler = TableScheduler.from_solver([table, solver(steps=5)], seed=3, schedule=VP)
+    scheduler.save_pretrained(tmp_path)
+    loaded = TableScheduler.from_pretrained(tmp_path)
+    assert loaded.config == TableScheduler.from_pretrained(str(tmp_path)).config
+    assert loaded.config["tables"] == scheduler.config["tables"]  # exact doubles
+    assert (loaded.seed, loaded.available_steps) == (3, [4, 5])
+    assert loaded.config["tables"][0]["output_coef"] == table.output_coef.tolist()
+    config = tmp_path / "scheduler_config.json"
+    values = json.loads(config.read_text())
+    values["tables"][0]["alpha"].pop()
+    config.write_text(json.dumps(values))
+    with pytest.raises(SolverError, match="alpha has shape"):
+        TableScheduler.from_pretrained(tmp_path)
+
+
+def test_another_scheduler_config_is_no_table():
+    with pytest.raises(ValueError, match="load it with from_solver"):
+        TableScheduler.from_config(DDIMScheduler().config)
+
+
+def test_push_to_hub_uploads_the_config(monkeypatch):
+    uploaded = {}
+
+    def upload(self, folder, repo_id, **options):
+        uploaded[repo_id] = json.loads(Path(folder, "scheduler_config.json").read_text())
+        return "done"
+
+    monkeypatch.setattr(
+        "diffusers.utils.hub_utils.create_repo", lambda repo_id, **_: type("R", (), {"repo_id": repo_id})
+    )
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: _Card())
+    monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
+    monkeypatch.setattr(TableScheduler, "_upload_folder", upload)
+    table = solver(steps=4)
+    assert TableScheduler.from_solver(table).push_to_hub("me/solver") == "done"
+    assert uploaded["me/solver"]["tables"][0]["timesteps"] == table.timesteps.tolist()
+
+
+class _Card:
+    def save(self, path):
+        Path(path).write_text("card")
+
+
+def artifact(tmp_path, pipe, table, guidance_scale=3.0, schedule=None) -> Path:
+    return save_solver(
+        table,
+        tmp_path / "solver.json",
+        method="olss",
+        schedule=schedule or NoiseSchedule.from_scheduler(pipe.scheduler),
+        guidance_scale=guidance_scale,
+    )
+
+
+def test_a_pipeline_that_fits_and_those_that_do_not(tmp_path):
+    pipe = tiny_pipeline("sd")
+    path = artifact(tmp_path, pipe, pipeline_table(pipe, "sd", 4))
+    scheduler = TableScheduler.for_pipeline(path, pipe, guidance_scale=3.0)
+    assert not scheduler.config["scale_start"]
+    with pytest.raises(SolverError, match=r"guidance scale is 7.5, made for 3.0"):
+        TableScheduler.for_pipeline(path, pipe, guidance_scale=7.5)
+    dit = tiny_pipeline("dit")
+    with pytest.raises(SolverError, match=r"noise schedule is .*'beta_end': 0.02.* made for .*'beta_end': 0.012"):
+        TableScheduler.for_pipeline(path, dit)
+    assert TableScheduler.for_pipeline(path, dit, allow_mismatch=True).config["allow_mismatch"]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(SolverError, match="prediction type is v_prediction, made for epsilon"):
+        scheduler.check_pipeline(pipe)
+    scheduler.check_pipeline(pipe, allow_mismatch=True)
+    with pytest.raises(SolverError, match="its schedule is not known"):
+        TableScheduler.for_pipeline(solver(), pipe)
+
+
+def test_the_static_shift_is_compared(tmp_path):
+    pipe = tiny_pipeline("sd3")
+    path = artifact(tmp_path, pipe, flow_solver(4))
+    TableScheduler.for_pipeline(path, pipe)
+    path = artifact(tmp_path, pipe, flow_solver(4), schedule=NoiseSchedule.flow(shift=1.5))
+    with pytest.raises(SolverError, match=r"'shift': 3.0.* made for .*'shift': 1.5"):
+        TableScheduler.for_pipeline(path, pipe)
+
+
+def test_the_dynamic_shift_is_compared_at_each_call(tmp_path):
+    pipe = tiny_pipeline("flux")
+    tokens = 16 * 16 // 16  # packed 2x2 latents of 16x16 pixels
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    table = pipeline_table(pipe, "flux", 4)
+    schedule = NoiseSchedule.flow(shift=float(torch.tensor(mu, dtype=torch.float64).exp()))
+    arguments = call_arguments("flux", PROMPTS, 3.0, 4)
+    pipe.scheduler = TableScheduler.for_pipeline(artifact(tmp_path, pipe, table, schedule=schedule), pipe)
+    assert pipe.scheduler.config["max_shift"] == 1.15
+    pipe(**arguments)
+    with pytest.raises(ValueError, match=r"the pipeline's shift is .* this solver was made for"):
+        pipe(**arguments | {"height": 64, "width": 64})
+
+
+def test_a_start_scale_reaches_pipelines_that_ignore_it(tmp_path):
+    pipe = tiny_pipeline("dit")
+    table = solver(EulerDiscreteScheduler, 3, timestep_spacing="linspace")
+    path = artifact(tmp_path, pipe, table)
+    with pytest.raises(SolverError, match="ignores init_noise_sigma"):
+        TableScheduler.from_solver(path).check_pipeline(pipe)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe.scheduler = Recorder.for_pipeline(path, pipe)
+    pipe(**call_arguments("dit", PROMPTS, 3.0, 3), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pipe.scheduler.calls[0][0][:2], noise * table.start_scale)
+    assert_same_as_sample(pipe.scheduler.calls, table, 2)
+    scaled = SolverTable(
+        **{name: getattr(flow_solver(4), name) for name in table.__dataclass_fields__ if name != "start_scale"},
+        start_scale=1.5,
+    )
+    with pytest.raises(SolverError, match="never scales its start noise"):
+        TableScheduler.for_pipeline(artifact(tmp_path, tiny_pipeline("sd3"), scaled), tiny_pipeline("sd3"))
+
+
+def test_a_saved_pipeline_loads_after_import_and_with_the_documented_line(tmp_path):
+    pipe = tiny_pipeline("dit")
+    table = pipeline_table(pipe, "dit", 3)
+    pipe.scheduler = TableScheduler.from_solver(table)
+    arguments = call_arguments("dit", PROMPTS, 3.0, 3)
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["solvers", "TableScheduler"]
+    scheduler = TableScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    for options in ({}, {"scheduler": scheduler}):
+        loaded = DiffusionPipeline.from_pretrained(tmp_path, **options)
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded.scheduler, TableScheduler)
+        found = loaded(**arguments, generator=torch.Generator().manual_seed(0)).images
+        assert (torch.as_tensor(found) - torch.as_tensor(expected)).abs().max() < 1e-6
+
+
+FRESH = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+
+def generate(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    source = torch.Generator().manual_seed(0)
+    return pipe([1, 2], guidance_scale=3.0, num_inference_steps=3, generator=source, output_type="pt").images
+
+exported, saved = sys.argv[1:]
+images = [generate(exported, trust_remote_code=True)]
+assert "solvers" not in sys.modules
+import solvers
+images.append(generate(saved))
+from solvers import TableScheduler
+images.append(generate(saved, scheduler=TableScheduler.from_pretrained(saved, subfolder="scheduler")))
+torch.save(images, "images.pt")
+"""
+
+
+@pytest.mark.slow
+def test_saved_pipelines_load_in_a_fresh_process_by_three_routes(tmp_path):
+    pipe = tiny_pipeline("dit")
+    path = artifact(tmp_path, pipe, pipeline_table(pipe, "dit", 3))
+    pipe.save_pretrained(tmp_path / "exported")
+    export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "exported")
+    pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    (tmp_path / "fresh.py").write_text(FRESH)
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
+    command = [sys.executable, "fresh.py", "exported", "saved"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pipe.scheduler = TableScheduler.from_solver(load_solver(path))
+    arguments = {"guidance_scale": 3.0, "num_inference_steps": 3, "output_type": "pt"}
+    expected = torch.as_tensor(pipe([1, 2], generator=torch.Generator().manual_seed(0), **arguments).images)
+    for found in torch.load(tmp_path / "images.pt", weights_only=True):
+        assert (torch.as_tensor(found) - expected).abs().max() < 1e-6
+
+
+def test_the_standalone_scheduler_is_the_same():
+    table, noise, denoiser = (
+        solver(EulerAncestralDiscreteScheduler, 4),
+        start_noise([1, 2], (3,)),
+        gaussian_denoiser(VP),
+    )
+    mine = TableScheduler.from_solver(table, seed=9)
+    theirs = StandaloneScheduler.from_config(mine.config)
+    trace = sample_trace(denoiser, table, noise, seeds=[9, 10])
+    assert torch.allclose(run(theirs, denoiser, noise), trace.states[-1], rtol=0, atol=1e-6)
+    assert torch.equal(run(theirs, denoiser, noise), run(mine, denoiser, noise))
