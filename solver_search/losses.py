@@ -1,0 +1,133 @@
+"""What a searched solver is asked to match: the teacher's end point, its path, or features of its images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from solvers import SolverTable
+
+
+@dataclass(frozen=True)
+class TeacherPath:
+    """A batch of teacher trajectories; states[:, 0] is the start noise as the teacher scaled it.
+
+    Args:
+        states: (batch, M+1, *shape).
+        alpha, sigma: nodes of the teacher's states, (M+1,) float64.
+        noise: (batch, *shape), the unit noise.
+        condition: of the denoiser.
+    """
+
+    states: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    noise: Tensor
+    condition: Any = None
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    @property
+    def num_steps(self) -> int:
+        """M."""
+        return len(self.alpha) - 1
+
+    @property
+    def end(self) -> Tensor:
+        """The teacher's images, (batch, *shape)."""
+        return self.states[:, -1]
+
+    def at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The teacher's state at a node, (batch, *shape); differentiable in the node.
+
+        Linear between the neighbouring teacher states in x / (alpha + sigma) over sigma / (alpha + sigma), where DDIM
+        and Euler move on straight lines. (The paper's release takes the nearest state, of another noise level.)
+        """
+        norm = self.alpha + self.sigma
+        position = self.sigma / norm
+        wanted = sigma / (alpha + sigma)
+        upper = int((position > wanted.detach()).sum().clamp(1, self.num_steps))
+        share = (wanted - position[upper - 1]) / (position[upper] - position[upper - 1])
+        weights = (alpha + sigma) * torch.stack([(1 - share) / norm[upper - 1], share / norm[upper]])
+        weights = weights.to(self.states)
+        return weights[0] * self.states[:, upper - 1] + weights[1] * self.states[:, upper]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a loss: weight * mean(rho(residual)), rho = r^2, or Huber's r^2/2, delta (|r| - delta/2)."""
+
+    weight: float
+    row: int
+    delta: float | None = None
+    feature: bool = False
+
+    def value(self, residual: Tensor) -> Tensor:
+        """The scalar."""
+        if self.delta is None:
+            return self.weight * residual.square().mean()
+        return self.weight * nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=self.delta)
+
+    def curvature(self, residual: Tensor) -> Tensor | float:
+        """Weight of a squared residual in the Gauss-Newton matrix: weight * rho'(r) / (2 r), as in reweighting."""
+        if self.delta is None:
+            return self.weight
+        return 0.5 * self.weight * (self.delta / residual.abs().clamp_min(self.delta))
+
+
+@dataclass(frozen=True)
+class SearchLoss:
+    """A weighted sum of distances between a student's run and the teacher's; a weight of 0 switches a part off.
+
+    Args:
+        endpoint: mean squared error of the last state.
+        path: mean squared error of every state to the teacher's at the same node, averaged over the rows.
+        huber: Huber distance of the last state.
+        huber_delta: where Huber's distance turns from a parabola into a line.
+        feature: mean squared error of an extractor's features of the last state.
+    Raises:
+        ValueError: a negative weight, all weights 0, or huber_delta <= 0.
+    Source: arXiv 2505.21114, section 4.3: path 1, huber 1000, huber_delta 0.001.
+    """
+
+    endpoint: float = 1.0
+    path: float = 0.0
+    huber: float = 0.0
+    huber_delta: float = 1e-3
+    feature: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("endpoint", "path", "huber", "feature")}
+        if min(weights.values()) < 0 or max(weights.values()) == 0:
+            raise ValueError(f"loss weights are {weights}: none may be negative, one must be positive")
+        if self.huber_delta <= 0:
+            raise ValueError(f"huber_delta is {self.huber_delta}: it must be positive")
+
+    def terms(self, nfe: int) -> list[Term]:
+        """The parts, by state index."""
+        terms = [Term(self.path / nfe, row) for row in range(1, nfe + 1)]
+        terms += [Term(self.endpoint, nfe), Term(self.huber, nfe, delta=self.huber_delta)]
+        terms.append(Term(self.feature, nfe, feature=True))
+        return [term for term in terms if term.weight]
+
+
+def residual(
+    term: Term, table: SolverTable, states: Sequence[Tensor], teacher: TeacherPath, extractor: nn.Module | None
+) -> Tensor:
+    """Student minus teacher, (batch, *shape) or (batch, features), of one part of the loss."""
+    target = teacher.at(table.alpha[term.row], table.sigma[term.row])
+    if not term.feature:
+        return states[term.row] - target
+    assert extractor is not None
+    return extractor(states[term.row]) - extractor(target)
+
+
+def total(
+    loss: SearchLoss, table: SolverTable, states: Sequence[Tensor], teacher: TeacherPath, extractor: nn.Module | None
+) -> Tensor:
+    """The loss of a run: a scalar; gradients flow to the table."""
+    terms = loss.terms(table.nfe)
+    return sum(term.value(residual(term, table, states, teacher, extractor)) for term in terms)

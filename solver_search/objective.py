@@ -1,0 +1,143 @@
+"""The loss of a table over a batch of teacher trajectories, its gradient and its normal equations, piece by piece."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from denoisers import class_labels, concatenate_conditions, condition_to, index_condition
+from denoisers.protocol import DenoiserWrapper, drop_learned_variance
+from solver_search.lm import Damping, Evaluations, NormalEquations, StepResult, linearize, lm_step, normal_equations
+from solver_search.losses import SearchLoss, TeacherPath, total
+from solver_search.memory import Checkpointed
+from solver_search.parameters import Parameters
+from solvers import SolverTable, sample_trace
+
+
+@dataclass
+class Objective:
+    """Distances between a table's runs and the teacher's.
+
+    Args:
+        denoiser: the frozen network.
+        loss: what to match.
+        extractor: images -> features, for the feature part of the loss.
+        micro_batch: samples that go through the network at once.
+        chunk: tangents that do, each with `micro_batch` samples.
+        checkpointing: recompute the network's activations in the backward pass.
+        reduce: sums a float64 tensor over all processes.
+    Raises:
+        ValueError: a feature loss without an extractor.
+    """
+
+    denoiser: nn.Module
+    loss: SearchLoss
+    extractor: nn.Module | None = None
+    micro_batch: int = 32
+    chunk: int | None = 16
+    checkpointing: bool = False
+    reduce: Callable[[Tensor], Tensor] = lambda value: value
+    evaluations: Evaluations = field(default_factory=Evaluations)
+
+    def __post_init__(self) -> None:
+        if self.loss.feature and self.extractor is None:
+            raise ValueError("the loss has a feature part but no extractor is given: set one, or loss.feature to 0")
+
+    @torch.no_grad()
+    def value(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> float:
+        """The loss, averaged over the samples of all processes."""
+        return float(self._mean(teacher, lambda part: self._loss(parameters, theta, part)[None])[0])
+
+    @torch.no_grad()
+    def rmse(self, table: SolverTable, teacher: TeacherPath) -> float:
+        """Root mean squared error to the teacher's images."""
+
+        def squared(part: TeacherPath) -> Tensor:
+            end = self._run(table, part)[-1]
+            return (end - part.end).double().square().mean()[None]
+
+        return float(self._mean(teacher, squared)[0].sqrt())
+
+    def gradient(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> tuple[float, Tensor]:
+        """The loss and its gradient (K,), by backpropagation through the whole run."""
+
+        def both(part: TeacherPath) -> Tensor:
+            leaf = theta.detach().cpu().requires_grad_()
+            with torch.enable_grad():
+                loss = self._loss(parameters, leaf, part, self.checkpointing)
+            self.evaluations.backward += len(part) * parameters.nfe
+            self.evaluations.forward += len(part) * parameters.nfe * self.checkpointing
+            return torch.cat([loss.detach()[None].cpu().double(), torch.autograd.grad(loss, leaf)[0]])
+
+        mean = self._mean(teacher, both)
+        return float(mean[0]), mean[1:]
+
+    def equations(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> NormalEquations:
+        """Gauss-Newton's quadratic at theta."""
+        size = len(theta)
+
+        def flat(part: TeacherPath) -> Tensor:
+            run = linearize(self.denoiser, parameters, theta, part.noise, part.condition, self.chunk, self.evaluations)
+            found = normal_equations(run, self.loss, part, self.extractor)
+            loss = torch.tensor([found.loss], dtype=torch.float64)
+            return torch.cat([found.matrix.flatten(), found.gradient, loss])
+
+        mean = self._mean(teacher, flat)
+        matrix, gradient, loss = mean.split([size * size, size, 1])
+        return NormalEquations(matrix.reshape(size, size), gradient, float(loss))
+
+    def lm_step(
+        self, parameters: Parameters, theta: Tensor, teacher: TeacherPath, damping: Damping
+    ) -> tuple[StepResult, float]:
+        """One Levenberg-Marquardt step on a batch, and the loss before it."""
+        equations = self.equations(parameters, theta, teacher)
+        if not torch.isfinite(torch.tensor(equations.loss)):
+            return StepResult(theta, damping, equations.loss, False), equations.loss
+        step = lm_step(
+            equations, theta, lambda trial: self.value(parameters, trial, teacher), parameters.project, damping
+        )
+        return step, equations.loss
+
+    def example_condition(self, device: torch.device) -> Any:
+        """A condition of one sample, as batches have it."""
+        inner = condition_to(class_labels(self.denoiser, [0]), device)
+        if not isinstance(self.denoiser, VariableGuidance):
+            return inner
+        return {"condition": inner, "guidance_scale": torch.ones(1, device=device)}
+
+    def _loss(self, parameters: Parameters, theta: Tensor, part: TeacherPath, checkpointing: bool = False) -> Tensor:
+        table = parameters.table(theta.cpu())
+        states = self._run(table, part, checkpointing)
+        return total(self.loss, table, states, part, self.extractor)
+
+    def _run(self, table: SolverTable, part: TeacherPath, checkpointing: bool = False) -> list[Tensor]:
+        denoiser = Checkpointed(self.denoiser) if checkpointing else self.denoiser
+        self.evaluations.forward += len(part) * table.nfe
+        return sample_trace(denoiser, table, part.noise, part.condition).states
+
+    def _mean(self, teacher: TeacherPath, function: Callable[[TeacherPath], Tensor]) -> Tensor:
+        """Mean of a vector of sums over samples, over micro-batches and processes."""
+        sums = sum(function(part).cpu().double() * len(part) for part in self._parts(teacher))
+        counted = self.reduce(torch.cat([sums, torch.tensor([float(len(teacher))], dtype=torch.float64)]))
+        return counted[:-1] / counted[-1]
+
+    def _parts(self, teacher: TeacherPath) -> Iterator[TeacherPath]:
+        for first in range(0, len(teacher), self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            condition = index_condition(teacher.condition, part)
+            yield replace(teacher, states=teacher.states[part], noise=teacher.noise[part], condition=condition)
+
+
+class VariableGuidance(DenoiserWrapper):
+    """Classifier-free guidance whose scale is part of the condition: {"condition": ..., "guidance_scale": (batch,)}."""
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
+        """uncond + guidance_scale (cond - uncond), from one call of twice the batch."""
+        inner, scale = condition["condition"], condition["guidance_scale"].to(x)
+        both = concatenate_conditions([inner, self.denoiser.null_condition(inner)])
+        doubled = timestep.repeat(2) if timestep.ndim else timestep
+        output = drop_learned_variance(self.denoiser(torch.cat([x, x]), doubled, both, **options), x)
+        conditional, unconditional = output.chunk(2)
+        return torch.lerp(unconditional, conditional, scale.reshape(-1, *[1] * (x.ndim - 1)))
