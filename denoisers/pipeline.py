@@ -15,7 +15,8 @@ from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
 
-NETWORKS = ("transformer", "unet", "prior", "decoder")
+NETWORKS = ("transformer", "unet")
+PROBE_STEPS = 10  # some schedulers refuse very few
 
 
 class PipelineDenoiser(nn.Module):
@@ -45,14 +46,14 @@ class PipelineDenoiser(nn.Module):
         batch_size: int = 1,
         **call: Any,
     ) -> None:
+        super().__init__()
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts is {prompts!r}: give a list of at least one prompt")
         known = inspect.signature(type(pipe).__call__).parameters
         unknown = sorted({prompt_argument, "num_inference_steps", *call} - known.keys())
         if unknown:
-            raise ValueError(
-                f"{type(pipe).__name__} takes no {', '.join(unknown)}: its arguments are {', '.join(known)}"
-            )
+            allowed = ", ".join(known)
+            raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: its arguments are {allowed}")
         self.pipe, self.prompts, self.prompt_argument = pipe, list(prompts), prompt_argument
         self.batch_size, self.call = batch_size, call
         default = known["guidance_scale"].default if "guidance_scale" in known else 1.0
@@ -63,20 +64,21 @@ class PipelineDenoiser(nn.Module):
     @cached_property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule of the pipeline's scheduler, at the shift the pipeline gives it."""
-        return read_schedule(self.pipe.scheduler, mu=self._probe(2).set_timesteps.get("mu"))
+        return read_schedule(self.pipe.scheduler, mu=self._probe(PROBE_STEPS).set_timesteps.get("mu"))
 
     @cached_property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one state, as the scheduler sees it; found by one evaluation."""
-        return tuple(self._probe(2).states[0].shape[1:])
+        return tuple(self._probe(PROBE_STEPS).states[0].shape[1:])
 
     @cached_property
-    def weight_hash(self) -> str | None:
-        """SHA-256 of the network's weights, None where it goes by an unusual name; computed when first asked for."""
+    def weight_hash(self) -> str:
+        """SHA-256 of the network's weights (of an unknown pipeline: its largest module); computed when asked for."""
         from denoisers.checkpoint import weight_hash
 
-        networks = [getattr(self.pipe, name, None) for name in NETWORKS]
-        return next((weight_hash(network) for network in networks if network is not None), None)
+        modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        largest = max(modules, key=lambda name: sum(value.numel() for value in modules[name].parameters()))
+        return weight_hash(modules[next((name for name in NETWORKS if name in modules), largest)])
 
     def table(self, num_inference_steps: int) -> SolverTable:
         """The pipeline's own scheduler as a table, with all arguments the pipeline gives it.

@@ -1,15 +1,31 @@
 """Recording pipelines, and pipelines as denoisers."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
 
 from data.recording import record_trajectories
-from denoisers import with_guidance
+from data.trajectories import TrajectoryCache
+from denoisers import class_labels, load_denoiser, with_guidance
 from denoisers.diffusers_models import from_pipeline
-from solvers import sample_trace
+from denoisers.pipeline import PipelineDenoiser
+from olss.path import uniform_path
+from olss.student import fit_on_student, fit_on_teacher, teacher_factor
+from solvers import TableScheduler, named_solver, sample, sample_trace, start_noise
 from tests.denoisers.test_adapters import condition_of
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
 
@@ -26,9 +42,17 @@ def call_of(kind: str, prompts: list[str], guidance_scale: float) -> tuple[list,
     return arguments.pop("prompt"), arguments
 
 
+def assert_runs_of_its_table(cache: TrajectoryCache, tolerance: float = 1e-5) -> None:
+    """Each recorded state follows from the recorded ones before it by the rows of the table."""
+    found, table = cache.load().to(torch.float64), cache.table
+    following = torch.einsum("ij,bj...->bi...", table.state_coef, found.states[:, :-1])
+    following += torch.einsum("ij,bj...->bi...", table.output_coef, found.outputs)
+    assert float((following - found.states[:, 1:]).abs().max()) < tolerance * float(found.states.abs().max())
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_recorded_trajectories_are_the_table_s_own(kind: str, tmp_path: Path) -> None:
-    """Each recorded state follows from the recorded ones before by the table, and each output is the network's."""
+def test_recorded_trajectories_are_the_sampler_s(kind: str, tmp_path: Path) -> None:
+    """The whole trajectory equals that of the adapter, the tabulated scheduler and the project's sampler."""
     pipe = tiny_pipeline(kind)
     prompts, call = call_of(kind, PROMPTS, 3.0)
     cache = record_trajectories(pipe, prompts, tmp_path, STEPS, batch_size=2, shard_size=2, progress=False, **call)
@@ -40,7 +64,170 @@ def test_recorded_trajectories_are_the_table_s_own(kind: str, tmp_path: Path) ->
     scale = float(found.states.abs().max())
     assert float((torch.stack(trace.states, 1) - found.states).abs().max()) < 1e-5 * scale
     assert float((torch.stack(trace.outputs, 1) - found.outputs).abs().max()) < 1e-4 * scale
-    assert cache.schedule == denoiser.schedule
-    assert cache.sample_shape == denoiser.sample_shape
-    assert cache.manifest["teacher"]["guidance_scale"] == 3.0
-    cache.check(denoiser)
+    assert (cache.schedule, cache.sample_shape) == (denoiser.schedule, denoiser.sample_shape)
+    cache.check(denoiser, 3.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipeline_as_a_denoiser_equals_its_adapter(kind: str) -> None:
+    """Guided outputs at any state and at fractional timesteps of their own for each sample."""
+    pipe = tiny_pipeline(kind)
+    prompts, call = call_of(kind, PROMPTS, 3.0)
+    denoiser, adapter = PipelineDenoiser(pipe, prompts, batch_size=2, **call), from_pipeline(pipe, 16, 16)
+    assert (denoiser.sample_shape, denoiser.schedule) == (adapter.sample_shape, adapter.schedule)
+    x, indices = start_noise([0, 1, 2], adapter.sample_shape), class_labels(denoiser, [1, 2, 3])
+    condition = condition_of(kind, pipe, [PROMPTS[i] for i in indices.tolist()])
+    guided = with_guidance(adapter, 3.0)
+    for timestep in (torch.tensor(700.0), torch.tensor([500.25, 20.0, 500.25])):
+        expected = guided(x, timestep, condition)
+        error = float((denoiser(x, timestep, indices) - expected).abs().max())
+        assert error < 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "rows"),
+    [
+        ("sd", PNDMScheduler, STEPS + 9),
+        ("sd", EulerDiscreteScheduler, STEPS),
+        ("pixart", HeunDiscreteScheduler, 2 * STEPS - 1),
+        ("sd3", FlowMatchHeunDiscreteScheduler, 2 * STEPS - 1),
+    ],
+)
+def test_other_schedulers_are_recorded(kind: str, scheduler: Any, rows: int, tmp_path: Path) -> None:
+    """States are those the network sees, also under `scale_model_input`; rows are evaluations."""
+    pipe = tiny_pipeline(kind)
+    pipe.scheduler = own = scheduler.from_config(pipe.scheduler.config)
+    before = copy.deepcopy(own.__dict__)
+    prompts, call = call_of(kind, PROMPTS[:1], 2.0)
+    cache = record_trajectories(pipe, prompts, tmp_path, STEPS, progress=False, **call)
+    assert cache.table.nfe == rows
+    assert_runs_of_its_table(cache, tolerance=1e-4)
+    assert pipe.scheduler is own
+    assert own.__dict__.keys() == before.keys()
+
+
+class Sounds(DiffusionPipeline):
+    """A pipeline nobody has heard of: sounds (batch, channels, length), one number as the prompt, its own guidance."""
+
+    def __init__(self, network: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, pitch: list[float], num_inference_steps: int = 50, generator: Any = None, push: float = 2.0):
+        sounds = randn_tensor((len(pitch), 2, 30), generator=generator, device=torch.device("cpu"))
+        self.scheduler.set_timesteps(num_inference_steps)
+        for timestep in self.scheduler.timesteps:
+            told = torch.tensor(pitch)[:, None, None]
+            told = told * (1 + timestep / 1000)
+            output = torch.tanh(self.network(sounds) + push * told)
+            sounds = self.scheduler.step(model_output=output, timestep=timestep, sample=sounds).prev_sample
+        return sounds
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(30, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def sounds() -> Sounds:
+    return Sounds(Mixer().requires_grad_(False), DDIMScheduler(clip_sample=False))
+
+
+@pytest.mark.parametrize("basis", ["teacher", "student"])
+def test_olss_on_an_unknown_pipeline(basis: str, tmp_path: Path) -> None:
+    """Fitted on recordings alone, run inside the pipeline: beats DDIM of as many steps on unseen seeds."""
+    pipe, pitches = sounds(), [-0.5, 0.1, 0.7]
+    call = {"prompt_argument": "pitch", "push": 1.5}
+    cache = record_trajectories(pipe, pitches, tmp_path, 40, num_trajectories=12, progress=False, **call)
+    assert_runs_of_its_table(cache)
+    path = uniform_path(40, 4)
+    if basis == "teacher":
+        fit = fit_on_teacher(teacher_factor(cache.batches(), 40), path, 40)
+    else:
+        fit = fit_on_student(PipelineDenoiser(pipe, pitches, **call), cache.table, [cache.load()], path)
+    table = fit.table(cache.table)
+
+    def run(scheduler: Any, steps: int) -> Tensor:
+        pipe.scheduler = scheduler
+        generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+        return pipe(pitch=pitches * 2, num_inference_steps=steps, generator=generators, push=1.5)
+
+    reference = run(pipe.scheduler, 40)
+    ddim = run(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"), 4)
+    scheduler = TableScheduler.from_solver(table, schedule=cache.schedule)
+    fitted = run(scheduler, 4)
+    errors = [float((image - reference).square().mean().sqrt()) for image in (fitted, ddim)]
+    assert errors[0] < 0.5 * errors[1]
+    denoiser = PipelineDenoiser(pipe, pitches, batch_size=3, **call)
+    sampled = sample(denoiser, table, start_noise(range(6), (2, 30)), class_labels(denoiser, range(6)))
+    assert torch.allclose(sampled, fitted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "dit", "flux"])
+def test_student_of_as_many_steps_is_the_teacher(kind: str, tmp_path: Path) -> None:
+    """Alternating runs of a guided pipeline: with every state on the path, the fit reproduces each of them."""
+    pipe = tiny_pipeline(kind)
+    prompts, call = call_of(kind, PROMPTS, 2.0)
+    cache = record_trajectories(pipe, prompts, tmp_path, 3, progress=False, **call)
+    denoiser, found = PipelineDenoiser(pipe, prompts, batch_size=3, **call), cache.load()
+    table = fit_on_student(denoiser, cache.table, [found], [0, 1, 2]).table(cache.table)
+    images = sample(denoiser, table, found.states[:, 0] / table.start_scale, found.condition)
+    assert float((images - found.states[:, -1]).abs().max()) < 1e-4 * float(found.states.abs().max())
+
+
+def test_recording_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Complete shards are kept; trajectories do not depend on what was recorded before."""
+    pipe, pitches = sounds(), [-0.5, 0.1, 0.7]
+    call: dict[str, Any] = {"prompt_argument": "pitch", "shard_size": 1, "progress": False}
+    whole = record_trajectories(pipe, pitches, tmp_path / "a", 5, **call).load()
+    record_trajectories(pipe, pitches, tmp_path / "b", 5, **call)
+    (tmp_path / "b" / "shard-00001.tar").unlink()
+    kept = (tmp_path / "b" / "shard-00000.tar").stat().st_mtime_ns
+    again = record_trajectories(pipe, pitches, tmp_path / "b", 5, **call).load()
+    assert (tmp_path / "b" / "shard-00000.tar").stat().st_mtime_ns == kept
+    assert torch.equal(again.states, whole.states)
+    assert torch.equal(again.condition, whole.condition)
+    with pytest.raises(ValueError, match="another pipeline"):
+        record_trajectories(pipe, pitches, tmp_path / "b", 5, push=3.0, **call)
+
+
+def test_loaded_pipeline_records_and_samples(tmp_path: Path) -> None:
+    """`family: pipeline` in a description file makes any pipeline folder a denoiser."""
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "sd")
+    file = tmp_path / "sd.yaml"
+    file.write_text(f"path: {tmp_path}/sd\nfamily: pipeline\nprompts: [a cat, dog]\ncall: {{height: 16, width: 16}}\n")
+    denoiser = load_denoiser(file, guidance_scale=2.0)
+    assert denoiser.guidance_scale == 2.0
+    seeds = [0, 1]
+    noise, table = start_noise(seeds, denoiser.sample_shape), named_solver("ddim:3", denoiser.schedule)
+    condition = condition_of("sd", pipe, ["a cat", "dog"])
+    expected = sample(with_guidance(from_pipeline(pipe, 16, 16), 2.0), table, noise, condition)
+    found = sample(denoiser, table, noise, class_labels(denoiser, seeds))
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_recording_errors(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        record_trajectories(pipe, [], tmp_path, 4)
+    with pytest.raises(ValueError, match="StableDiffusionPipeline takes no hight: its arguments are"):
+        record_trajectories(pipe, PROMPTS, tmp_path, 4, hight=16)
+    own = pipe.scheduler
+    with pytest.raises(ValueError, match="steps 2 samples for 1 prompts"):
+        PipelineDenoiser(pipe, PROMPTS, num_images_per_prompt=2).record(4, [0], torch.tensor([0]))
+    assert pipe.scheduler is own
+    pipe.scheduler = DDIMScheduler(clip_sample=True)
+    with pytest.raises(ValueError, match="not linear"):
+        record_trajectories(pipe, PROMPTS, tmp_path, 4, height=16, width=16)
+    partial = StableDiffusionImg2ImgPipeline(**tiny_pipeline("sd").components, requires_safety_checker=False)
+    partial.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="stopped after 2 of 4 steps"):
+        record_trajectories(
+            partial, PROMPTS, tmp_path, 4, image=torch.zeros(1, 3, 16, 16), strength=0.5, progress=False
+        )

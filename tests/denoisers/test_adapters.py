@@ -223,7 +223,7 @@ def test_loading_errors(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "sd")
     with pytest.raises(ValueError, match="unknown dtype 'float8'"):
         load_denoiser(tmp_path / "sd", dtype="float8")
-    with pytest.raises(ValueError, match="cannot be loaded with promts: .* the options are prompts, "):
+    with pytest.raises(ValueError, match=r"cannot be loaded with promts: .* the options are prompts, "):
         load_denoiser(tmp_path / "sd", promts=PROMPTS)
     with pytest.raises(ValueError, match="holds a AutoencoderKL"):
         load_denoiser(tmp_path / "sd" / "vae")
