@@ -1,7 +1,6 @@
 """Solvers for people without this project: a diffusers scheduler, a ComfyUI node, one NumPy file."""
 
 import json
-import math
 import pprint
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from solvers.table import SolverTable
 
 Solver = str | Path | SolverTable
 TARGETS = ("diffusers", "comfyui", "numpy")
+LARGEST = 1e9  # beyond it, a sigma stands for alpha = 0
 SOURCES = Path(__file__).parent / "standalone"
 
 
@@ -125,9 +125,10 @@ def comfyui_numbers(table: SolverTable) -> dict[str, Any]:
         "from_state": (-on_state / on_output).tolist(),
         "from_denoised": (1 / on_output).tolist(),
     }
-    if not all(math.isfinite(number) for values in numbers.values() for number in values):
+    if not all(abs(number) < LARGEST for values in numbers.values() for number in values):
         raise SolverError(
-            "ComfyUI cannot run this solver: a row is at pure noise (alpha = 0) or without any (sigma = 0)"
+            "ComfyUI cannot run this solver: a row is at pure noise (alpha = 0) or without any (sigma = 0), where its "
+            "sigma says nothing; use the diffusers export"
         )
     return _numbers(table) | {"kind": schedule.kind, "stochastic": table.is_stochastic} | numbers
 

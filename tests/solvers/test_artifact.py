@@ -323,3 +323,13 @@ def test_student_weights_outside_the_folder_are_refused(tmp_path):
     edited(path, "student", value={"path": "link.safetensors", "sha256": sha256(tmp_path / "w.safetensors")})
     with pytest.raises(SolverError, match="leaves the artifact's folder"):
         load_solver(path)
+
+
+def test_the_documented_example_loads_and_is_ddim(tmp_path):
+    page = (Path(__file__).parent.parent.parent / "docs" / "artifact.md").read_text()
+    (tmp_path / "ddim-2.json").write_text(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    table = load_solver(tmp_path / "ddim-2.json", gaussian_denoiser(SCHEDULE))
+    scale = table.alpha[1] / table.alpha[0]
+    assert float(table.state_coef[0, 0]) == pytest.approx(float(scale), rel=1e-6)
+    assert float(table.output_coef[0, 0]) == pytest.approx(float(table.sigma[1] - table.sigma[0] * scale), rel=1e-6)
+    assert table.consistency().worst < 1e-6

@@ -1,0 +1,260 @@
+"""Every export runs by itself and computes what `sample` computes."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from solvers import (
+    NoiseSchedule,
+    SolverError,
+    SolverTable,
+    export_solver,
+    load_solver,
+    row_noise,
+    sample,
+    save_solver,
+    start_noise,
+    tabulate,
+)
+from solvers.prediction import per_sample, to_data
+from tests.analytic import two_point_denoiser
+from tests.tiny_pipelines import call_arguments, tiny_pipeline
+
+KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+
+def schedule_of(kind: str) -> NoiseSchedule:
+    return NoiseSchedule.flow(shift=2.0) if kind == "flow_prediction" else NoiseSchedule.linear(prediction_type=kind)
+
+
+def learned_table(kind: str, steps: int = 4, stochastic: bool = False, start_scale: float = 1.0) -> SolverTable:
+    """Random rows on rising nodes, timesteps off their nodes as a tuned solver has them."""
+    generator = torch.Generator().manual_seed(steps)
+    schedule = schedule_of(kind)
+    timesteps = torch.linspace(schedule.t_max, 20.0, steps, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(timesteps)
+
+    def lower(scale):
+        return scale * torch.randn(steps, steps, generator=generator, dtype=torch.float64).tril()
+
+    return SolverTable(
+        timesteps - 7.3 * torch.rand(steps, generator=generator, dtype=torch.float64),
+        torch.cat([alpha, torch.ones(1).double()]),
+        torch.cat([sigma, torch.zeros(1).double()]),
+        lower(0.5),
+        lower(0.5),
+        lower(0.5) if stochastic else torch.zeros(steps, steps, dtype=torch.float64),
+        start_scale,
+        kind,
+    )
+
+
+def artifact(tmp_path, table: SolverTable, schedule: NoiseSchedule | None = None, name: str = "solver.json") -> Path:
+    schedule = schedule or schedule_of(table.prediction_type)
+    return save_solver(table, tmp_path / name, method="olss", schedule=schedule, guidance_scale=3.0)
+
+
+def load_module(path: Path, name: str):
+    """A file as a module, as another program would load it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numpy_file_equals_sample(tmp_path, kind, stochastic):
+    table, denoiser = learned_table(kind, stochastic=stochastic, start_scale=0.9), two_point_denoiser(schedule_of(kind))
+    path = export_solver(artifact(tmp_path, table), "numpy", tmp_path / "out")
+    solver = load_module(path, "numpy_solver")
+    noise = start_noise([1, 2], (3, 5), torch.float64)
+    step_noise = torch.stack([row_noise([1, 2], row, (3, 5), torch.float64) for row in range(table.nfe)])
+    calls = []
+
+    def model(x, timestep):
+        calls.append(timestep)
+        return denoiser(torch.from_numpy(x), torch.tensor(timestep, dtype=torch.float64)).numpy()
+
+    found = solver.sample(model, noise.numpy(), step_noise.numpy() if stochastic else None)
+    expected = sample(denoiser, table, noise, seeds=[1, 2])
+    assert np.abs(found - expected.numpy()).max() < 1e-12
+    assert calls == table.timesteps.tolist()
+    assert solver.sample(model, noise.float().numpy(), step_noise.float().numpy()).dtype == np.float32
+    assert solver.TABLE["guidance_scale"] == 3.0
+
+
+def test_numpy_file_needs_nothing_but_numpy(tmp_path):
+    path = export_solver(artifact(tmp_path, learned_table("epsilon", stochastic=True)), "numpy", tmp_path / "mine.py")
+    assert path == tmp_path / "mine.py"
+    imports = [line for line in path.read_text().splitlines() if line.startswith(("import", "from"))]
+    assert imports == ["import numpy as np"]
+    with pytest.raises(ValueError, match=r"pass step_noise of shape \(4, 2, 3\)"):
+        load_module(path, "mine").sample(lambda x, t: x, np.zeros((2, 3)))
+
+
+class ComfyModel:
+    """ComfyUI's model: takes x at noise level sigma, returns the denoised image; wraps one denoiser."""
+
+    def __init__(self, denoiser, sigma_max: float) -> None:
+        self.denoiser, self.flow = denoiser, denoiser.schedule.kind == "flow"
+        self.inner_model = SimpleNamespace(
+            inner_model=SimpleNamespace(model_sampling=SimpleNamespace(sigma_max=sigma_max))
+        )
+        self.seen = []
+
+    def __call__(self, x, sigma, **extra_args):
+        assert sigma.shape == (len(x),)
+        self.seen.append(extra_args)
+        sigma = sigma.double()
+        alpha, sigma = (
+            (1 - sigma, sigma) if self.flow else (torch.rsqrt(1 + sigma**2), sigma * torch.rsqrt(1 + sigma**2))
+        )
+        state = x if self.flow else per_sample(alpha, x) * x
+        timestep = self.denoiser.schedule.timestep(alpha, sigma)
+        return to_data(self.denoiser.schedule.prediction_type, state, self.denoiser(state, timestep), alpha, sigma)
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    """ComfyUI's `comfy.samplers`, of which the node uses KSAMPLER alone."""
+    samplers = types.ModuleType("comfy.samplers")
+    samplers.KSAMPLER = lambda function, extra_options=None, inpaint_options=None: SimpleNamespace(function=function)
+    monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
+    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+
+
+@pytest.mark.parametrize("at_maximum", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_comfyui_node_equals_sample(tmp_path, comfy, kind, at_maximum):
+    table = learned_table(kind, stochastic=kind != "sample", start_scale=0.9 if kind == "epsilon" else 1.0)
+    denoiser = two_point_denoiser(schedule_of(kind))
+    folder = export_solver(artifact(tmp_path, table), "comfyui", tmp_path / "learned")
+    module = load_module(folder / "__init__.py", "learned")
+    node = module.NODE_CLASS_MAPPINGS["LearnedSolver"]
+    assert node.INPUT_TYPES() == {"required": {"solver": (["olss-4"],)}}
+    assert node.RETURN_TYPES == ("SAMPLER", "SIGMAS")
+    sampler, sigmas = getattr(node(), node.FUNCTION)("olss-4")
+    first = float(sigmas[0])
+    ratio = table.sigma[0] / (table.alpha[0] + table.sigma[0] if kind == "flow_prediction" else table.alpha[0])
+    assert first == pytest.approx(float(ratio), rel=1e-6)
+    assert float(sigmas[-1]) == 0
+    model = ComfyModel(denoiser, sigma_max=first if at_maximum else 2 * first)
+    noise = start_noise([7, 8], (3, 4), torch.float64)
+    scale = (1 + first**2) ** 0.5 if at_maximum and kind != "flow_prediction" else first  # as ComfyUI scales noise
+    steps = []
+    extra_args = {"model_options": {}, "seed": 7}
+    found = sampler.function(model, noise * scale, sigmas, extra_args=extra_args, callback=steps.append, disable=True)
+    expected = sample(denoiser, table, noise, seeds=[7, 8])
+    assert (found - expected).abs().max() < 1e-6 * max(1, expected.abs().max())
+    assert [step["i"] for step in steps] == [0, 1, 2, 3]
+    assert {"x", "sigma", "sigma_hat", "denoised"} <= steps[0].keys()
+    assert model.seen == [extra_args] * 4
+    with pytest.raises(ValueError, match="connect the SIGMAS of the same node"):
+        sampler.function(model, noise, sigmas[1:])
+
+
+def test_comfyui_folder_holds_several_solvers_and_needs_nothing_else(tmp_path, comfy):
+    paths = [artifact(tmp_path, learned_table("epsilon", n), name=f"{n}.json") for n in (3, 5)]
+    folder = export_solver(paths, "comfyui", tmp_path / "learned")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "__init__.py", "solvers.json"]
+    source = (folder / "__init__.py").read_text()
+    assert "solvers." not in source.replace("solvers.json", "")
+    module = load_module(folder / "__init__.py", "several")
+    assert list(module.SOLVERS) == ["olss-3", "olss-5"]
+    assert len(module.LearnedSolver().build("olss-5")[1]) == 6
+
+
+def test_what_comfyui_cannot_run_is_refused(tmp_path):
+    with pytest.raises(SolverError, match="carries no noise schedule"):
+        export_solver(learned_table("epsilon"), "comfyui", tmp_path)
+    zero = NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    table = learned_table("v_prediction")
+    table = SolverTable(
+        **{name: getattr(table, name) for name in table.__dataclass_fields__ if name not in ("timesteps", "info")},
+        timesteps=torch.tensor([999.0, 600, 300, 10], dtype=torch.float64),
+    )
+    with pytest.raises(SolverError, match="alpha = 0"):
+        export_solver(artifact(tmp_path, table, zero), "comfyui", tmp_path)
+
+
+def test_diffusers_folder_runs_in_a_saved_pipeline(tmp_path):
+    pipe = tiny_pipeline("sd")
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing"}
+    table = tabulate(type(pipe.scheduler).from_config(config), 3)
+    pipe.save_pretrained(tmp_path / "pipe")
+    path = artifact(tmp_path, table, schedule)
+    folder = export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "scheduler_config.json",
+        "table_scheduler.py",
+    ]
+    source = (folder / "table_scheduler.py").read_text()
+    assert "import solvers" not in source
+    assert "from solvers" not in source
+    module = load_module(folder / "table_scheduler.py", "table_scheduler_alone")
+    alone = module.TableScheduler.from_pretrained(folder)
+    arguments = call_arguments("sd", ["a cat"], 3.0, 3)
+    pipe.scheduler = type(pipe.scheduler).from_config(config)
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    pipe.scheduler = alone
+    for candidate in (loaded, pipe):
+        found = candidate(**arguments, generator=torch.Generator().manual_seed(0)).images
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert type(loaded.scheduler).__module__.split(".")[0] != "solvers"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
+
+
+def test_a_saved_pipeline_that_does_not_fit_stays_as_it_is(tmp_path):
+    tiny_pipeline("sd").save_pretrained(tmp_path / "pipe")
+    path = artifact(tmp_path, learned_table("epsilon"))
+    before = (tmp_path / "pipe" / "model_index.json").read_text()
+    with pytest.raises(SolverError, match="noise schedule is"):
+        export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe")
+    assert (tmp_path / "pipe" / "model_index.json").read_text() == before
+    export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe", allow_mismatch=True)
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["scheduler"] == ["table_scheduler", "TableScheduler"]
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    with pytest.raises(SolverError, match="is not the folder of a saved diffusers pipeline"):
+        export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "none")
+
+
+def test_exports_keep_every_double(tmp_path):
+    table = load_solver(artifact(tmp_path, learned_table("epsilon")))
+    folder = export_solver(table, "diffusers", tmp_path / "d")
+    config = json.loads((folder / "scheduler_config.json").read_text())["tables"][0]
+    assert config["output_coef"] == table.output_coef.tolist()
+    module = load_module(export_solver(table, "numpy", tmp_path / "n"), "n")
+    assert module.TABLE["state_coef"] == table.state_coef.tolist()
+
+
+@pytest.mark.parametrize(
+    ("to", "solvers", "options", "message"),
+    [
+        ("onnx", 1, {}, "cannot export to 'onnx': use one of diffusers, comfyui, numpy"),
+        ("numpy", 2, {}, "a NumPy file holds one solver, 2 were given"),
+        ("numpy", 1, {"pipeline": "p"}, "belongs to no pipeline"),
+        ("comfyui", 0, {}, "export at least one"),
+    ],
+)
+def test_refusals(tmp_path, to, solvers, options, message):
+    tables = [learned_table("epsilon", steps) for steps in (3, 4)][:solvers]
+    with pytest.raises(SolverError, match=message):
+        export_solver(tables, to, tmp_path / "out", **options)
+    with pytest.raises(SolverError, match="there is no such file"):
+        export_solver(tmp_path / "none.json", "numpy", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,64 @@
+"""Artifact folders go to the Hub with a model card; the upload itself is replaced."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from solvers import NoiseSchedule, SolverError, SolverTable, push_to_hub, save_solver
+
+
+def save(folder, name="olss-2.json", **options):
+    eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    nodes = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    table = SolverTable(torch.tensor([900.0, 400.0]).double(), nodes, nodes.flip(0), eye, eye, zero, 1.0, "epsilon")
+    settings = {
+        "method": "olss",
+        "schedule": NoiseSchedule.linear(),
+        "guidance_scale": 2.0,
+        "denoiser_name": "cifar10-dit",
+    }
+    return save_solver(table, folder / name, **settings | options)
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    calls = []
+
+    def upload(self, **options):
+        calls.append(options)
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    return calls
+
+
+def test_artifacts_student_and_card_are_uploaded_and_nothing_else(tmp_path, uploads):
+    (tmp_path / "student").mkdir()
+    for name in ("student/model.safetensors", "student/config.json", "secret.txt", "config.json"):
+        (tmp_path / name).write_text("{}")
+    save(tmp_path, validation={"rmse": 0.03125, "seeds": [[0, 256]]}, fitted_on={"teacher": "ddim:100"})
+    save(tmp_path, "slam-2.json", method="slam", student="student/model.safetensors")
+    assert push_to_hub(tmp_path, "me/solvers", private=True) == "https://hub/commit"
+    (call,) = uploads
+    assert call["repo_id"] == "me/solvers"
+    expected = ["README.md", "olss-2.json", "slam-2.json", "student/config.json", "student/model.safetensors"]
+    assert call["allow_patterns"] == expected
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "| `olss-2.json` | olss | 2 | cifar10-dit | 2.0 | rmse 0.03125 |" in card
+    assert "teacher ddim:100" in card
+    assert 'hf_hub_download("me/solvers", "olss-2.json")' in card
+
+
+def test_nothing_is_uploaded_from_a_folder_with_a_fault(tmp_path, uploads):
+    with pytest.raises(SolverError, match="holds no solver artifact"):
+        push_to_hub(tmp_path, "me/solvers")
+    path = save(tmp_path)
+    path.write_text(path.read_text().replace('"olss"', "3"))
+    with pytest.raises(SolverError, match="method is int"):
+        push_to_hub(tmp_path, "me/solvers")
+    assert uploads == []
