@@ -1,7 +1,7 @@
 """The shared sampler's command line: generate, compare, inspect, export.
 
     python sample.py generate --denoiser checkpoints/cifar10-dit --solver unipc:8 --output samples
-    python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --reference ddim:100 --output report
+    python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --output report
     python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json
     python sample.py export   checkpoints/solvers/cifar10-dit/olss-8.json --to diffusers --output scheduler
 
@@ -9,9 +9,11 @@ A solver is an artifact's path, or `name:steps` for a tabulated diffusers schedu
 """
 
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +29,7 @@ class Parser(OneLineErrors, ArgumentParser):
 def generate(
     solver: str,
     denoiser: str | None = None,
-    output: str = "samples",
+    output: str = "runs/samples",
     num_samples: int = 64,
     seed: int = 0,
     labels: list[int] | None = None,
@@ -57,29 +59,31 @@ def generate(
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: give at least 1")
+    if preview and sampler != "parataa":
+        raise ValueError("preview shows the rounds of --sampler parataa: the sequential sampler has none")
     model, table = _load(solver, denoiser, guidance_scale, precision)
-    seeds = range(seed, seed + num_samples)
-    folder = Path(output)
-    chosen, record = _sampler(sampler, folder if preview else None)
-    begin = time.perf_counter()
-    images = run(model, table, seeds, batch_size=batch_size, labels=labels, sampler=chosen, progress="sampling")
-    seconds = time.perf_counter() - begin
-    _write_samples(folder / "samples.npz", images)
-    save_grid(images, folder / "grid.png")
-    manifest = {
-        "solver": solver,
-        "nfe": table.nfe,
-        "seeds": list(seeds),
-        "seconds": seconds,
-        "denoiser": denoiser,
-        "labels": labels,
-        "guidance_scale": getattr(model, "guidance_scale", 1.0),
-        "precision": precision,
-        "sampler": sampler,
-        **record,
-    }
-    _write_json(folder / "manifest.json", manifest)
-    print(f"{num_samples} images, {table.nfe} evaluations each, {seconds:.1f} s -> {folder}")
+    folder, seeds = Path(output), range(seed, seed + num_samples)
+    with _sampler(sampler, folder / "preview" if preview else None) as (chosen, record):
+        begin = time.perf_counter()
+        images = run(model, table, seeds, batch_size=batch_size, labels=labels, sampler=chosen, progress="sampling")
+        seconds = time.perf_counter() - begin
+    if _is_first_process():
+        _write_samples(folder / "samples.npz", images)
+        save_grid(images, folder / "grid.png")
+        manifest = {
+            "solver": solver,
+            "nfe": table.nfe,
+            "seeds": list(seeds),
+            "seconds": seconds,
+            "denoiser": denoiser,
+            "labels": labels,
+            "guidance_scale": getattr(model, "guidance_scale", 1.0),
+            "precision": precision,
+            "sampler": sampler,
+            **record,
+        }
+        _write_json(folder / "manifest.json", manifest)
+        print(f"{num_samples} images, {table.nfe} evaluations each, {seconds:.1f} s -> {folder}")
 
 
 def inspect(solver: str, denoiser: str | None = None, output: str | None = None) -> None:
@@ -103,7 +107,9 @@ def inspect(solver: str, denoiser: str | None = None, output: str | None = None)
     print(f"drawn: {path}")
 
 
-def export(solver: str, to: Literal["diffusers", "comfyui", "numpy"] = "diffusers", output: str = "export") -> None:
+def export(
+    solver: str, to: Literal["diffusers", "comfyui", "numpy"] = "diffusers", output: str = "runs/export"
+) -> None:
     """Write a solver for another program.
 
     Args:
@@ -111,27 +117,75 @@ def export(solver: str, to: Literal["diffusers", "comfyui", "numpy"] = "diffuser
         to: a diffusers scheduler folder, a ComfyUI custom-node folder, or one NumPy file.
         output: folder to write.
     """
-    from export import export_solver
+    from solvers import export_solver
 
     print(f"written: {export_solver(solver, to, output)}")
 
 
 def _load(solver: str, denoiser: str | None, guidance_scale: float | None, precision: str):
     """The table and the model it runs on, checked against each other."""
-    from solvers import NoiseSchedule, load_solver
-    from solvers.named import resolve_solver
+    from solvers import load_solver, named_solver, student_path
 
-    is_artifact = Path(solver).suffix == ".json"
-    if not is_artifact:
-        resolve_solver(solver, NoiseSchedule.linear())  # an unknown name fails before a model is loaded
-    info = load_solver(solver).info if is_artifact else {}
-    denoiser = _student(solver, info) or denoiser
+    if Path(solver).suffix != ".json":
+        model = _load_denoiser(_given(denoiser), guidance_scale=guidance_scale or 1.0, precision=precision)
+        return model, named_solver(solver, model.schedule)
+    table = load_solver(solver)
+    student = student_path(table)
+    scale = _guidance(table.info["guidance_scale"]) if guidance_scale is None else guidance_scale
+    folder = _given(denoiser) if student is None else student.parent
+    model = _load_denoiser(str(folder), guidance_scale=scale, precision=precision)
+    return model, load_solver(solver, model)
+
+
+def _given(denoiser: str | None) -> str:
     if denoiser is None:
         raise ValueError("give the model's folder with --denoiser: this solver has no student of its own")
-    scale = float(info.get("guidance_scale") or 1.0) if guidance_scale is None else guidance_scale
-    model = _load_denoiser(denoiser, guidance_scale=scale, precision=precision)
-    table = load_solver(solver, model) if is_artifact else resolve_solver(solver, model.schedule)
-    return model, table
+    return denoiser
+
+
+def _guidance(fitted: float | list[float]) -> float:
+    if isinstance(fitted, list):
+        raise ValueError(f"the solver was fitted for guidance scales {fitted}: choose one with --guidance_scale")
+    return fitted
+
+
+@contextmanager
+def _sampler(name: str, preview: Path | None) -> Iterator[tuple[Callable, dict]]:
+    """A sampling function and what it adds to the manifest while it runs."""
+    from solvers import sample
+
+    if name == "sequential":
+        if _world_size() > 1:
+            raise ValueError("generate on several processes is for --sampler parataa, which shares the rounds")
+        yield sample, {}
+        return
+    from evaluation.pictures import save_grid
+    from parataa import parallel_sample, processes
+
+    record = {"rounds": [], "evaluations": 0, "converged": True}
+    with processes() as group:
+
+        def run(denoiser, table, noise, condition, *, seeds, callback):
+            def show(done: int, images) -> None:
+                callback(done, images)
+                if preview is not None and _is_first_process():
+                    save_grid(images, preview / f"batch-{len(record['rounds']):03d}-round-{done:03d}.png")
+
+            images, stats = parallel_sample(denoiser, table, noise, condition, seeds=seeds, callback=show, group=group)
+            record["rounds"].append(stats.rounds)
+            record["evaluations"] += int(stats.evaluations)
+            record["converged"] &= bool(stats.converged)
+            return images
+
+        yield run, record
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _load_denoiser(path: str, **options):
@@ -152,7 +206,8 @@ def _print_table(name: str, table) -> None:
         view.add_row(str(i), *(f"{float(value):.5g}" for value in nodes), *cells)
     view.add_row("image", "", f"{float(table.alpha[-1]):.5g}", f"{float(table.sigma[-1]):.5g}")
     Console().print(view)
-    print(f"evaluations (NFE)      {table.nfe}   prediction type {table.prediction_type}   start scale {table.start_scale:g}")
+    print(f"evaluations (NFE)      {table.nfe}   prediction type {table.prediction_type}")
+    print(f"start scale            {table.start_scale:g}")
     print(f"consistency, worst     {table.consistency().worst:.3g}   (0: rows and nodes agree)")
     print(f"noise amplification    {table.noise_amplification():.4g}")
     print(f"unused evaluations     {table.unused_evaluations() or 'none'}")
