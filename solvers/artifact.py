@@ -1,22 +1,29 @@
 """The artifact: one JSON file per solver, checked strictly and never repaired. See docs/artifact.md."""
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from platform import python_version
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from solvers import strict_json
 from solvers.errors import SolverError
 from solvers.files import atomic_write, sha256
+from solvers.provenance import provenance
 from solvers.schedule import NoiseSchedule
+from solvers.strict_json import check_fields, check_number, check_typed
 from solvers.table import SolverTable
+from solvers.table_json import TENSORS, table_from_dict, table_to_dict
+
+__all__ = [
+    "TENSORS",
+    "check_fit",
+    "guidance_fits",
+    "load_solver",
+    "save_solver",
+    "student_path",
+    "table_from_dict",
+    "table_to_dict",
+]
 
 FORMAT_VERSION = 1
 FIELDS = (
@@ -33,9 +40,6 @@ FIELDS = (
     "student",
     "created",
 )
-TENSORS = ("timesteps", "alpha", "sigma", "state_coef", "output_coef", "noise_coef")
-SUPPORTS = ("state_support", "output_support")
-LIBRARIES = ("torch", "diffusers", "lightning", "numpy")
 
 
 def save_solver(
@@ -86,7 +90,7 @@ def save_solver(
             "validation": dict(validation or {}),
             "config": dict(config or {}),
             "student": None if student is None else _student_entry(path.parent, student),
-            "created": _provenance(),
+            "created": provenance(),
         }
     )
     _parse(text, path.parent)
@@ -151,33 +155,6 @@ def student_path(table: SolverTable) -> Path | None:
     return None if student is None else Path(table.info["path"]).parent / student["path"]
 
 
-def table_to_dict(table: SolverTable) -> dict[str, Any]:
-    """JSON types only, doubles exact; supports appear only where they differ from coef != 0."""
-    values = {name: getattr(table, name).detach().tolist() for name in TENSORS}
-    values |= {"start_scale": float(table.start_scale), "prediction_type": table.prediction_type}
-    for name in SUPPORTS:
-        support = getattr(table, name)
-        if not torch.equal(support, getattr(table, name.replace("support", "coef")).detach() != 0):
-            values[name] = support.tolist()
-    return values
-
-
-def table_from_dict(values: Any) -> SolverTable:
-    """Inverse of `table_to_dict`.
-
-    Raises:
-        SolverError: a missing or extra field, a wrong shape or type, or anything SolverTable refuses.
-    """
-    _fields("table", values, (*TENSORS, "start_scale", "prediction_type"), optional=SUPPORTS)
-    tensors: dict[str, Any] = {name: _tensor(name, values[name], name.endswith("coef")) for name in TENSORS}
-    tensors |= {name: _tensor(name, values[name], matrix=True, of=bool) for name in SUPPORTS if name in values}
-    start_scale = _number("table.start_scale", values["start_scale"])
-    try:
-        return SolverTable(**tensors, start_scale=start_scale, prediction_type=values["prediction_type"])
-    except ValueError as error:
-        raise SolverError(f"the table is not valid: {error}") from error
-
-
 def _read(path: Path) -> str:
     if path.is_dir():
         found = ", ".join(sorted(file.name for file in path.glob("*.json"))) or "none"
@@ -198,7 +175,7 @@ def _parse(text: str, folder: Path) -> SolverTable:
             f"format_version is {values['format_version']!r}, this code reads {FORMAT_VERSION}: "
             "update the code, or export the solver again"
         )
-    _fields("the artifact", values, FIELDS)
+    check_fields("the artifact", values, FIELDS)
     table = table_from_dict(values["table"])
     _check_schedule(values["schedule"], table.prediction_type)
     _check_metadata(values)
@@ -208,7 +185,7 @@ def _parse(text: str, folder: Path) -> SolverTable:
 
 
 def _check_schedule(values: Any, prediction_type: str) -> None:
-    _fields("schedule", values, ("kind", "prediction_type", "parameters", "fingerprint"))
+    check_fields("schedule", values, ("kind", "prediction_type", "parameters", "fingerprint"))
     try:
         schedule = NoiseSchedule.from_dict(values)
         fingerprint = schedule.fingerprint()
@@ -227,29 +204,29 @@ def _check_schedule(values: Any, prediction_type: str) -> None:
 
 
 def _check_metadata(values: Mapping[str, Any]) -> None:
-    _typed("method", values["method"], str)
+    check_typed("method", values["method"], str)
     _check_guidance(values["guidance_scale"])
-    _typed("thresholding", values["thresholding"], dict, type(None))
-    _fields("denoiser", values["denoiser"], ("name", "weight_hash"))
+    check_typed("thresholding", values["thresholding"], dict, type(None))
+    check_fields("denoiser", values["denoiser"], ("name", "weight_hash"))
     for name, value in values["denoiser"].items():
-        _typed(f"denoiser.{name}", value, str, type(None))
+        check_typed(f"denoiser.{name}", value, str, type(None))
     for name in ("fitted_on", "validation", "config"):
-        _typed(name, values[name], dict)
+        check_typed(name, values[name], dict)
     _check_seeds(values["fitted_on"].get("seeds", []))
-    _fields("created", values["created"], ("time", "git_commit", "versions"))
-    _typed("created.time", values["created"]["time"], str)
-    _typed("created.git_commit", values["created"]["git_commit"], str, type(None))
-    _typed("created.versions", values["created"]["versions"], dict)
+    check_fields("created", values["created"], ("time", "git_commit", "versions"))
+    check_typed("created.time", values["created"]["time"], str)
+    check_typed("created.git_commit", values["created"]["git_commit"], str, type(None))
+    check_typed("created.versions", values["created"]["versions"], dict)
 
 
 def _check_guidance(value: Any) -> None:
     ends = value if isinstance(value, list) else [value, value]
-    if len(ends) != 2 or _number("guidance_scale", ends[0]) > _number("guidance_scale", ends[1]):
+    if len(ends) != 2 or check_number("guidance_scale", ends[0]) > check_number("guidance_scale", ends[1]):
         raise SolverError(f"guidance_scale is {value}: give one number or [lowest, highest]")
 
 
 def _check_seeds(seeds: Any) -> None:
-    _typed("fitted_on.seeds", seeds, list)
+    check_typed("fitted_on.seeds", seeds, list)
     for pair in seeds:
         whole = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
         if not whole or not 0 <= pair[0] < pair[1]:
@@ -257,7 +234,7 @@ def _check_seeds(seeds: Any) -> None:
 
 
 def _check_student(student: Any, folder: Path) -> None:
-    _fields("student", student, ("path", "sha256"))
+    check_fields("student", student, ("path", "sha256"))
     file = _inside(folder, student["path"])
     if not file.is_file():
         raise SolverError(f"the student's weights {student['path']} are missing: copy them beside the artifact")
@@ -281,7 +258,7 @@ def _student_entry(folder: Path, student: str | Path) -> dict[str, str]:
 
 def _inside(folder: Path, name: Any) -> Path:
     """A file of the artifact's own folder; absolute paths, `..` and links that lead out are refused."""
-    _typed("student.path", name, str)
+    check_typed("student.path", name, str)
     plain = PurePosixPath(name)
     file = folder / plain
     leaves = plain.is_absolute() or ".." in plain.parts or "\\" in name or "\0" in name or ":" in name
@@ -310,69 +287,3 @@ def _setting_reasons(info: Mapping[str, Any], denoiser: Any) -> list[str]:
     if weights is not None and wanted is not None and weights != wanted:
         reasons.append(f"it was made for weights {wanted[:12]}, the model has {weights[:12]}")
     return reasons
-
-
-def _fields(name: str, values: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    _typed(name, values, dict)
-    missing = [field for field in required if field not in values]
-    extra = [field for field in values if field not in (*required, *optional)]
-    if missing or extra:
-        parts = [f"misses {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(extra)}"] * bool(extra)
-        raise SolverError(f"{name} {' and '.join(parts)}: its fields are {', '.join((*required, *optional))}")
-
-
-def _typed(name: str, value: Any, *types: type) -> None:
-    if not isinstance(value, types):
-        allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-        raise SolverError(f"{name} is {type(value).__name__}: it must be {allowed}")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SolverError(f"{name} holds {value!r}: it must be a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise SolverError(
-            f"{name} holds an integer beyond the range of a double: every number must be finite"
-        ) from error
-
-
-def _tensor(name: str, values: Any, matrix: bool, of: type = float) -> Tensor:
-    """A float64 (or bool) vector or matrix from nested lists; its size is checked by SolverTable."""
-    shape = "a list of equally long lists" if matrix else "a list"
-    rows = values if matrix else [values]
-    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
-        raise SolverError(f"table.{name} has a wrong shape: it must be {shape} of numbers")
-    if of is bool:
-        if not all(type(value) is bool for row in rows for value in row):
-            raise SolverError(f"table.{name} holds a value that is neither true nor false")
-        return torch.tensor(values, dtype=torch.bool)
-    numbers = [[_number(f"table.{name}", value) for value in row] for row in rows]
-    return torch.tensor(numbers if matrix else numbers[0], dtype=torch.float64)
-
-
-def _provenance() -> dict[str, Any]:
-    versions = {"python": python_version()} | {name: _version(name) for name in LIBRARIES}
-    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": _commit(), "versions": versions}
-
-
-def _version(name: str) -> str | None:
-    """From the installed metadata: importing the library could take seconds."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of this code, with `-dirty` after local changes; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

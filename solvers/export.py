@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from solvers import strict_json
-from solvers.artifact import table_to_dict
 from solvers.errors import SolverError
 from solvers.files import atomic_write
 from solvers.prediction import data_weights
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
+from solvers.table_json import table_to_dict
 
 Solver = str | Path | SolverTable
 TARGETS = ("diffusers", "comfyui", "numpy")

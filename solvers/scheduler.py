@@ -21,11 +21,12 @@ import diffusers
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from solvers.artifact import guidance_fits, load_solver, table_from_dict, table_to_dict
+from solvers.artifact import guidance_fits, load_solver
 from solvers.errors import SolverError
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
 from solvers.table import SolverTable
+from solvers.table_json import table_from_dict, table_to_dict
 
 __all__ = ["SchedulerMixin", "TableScheduler", "load_tables"]
 
@@ -134,7 +135,8 @@ class TableScheduler(StandaloneScheduler):
         found, reasons = _schedule_of(original), []
         if found.prediction_type != made_for["prediction_type"]:
             reasons.append(f"prediction type is {found.prediction_type}, made for {made_for['prediction_type']}")
-        made, has = ({"kind": kind} | values for kind, values in _described(made_for, found))
+        made = {"kind": made_for["kind"], **made_for["parameters"]}
+        has = {"kind": found.kind, **found.parameters}
         if _config(original).get("use_dynamic_shifting"):
             has["shift"] = made.get("shift")  # set_timesteps compares it with the mu of each call
         if has != made:
@@ -210,10 +212,6 @@ def _schedule_of(scheduler: Any) -> NoiseSchedule:
     config = _config(scheduler)
     known = config.get("schedule") if "tables" in config else None
     return NoiseSchedule.from_scheduler(scheduler) if known is None else NoiseSchedule.from_dict(known)
-
-
-def _described(made_for: dict[str, Any], found: NoiseSchedule) -> list[tuple[str, dict[str, Any]]]:
-    return [(made_for["kind"], dict(made_for["parameters"])), (found.kind, dict(found.parameters))]
 
 
 def _mentions(pipeline_class: type | None, name: str) -> bool:

@@ -34,6 +34,35 @@ def loads(text: str) -> Any:
         raise SolverError(f"the artifact is not valid JSON ({error}): export it again") from error
 
 
+def check_fields(name: str, values: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Raise SolverError unless `values` is an object with the required fields and no others but the optional ones."""
+    check_typed(name, values, dict)
+    missing = [field for field in required if field not in values]
+    extra = [field for field in values if field not in (*required, *optional)]
+    if missing or extra:
+        parts = [f"misses {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(extra)}"] * bool(extra)
+        raise SolverError(f"{name} {' and '.join(parts)}: its fields are {', '.join((*required, *optional))}")
+
+
+def check_typed(name: str, value: Any, *types: type) -> None:
+    """Raise SolverError unless `value` is one of the types."""
+    if not isinstance(value, types):
+        allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        raise SolverError(f"{name} is {type(value).__name__}: it must be {allowed}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """The value as a double; SolverError for text, true or false, or an integer that is too large."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SolverError(f"{name} holds {value!r}: it must be a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise SolverError(
+            f"{name} holds an integer beyond the range of a double: every number must be finite"
+        ) from error
+
+
 def _text(value: Any, depth: int) -> str:
     nested = isinstance(value, dict) or (
         isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)
