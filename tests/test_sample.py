@@ -1,0 +1,132 @@
+"""The sampler's command line, in-process."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from denoisers import class_labels, load_denoiser
+from solvers import load_solver, named_solver, save_solver, start_noise
+from solvers import sample as run_table
+from tests.tiny_models import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run(*args: object) -> None:
+    sample.main([str(arg) for arg in args])
+
+
+def images_in(folder) -> np.ndarray:
+    return np.load(folder / "samples.npz")["samples"]
+
+
+def fails(capsys, *args: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_generate_writes_the_images_of_its_seeds(model, tmp_path):
+    run(
+        "generate",
+        "--denoiser",
+        model,
+        "--solver",
+        "unipc:4",
+        "--num_samples",
+        5,
+        "--seed",
+        7,
+        "--batch_size",
+        2,
+        "--output",
+        tmp_path,
+    )
+    denoiser = load_denoiser(model)
+    seeds = range(7, 12)
+    noise = start_noise(seeds, denoiser.sample_shape)
+    expected = run_table(denoiser, named_solver("unipc:4", denoiser.schedule), noise, class_labels(denoiser, seeds))
+    np.testing.assert_allclose(images_in(tmp_path), expected.numpy(), rtol=1e-4, atol=1e-3)  # values of hundreds
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["solver"], manifest["nfe"], manifest["seeds"]) == ("unipc:4", 4, list(seeds))
+    assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+def test_parallel_rounds_give_the_sequential_images(model, tmp_path):
+    options = ("generate", "--denoiser", model, "--solver", "ddim:6", "--num_samples", 3)
+    run(*options, "--output", tmp_path / "one")
+    run(*options, "--output", tmp_path / "two", "--sampler", "parataa", "--preview", "true")
+    one, two = images_in(tmp_path / "one"), images_in(tmp_path / "two")
+    assert np.sqrt(((one - two) ** 2).mean() / (one**2).mean()) < 1e-2
+    rounds = json.loads((tmp_path / "two" / "manifest.json").read_text())["rounds"]
+    assert len(list((tmp_path / "two" / "preview").iterdir())) == sum(rounds)
+
+
+def test_labels_and_guidance_change_the_images(model, tmp_path):
+    options = ("generate", "--denoiser", model, "--solver", "ddim:3", "--num_samples", 2)
+    run(*options, "--output", tmp_path / "plain")
+    run(*options, "--labels", "[3,4]", "--output", tmp_path / "labels")
+    run(*options, "--guidance_scale", 3, "--output", tmp_path / "guided")
+    plain = images_in(tmp_path / "plain")
+    assert np.abs(plain - images_in(tmp_path / "labels")).max() > 1e-4
+    assert np.abs(plain - images_in(tmp_path / "guided")).max() > 1e-4
+
+
+def test_inspect_draws_and_prints(model, tmp_path, capsys):
+    run("inspect", "heun:5", "--output", tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 1000
+    assert "evaluations (NFE)      5" in capsys.readouterr().out
+
+
+def test_export_runs_elsewhere(model, tmp_path):
+    denoiser = load_denoiser(model)
+    table = named_solver("dpmpp:4", denoiser.schedule)
+    save_solver(table, tmp_path / "dpmpp-4.json", method="tabulate", schedule=denoiser.schedule)
+    run("export", tmp_path / "dpmpp-4.json", "--to", "diffusers", "--output", tmp_path / "scheduler")
+    assert (tmp_path / "scheduler" / "scheduler_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--solver", "magic:5"), "unknown solver 'magic'"),
+        (("--solver", "ddim:zero"), "ddim:zero"),
+        (("--solver", "nowhere.json"), "nowhere.json"),
+        (("--solver", "ddim:5", "--num_samples", 0), "num_samples is 0"),
+        (("--solver", "ddim:5", "--labels", "[10]"), "classes 0 to 9"),
+        (("--solver", "ddim:5", "--preview", "true"), "parataa"),
+        (("--solver", "ddim:5", "--colour", "red"), "--colour"),
+        (("--solver", "ddim:5", "--precision", "int3"), "precision"),
+    ],
+)
+def test_bad_input_is_one_line(model, tmp_path, capsys, options, reason):
+    assert reason in fails(capsys, "generate", "--denoiser", model, "--output", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_model_is_one_line(tmp_path, capsys):
+    assert "does not exist" in fails(capsys, "generate", "--denoiser", tmp_path / "none", "--solver", "ddim:5")
+
+
+def test_an_artifact_of_another_model_or_guidance_is_refused(model, tmp_path, capsys):
+    denoiser = load_denoiser(model)
+    table = named_solver("ddim:4", denoiser.schedule)
+    own = {"schedule": denoiser.schedule, "denoiser_name": denoiser.name}
+    save_solver(table, tmp_path / "a.json", method="tabulate", weight_hash=denoiser.weight_hash, **own)
+    save_solver(table, tmp_path / "b.json", method="tabulate", weight_hash="0" * 64, **own)
+    assert load_solver(tmp_path / "a.json", denoiser).nfe == 4
+    out = ("--num_samples", 1, "--output", tmp_path / "out")
+    assert "weight" in fails(capsys, "generate", "--denoiser", model, "--solver", tmp_path / "b.json", *out)
+    guided = ("--guidance_scale", 2, "--solver", tmp_path / "a.json")
+    assert "guidance" in fails(capsys, "generate", "--denoiser", model, *guided, *out)
+    run("generate", "--denoiser", model, "--solver", tmp_path / "a.json", *out)
+    assert torch.from_numpy(images_in(tmp_path / "out")).isfinite().all()
