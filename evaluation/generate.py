@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from denoisers import class_labels
+from denoisers import class_labels, condition_to, index_condition
 from solvers import SolverTable, sample, start_noise
 
 
@@ -50,15 +50,15 @@ def generate(
     return torch.cat(images)
 
 
-def _batches(denoiser, seeds, labels, batch_size) -> Iterator[tuple[list[int], Tensor | None]]:
+def _batches(denoiser, seeds, labels, batch_size) -> Iterator[tuple[list[int], Any]]:
     device = device_of(denoiser)
     chosen = _labels(denoiser, seeds, labels)
     for start in range(0, len(seeds), batch_size):
         stop = start + batch_size
-        yield seeds[start:stop], None if chosen is None else chosen[start:stop].to(device)
+        yield seeds[start:stop], condition_to(index_condition(chosen, slice(start, stop)), device)
 
 
-def _labels(denoiser, seeds, labels) -> Tensor | None:
+def _labels(denoiser, seeds, labels) -> Any:
     if labels is None:
         return class_labels(denoiser, seeds)
     classes = getattr(denoiser, "num_classes", None)

@@ -1,6 +1,8 @@
 """Features of the data that samples are compared with: mean, covariance and a subset, in one safetensors file."""
 
+import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from evaluation.distances import FrechetTo, Gaussian, KernelTo, Manifold
-from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor
+from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
 from solvers.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -190,3 +192,21 @@ def describe(statistics: ReferenceStatistics | None) -> dict[str, Any] | None:
         return None
     count = statistics.gaussian.count
     return {"description": statistics.description, "images": count, "fingerprint": statistics.fingerprint}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the statistics of image shards beside an extractor's weights, where comparisons find them."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("data_dir", help="folder of the webdataset shards; the training ones are used")
+    parser.add_argument("--extractor", default=str(DEFAULT_EXTRACTOR), help="folder of a classifier")
+    parser.add_argument("--description", default="", help="what the images are, for reports")
+    options = parser.parse_args(arguments)
+    from data.images import read_shards
+
+    images, _ = read_shards(options.data_dir, "*train*.tar*")
+    found = compute_statistics(torch.from_numpy(images), load_extractor(options.extractor), options.description)
+    save_statistics(found, Path(options.extractor) / STATISTICS_NAME)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Small models, solvers and process groups for the evaluation tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.contenders import Contender, Group
+from evaluation.distances import Gaussian
+from evaluation.extractors import Extractor
+from evaluation.statistics import ReferenceStatistics
+from solvers import NoiseSchedule
+from solvers.named import named_solver
+
+
+class Mixture(nn.Module):
+    """Exact denoiser for Gaussians of deviation 0.2 around a few fixed images; counts its evaluations."""
+
+    schedule = NoiseSchedule.linear()
+    sample_shape = (3, 8, 8)
+    num_classes = 10
+
+    def __init__(self, num_images: int = 20, fail_after: int | None = None, nan_from_seed_images: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        coarse = torch.rand(num_images, 3, 2, 2, generator=generator) * 1.6 - 0.8
+        self.images = nn.Parameter(nn.functional.interpolate(coarse, scale_factor=4), requires_grad=False)
+        self.calls, self.fail_after, self.gives_nan = 0, fail_after, nan_from_seed_images
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.fail_after is not None and self.calls >= self.fail_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        alpha, sigma = (value.to(x.dtype) for value in self.schedule.alpha_sigma(timestep.double()))
+        variance = sigma**2 + 0.04 * alpha**2
+        flat, centres = x.flatten(1), alpha * self.images.flatten(1)
+        weights = (-(flat[:, None] - centres).square().sum(-1) / (2 * variance)).softmax(-1)
+        data = (weights @ self.images.flatten(1)).view_as(x)
+        data = data + 0.04 * alpha / variance * (x - alpha * data)
+        return (x - alpha * data) / sigma * (float("nan") if self.gives_nan else 1)
+
+
+class Pooled(nn.Module):
+    """Features of 3 x 8 x 8 images: their 2 x 2 block means, and two class scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 2)
+        generator = torch.Generator().manual_seed(2)
+        self.head.weight.data = torch.randn(2, 12, generator=generator)
+        self.head.bias.data.zero_()
+
+    def features(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 4).flatten(1)
+
+
+def extractor(name: str = "pooled") -> Extractor:
+    return Extractor(Pooled(), {"name": name}, 12, 2, (3, 8, 8))
+
+
+def statistics(seed: int = 0, count: int = 200) -> ReferenceStatistics:
+    features = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed)) * 0.4
+    return ReferenceStatistics(Gaussian.of(features), features, extractor().fingerprint, f"data{seed}", "random")
+
+
+def group(denoiser: nn.Module, names: list[str], reference: str = "ddim:12") -> Group:
+    def contender(name: str) -> Contender:
+        return Contender(name, named_solver(name, denoiser.schedule), denoiser)
+
+    return Group(contender(reference), tuple(contender(name) for name in names))
+
+
+def in_processes(function: Callable[[int], object], number: int, folder: Path) -> list:
+    """Results (JSON types) of `function(rank)` in forked gloo processes."""
+    folder.mkdir(parents=True)
+    torch.multiprocessing.start_processes(_work, (function, number, str(folder)), number, start_method="fork")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(number)]
+
+
+def _work(rank: int, function: Callable[[int], object], number: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=number)
+    result = function(rank)
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,37 @@
+"""Intervals are as wide as the scatter of independent repetitions."""
+
+import pytest
+import torch
+
+from evaluation.bootstrap import frechet_interval, resamplings, rmse_interval
+from evaluation.distances import FrechetTo, Gaussian
+
+
+def draw(seed, n=200, d=4):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.1 + 0.1
+
+
+def test_resamplings_draw_as_many_images_and_repeat():
+    counts = resamplings(30, 50)
+    assert torch.equal(counts.sum(1), torch.full((50,), 30.0, dtype=torch.float64))
+    assert torch.equal(counts, resamplings(30, 50))
+    assert not torch.equal(counts[0], counts[1])
+
+
+def test_the_rmse_interval_is_as_wide_as_the_scatter():
+    errors = [draw(seed, 400, 1).square().flatten() for seed in range(60)]
+    scatter = torch.stack([values.mean().sqrt() for values in errors]).std()
+    low, high = rmse_interval(errors[0], resamplings(400, 200))
+    assert low < float(errors[0].mean().sqrt()) < high
+    assert (high - low) / 3.92 == pytest.approx(float(scatter), rel=0.3)
+
+
+def test_the_frechet_interval_is_as_wide_as_the_scatter_and_holds_the_estimate():
+    distance = FrechetTo(Gaussian(torch.zeros(4).double(), torch.eye(4).double(), 1000))
+    estimates = [Gaussian.of(draw(seed)) for seed in range(60)]
+    values = distance(torch.stack([e.mean for e in estimates]), torch.stack([e.covariance for e in estimates]))
+    low, high = frechet_interval(draw(0), distance, resamplings(200, 200))
+    assert low < float(values[0]) < high
+    assert (high - low) / 3.92 == pytest.approx(float(values.std()), rel=0.35)
+    # Twice the mean of the resampled distances less the estimate would be biased: the interval is around the estimate.
+    assert (low + high) / 2 == pytest.approx(float(values[0]), rel=0.3)

@@ -1,0 +1,111 @@
+"""The classifier: whitening, files, training, and the shipped one."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import unfold
+
+from evaluation.classifier import Classifier, load_classifier, save_classifier
+from evaluation.classifier_module import ClassifierModule, random_crop
+from evaluation.extractors import DEFAULT_EXTRACTOR, load_extractor, quantised
+from evaluation.statistics import STATISTICS_NAME, load_statistics
+
+
+def small():
+    return Classifier((4, 6, 5), num_classes=3)
+
+
+def test_the_first_layer_whitens_patches():
+    mix = torch.randn(3, 3)
+    images = torch.einsum("ij,njhw->nihw", mix, torch.randn(64, 3, 16, 16))
+    network = small()
+    network.fit_whitening(images)
+    outputs = network.whiten(images).transpose(0, 1).flatten(1).double()
+    covariance = torch.cov(outputs)
+    assert torch.allclose(covariance[:12, :12], torch.eye(12).double(), atol=0.02)
+    assert torch.allclose(outputs[12:], -outputs[:12], atol=1e-5)
+    assert unfold(images, 2).shape[1] == 12
+
+
+def test_files_give_the_same_scores_back(tmp_path):
+    network = small().eval()
+    save_classifier(network, tmp_path, {"accuracy": 0.5})
+    loaded = load_classifier(tmp_path)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.allclose(loaded(images), network(images), atol=2e-3)
+    assert loaded.features(images).shape == (2, 5)
+    assert json.loads((tmp_path / "config.json").read_text())["training"] == {"accuracy": 0.5}
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no classifier"):
+        load_classifier(tmp_path)
+    save_classifier(small(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="differs from the hash"):
+        load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format_version": 7}))
+    with pytest.raises(ValueError, match="format_version is 7, this project reads 1"):
+        load_classifier(tmp_path)
+
+
+def test_random_crops_are_shifts():
+    images = torch.arange(100.0).view(1, 1, 10, 10).repeat(200, 1, 1, 1)
+    cropped = random_crop(images, 2, torch.Generator().manual_seed(0))
+    inner = {tuple((image[0, 4:6, 4:6] - 44).flatten().tolist()) for image in cropped}
+    assert inner == {
+        tuple(10 * i + j + offset for offset in (0, 1, 10, 11)) for i in range(-2, 3) for j in range(-2, 3)
+    }
+
+
+def test_steps_of_training_lower_the_loss():
+    images = torch.cat([torch.randn(40, 3, 16, 16) * 0.2 + shift for shift in (-0.5, 0, 0.5)])
+    batch = images, torch.arange(3).repeat_interleave(40)
+    module = ClassifierModule(small(), learning_rate=0.1, label_smoothing=0)
+    module.log = lambda *args, **kwargs: None
+    module.network.fit_whitening(images)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    module._trainer = type("Trainer", (), {"current_epoch": 0, "global_rank": 0})()
+    losses = []
+    for index in range(12):
+        loss = module.training_step(batch, index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_quantising_gives_the_values_of_saved_pictures():
+    saved = torch.arange(256).float() / 127.5 - 1
+    assert torch.equal(quantised(saved[None]), saved[None])
+    assert torch.equal(quantised(torch.tensor([[-3.0, 3.0, 1 / 300]])), torch.tensor([[-1.0, 1.0, 128 / 127.5 - 1]]))
+
+
+def test_the_shipped_classifier_is_small_and_has_its_statistics():
+    folder = DEFAULT_EXTRACTOR
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4e6
+    extractor = load_extractor()
+    assert json.loads((folder / "config.json").read_text())["training"]["val/accuracy"] > 0.85
+    statistics = load_statistics(folder / STATISTICS_NAME, extractor)
+    assert statistics.gaussian.count == 50000
+    features, scores = extractor(torch.zeros(2, 3, 32, 32))
+    assert (features.shape, scores.shape) == ((2, extractor.num_features), (2, 10))
+    # The mean of the data's features is inside their spread; noise is far outside.
+    noise, _ = extractor(torch.randn(64, 3, 32, 32))
+    spread = statistics.gaussian.covariance.diagonal().sum()
+    assert float((noise.double().mean(0) - statistics.gaussian.mean).square().sum()) > 0.3 * float(spread)
+
+
+def test_extractor_errors():
+    extractor = load_extractor()
+    with pytest.raises(ValueError, match=r"takes images \(3, 32, 32\), not \(3, 16, 16\)"):
+        extractor(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="hold NaN or infinity, the first at index 1"):
+        extractor(torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), torch.nan)]))
+    with pytest.raises(ValueError, match="no extractor 'nothing'"):
+        load_extractor("nothing")
+    with pytest.raises(ValueError, match="Inception v3 is not available"):
+        load_extractor("inception")

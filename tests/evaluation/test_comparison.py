@@ -1,0 +1,215 @@
+"""Comparisons: right figures, resumed after a kill, the reference computed once, nothing overwritten."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from denoisers import class_labels
+from evaluation import blocks
+from evaluation.comparison import compare_groups
+from evaluation.contenders import Contender, Group, check_seeds, display_names
+from evaluation.distances import Gaussian, frechet_distance, kernel_distance
+from evaluation.rows import choose_metrics, trajectory_error
+from solvers import sample, sample_trace, start_noise
+from solvers.named import named_solver
+from tests.evaluation.helpers import Mixture, extractor, group, in_processes, statistics
+
+NAMES = ["ddim:3", "unipc:4"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+
+
+def run(folder, denoiser=None, names=NAMES, num_samples=20, output="out", **options):
+    denoiser = denoiser or Mixture()
+    settings = {"batch_size": 4, "extractor": extractor(), "statistics": statistics(), "bootstrap": 20} | options
+    return compare_groups(
+        [group(denoiser, names)], folder / output, num_samples=num_samples, cache=folder / "cache", **settings
+    )
+
+
+def figures(rows):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def same(found, expected):
+    for one, other in zip(figures(found), figures(expected), strict=True):
+        numbers = {name: value for name, value in one.items() if isinstance(value, float)}
+        assert numbers == pytest.approx({name: other[name] for name in numbers}, rel=1e-5, abs=1e-7)
+        assert {n: v for n, v in one.items() if n not in numbers} == {
+            n: v for n, v in other.items() if n not in numbers
+        }
+
+
+def test_figures_are_those_of_plain_sampling(tmp_path):
+    rows = run(tmp_path)
+    denoiser, seeds = Mixture(), range(20)
+    noise, condition = start_noise(seeds, denoiser.sample_shape), class_labels(denoiser, seeds)
+    images = {
+        name: sample(denoiser, named_solver(name, denoiser.schedule), noise, condition) for name in ("ddim:12", *NAMES)
+    }
+    assert [row["solver"] for row in rows] == ["ddim:12", "ddim:3", "unipc:4"]
+    assert [row["nfe"] for row in rows] == [12, 3, 4]
+    for row in rows:
+        error = (images[row["solver"]].double() - images["ddim:12"].double()).square().mean().sqrt()
+        assert row["rmse"] == pytest.approx(float(error), rel=1e-5, abs=1e-12)
+        features, _ = extractor()(images[row["solver"]])
+        expected = frechet_distance(Gaussian.of(features), statistics().gaussian)
+        assert row["fd"] == pytest.approx(expected, rel=1e-5)
+        assert row["kid"] == pytest.approx(kernel_distance(features, statistics().features), rel=1e-4)
+        assert row["fd_low"] < row["fd"] < row["fd_high"]
+        assert row["num_images"] == 20
+        assert row["seconds"] > 0
+    assert rows[0]["psnr"] is None
+    assert rows[0]["is_reference"]
+    assert rows[1]["rmse_low"] < rows[1]["rmse"] < rows[1]["rmse_high"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
+
+
+def test_batch_size_does_not_matter(tmp_path):
+    same(run(tmp_path / "a", batch_size=3), run(tmp_path / "b", batch_size=64))
+
+
+def test_a_killed_comparison_goes_on(tmp_path):
+    complete = run(tmp_path / "a")
+    killed = Mixture(fail_after=40)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", killed)
+    again = Mixture()
+    same(run(tmp_path / "b", again), complete)
+    # 20 images in 2 + 2 + 1 batches of each of 12, 3 and 4 evaluations make 95 calls; finished blocks are kept.
+    assert again.calls < 95 - 20
+    rerun = Mixture()
+    same(run(tmp_path / "b", rerun), complete)
+    assert rerun.calls == 0
+
+
+def test_the_reference_is_computed_once(tmp_path):
+    run(tmp_path, num_samples=20, output="first")
+    denoiser = Mixture()
+    run(tmp_path, denoiser, ["ddim:4"], num_samples=12, output="second")
+    assert denoiser.calls == 3 * 4
+    denoiser = Mixture()
+    longer = run(tmp_path, denoiser, ["ddim:4"], num_samples=24, output="third")
+    assert denoiser.calls == 12 + 6 * 4
+    same(longer, run(tmp_path / "fresh", names=["ddim:4"], num_samples=24))
+
+
+def test_the_reference_of_another_network_is_not_reused(tmp_path):
+    run(tmp_path, Mixture(20), output="first")
+    other = Mixture(19)
+    run(tmp_path, other, output="second")
+    assert other.calls == 95
+
+
+def test_two_processes_give_the_same_report(tmp_path):
+    expected = run(tmp_path / "one")
+    found = in_processes(lambda rank: run(tmp_path / "two"), 2, tmp_path / "work")
+    assert found[1] == []
+    same(found[0], expected)
+
+
+def test_solvers_may_be_added_but_not_dropped(tmp_path):
+    first = run(tmp_path)
+    denoiser = Mixture()
+    grown = run(tmp_path, denoiser, [*NAMES, "ddim:2"])
+    assert denoiser.calls == 5 * 2
+    same(grown[:3], first)
+    with pytest.raises(ValueError, match=r"includes unipc:4, ddim:2.*nothing was changed"):
+        run(tmp_path, names=["ddim:3"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == grown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 24}, "num_samples was 20, now 24"),
+        ({"seed": 5}, "seed was 0, now 5"),
+        ({"precision": "bf16"}, "precision was float32, now bf16"),
+        ({"statistics": statistics(1)}, "statistics was"),
+        ({"denoiser": Mixture(7)}, "references was"),
+    ],
+)
+def test_another_comparison_is_not_overwritten(tmp_path, options, message):
+    run(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **options)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not of a comparison: choose another"):
+        run(tmp_path)
+
+
+def test_images_that_are_not_finite_are_refused(tmp_path):
+    reference = group(Mixture(), [])
+    broken = replace(reference.reference, name="broken", denoiser=Mixture(19, nan_from_seed_images=True))
+    with pytest.raises(ValueError, match="4 of 4 images of broken hold NaN or infinity"):
+        compare_groups([Group(reference.reference, (broken,))], tmp_path / "out", num_samples=4, cache=tmp_path)
+
+
+def test_a_damaged_block_is_named(tmp_path):
+    run(tmp_path)
+    next((tmp_path / "out" / "rows").rglob("*.safetensors")).write_bytes(b"oops")
+    with pytest.raises(ValueError, match="cannot be read .*: delete it"):
+        run(tmp_path)
+
+
+def test_seeds_that_the_solver_was_fitted_on_are_refused():
+    one = group(Mixture(), ["ddim:3"])
+    table = replace(one.contenders[0].table, info={"fitted_on": {"seeds": [[100, 200]]}})
+    fitted = Group(one.reference, (Contender("fitted", table, one.reference.denoiser),))
+    check_seeds([fitted], range(0, 100))
+    check_seeds([fitted], range(200, 300))
+    with pytest.raises(ValueError, match="fitted was fitted on the seeds 100 to 199"):
+        check_seeds([fitted], range(199, 210))
+
+
+def test_what_cannot_be_measured_is_left_out_or_refused():
+    everything = choose_metrics(None, extractor(), statistics(), 13, (3, 8, 8))
+    assert everything.metrics == ("rmse", "fd", "kid", "precision_recall", "inception_score")
+    few = choose_metrics(None, extractor(), statistics(), 12, (3, 8, 8))
+    assert "fd" not in few.metrics
+    assert "12 images are too few for a Frechet distance in 12 feature dimensions" in few.notes[0]
+    light = choose_metrics(["rmse"], extractor(), statistics(), 12, (3, 8, 8))
+    assert light.extractor is None
+    latent = choose_metrics(None, extractor(), statistics(), 50, (4, 32, 32))
+    assert latent.metrics == ("rmse",)
+    for wanted, data, message in (
+        (["fd"], statistics(), "fd was asked for: 12 images are too few"),
+        (["kid"], None, "no reference statistics"),
+        (["fid"], None, "unknown metrics fid: use some of rmse, fd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_metrics(wanted, extractor(), data, 12, (3, 8, 8))
+
+
+def test_trajectory_error_at_the_nodes_of_the_reference():
+    denoiser = Mixture()
+    noise = start_noise(range(3), denoiser.sample_shape)
+    reference = named_solver("ddim:12", denoiser.schedule)
+    target = torch.stack(sample_trace(denoiser, reference, noise).states)
+    assert float(trajectory_error(reference, target, reference, target).max()) < 1e-12
+    shifted = target + 0.25 * (reference.alpha**2 + reference.sigma**2).sqrt().float().view(-1, 1, 1, 1, 1)
+    assert trajectory_error(reference, shifted, reference, target[:, :2]).tolist() == pytest.approx(
+        [0.25] * 13, rel=1e-5
+    )
+    # A coarser solver's last node is the image: its error there is the images' own.
+    coarse = named_solver("ddim:3", denoiser.schedule)
+    states = torch.stack(sample_trace(denoiser, coarse, noise).states)
+    found = trajectory_error(coarse, states, reference, target)
+    expected = (states[-1] - target[-1]).double().square().mean().sqrt()
+    assert float(found[-1]) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_display_names_stay_different():
+    assert display_names(["a/olss-8.json", "ddim:8"]) == {"a/olss-8.json": "olss-8", "ddim:8": "ddim:8"}
+    assert display_names(["a/x.json", "b/x.json"]) == {"a/x.json": "a/x.json", "b/x.json": "b/x.json"}

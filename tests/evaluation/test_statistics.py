@@ -1,0 +1,81 @@
+"""Reference statistics: cached by data, extractor and preprocessing; never mixed up."""
+
+import pytest
+import torch
+
+from evaluation.distances import Gaussian
+from evaluation.statistics import (
+    compute_statistics,
+    data_hash,
+    find_statistics,
+    load_statistics,
+    reference_statistics,
+    save_statistics,
+)
+from tests.evaluation.helpers import extractor
+
+IMAGES = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_statistics_are_those_of_the_features():
+    found = compute_statistics(IMAGES, extractor(), batch_size=7)
+    features, _ = extractor()(IMAGES.float() / 127.5 - 1)
+    expected = Gaussian.of(features)
+    assert torch.allclose(found.gaussian.mean, expected.mean, atol=1e-6)
+    assert torch.allclose(found.gaussian.covariance, expected.covariance, atol=1e-6)
+    assert found.gaussian.count == 50
+    assert torch.allclose(found.features, features, atol=1e-3)
+
+
+def test_a_file_gives_the_same_statistics_back(tmp_path):
+    found = compute_statistics(IMAGES, extractor(), "fifty images")
+    save_statistics(found, tmp_path / "s.safetensors")
+    loaded = load_statistics(tmp_path / "s.safetensors", extractor())
+    assert torch.equal(loaded.gaussian.covariance, found.gaussian.covariance)
+    assert torch.equal(loaded.features, found.features)
+    assert (loaded.description, loaded.fingerprint) == ("fifty images", found.fingerprint)
+
+
+def test_they_are_computed_once_per_data_and_extractor(tmp_path):
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def __call__(self, images):
+            Counting.calls += 1
+            return extractor()(images)
+
+        fingerprint = extractor().fingerprint
+
+    first = reference_statistics(IMAGES, Counting(), tmp_path)
+    again = reference_statistics(IMAGES, Counting(), tmp_path)
+    assert Counting.calls == 1
+    assert torch.equal(first.gaussian.mean, again.gaussian.mean)
+    changed = IMAGES.clone()
+    changed[0, 0, 0, 0] += 1
+    reference_statistics(changed, Counting(), tmp_path)
+    assert Counting.calls == 2
+    reference_statistics(IMAGES, extractor("another"), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_hash_of_data_sees_values_order_and_shape():
+    assert data_hash(IMAGES) == data_hash(IMAGES.clone())
+    assert data_hash(IMAGES) != data_hash(IMAGES.flip(0))
+    assert data_hash(IMAGES) != data_hash(IMAGES.view(50, 3, 4, 16))
+
+
+def test_errors(tmp_path):
+    path = tmp_path / "s.safetensors"
+    save_statistics(compute_statistics(IMAGES, extractor()), path)
+    with pytest.raises(ValueError, match="distances between different feature spaces mean nothing"):
+        load_statistics(path, extractor("another"))
+    with pytest.raises(ValueError, match="no reference statistics at"):
+        load_statistics(tmp_path / "none.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a file of reference statistics"):
+        load_statistics(path)
+    with pytest.raises(ValueError, match="give uint8 pictures"):
+        compute_statistics(IMAGES.float(), extractor())
+    with pytest.raises(ValueError, match="no image shards"):
+        find_statistics(str(tmp_path), extractor())
+    assert find_statistics(None, extractor(), tmp_path / "nowhere") is None
