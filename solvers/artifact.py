@@ -130,6 +130,8 @@ def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | 
     """Raise SolverError unless the loaded `table` was made for this denoiser and guidance scale."""
     info, reasons = table.info, []
     if denoiser is not None:
+        if getattr(denoiser, "schedule", None) is None:
+            raise SolverError("the denoiser has no `schedule`, so the solver cannot be checked against it: give it one")
         reasons += _schedule_reasons(info["schedule"], denoiser.schedule) + _setting_reasons(info, denoiser)
         if guidance_scale is None:
             guidance_scale = float(getattr(denoiser, "guidance_scale", 1.0))

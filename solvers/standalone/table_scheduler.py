@@ -218,7 +218,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(table["timesteps"], dtype=torch.float32, device=device)
         alpha, sigma = (torch.tensor(table[name], dtype=torch.float64) for name in ("alpha", "sigma"))
         flow = table["prediction_type"] == "flow_prediction"
-        self.sigmas = (sigma / (alpha + sigma) if flow else sigma / alpha).to(device, torch.float32)
+        ratio = sigma / (alpha + sigma) if flow else sigma / alpha
+        self.sigmas = torch.as_tensor(ratio, dtype=torch.float32, device=device)
         blocks = (table["state_coef"], table["output_coef"], table["noise_coef"])
         self._rows = [tuple(_terms(block[row]) for block in blocks) for row in range(count)]
         self._last_use = [_last_use([row[kind] for row in self._rows]) for kind in range(3)]

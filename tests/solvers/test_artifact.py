@@ -83,7 +83,7 @@ def tables(draw) -> SolverTable:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables())
 def test_round_trip_is_bit_for_bit(tmp_path, table):
     schedule = NoiseSchedule.cosine(prediction_type=table.prediction_type)
@@ -294,6 +294,8 @@ def test_a_model_that_fits(saved):
     assert load_solver(edited(saved, "guidance_scale", value=[1, 2]), plain).nfe == 3
     with pytest.raises(SolverError, match=r"asked for is 2\.5"):
         load_solver(saved, guidance_scale=2.5)
+    with pytest.raises(SolverError, match="the denoiser has no `schedule`"):
+        load_solver(saved, lambda x, timestep, condition: x)
 
 
 def test_student_weights_are_named_and_checked(tmp_path):
