@@ -190,14 +190,18 @@ def test_the_received_sample_is_stored():
 
 
 def test_half_precision_pipelines_accumulate_in_float32():
-    table, denoiser = solver(DDIMScheduler, 50, clip_sample=False), two_point_denoiser(VP)
-    noise = start_noise(range(8), (16,)).half()
-
-    def rounded(x, t, condition=None):
-        return denoiser(x.half().float(), t).half()
-
-    expected = sample(rounded, table, noise)
-    assert torch.equal(run(TableScheduler.from_solver(table), rounded, noise), expected)
+    """The state a half-precision pipeline hands back is a rounding of what `step` knows: 100 of them do not add up."""
+    steps = 100
+    eye, zero = torch.eye(steps, dtype=torch.float64), torch.zeros(steps, steps, dtype=torch.float64)
+    nodes = torch.ones(steps + 1, dtype=torch.float64)
+    table = SolverTable(nodes[1:], nodes, nodes, eye, 1e-4 * eye, zero, 1.0, "sample")
+    noise = torch.ones(2, 3, dtype=torch.float16)
+    found = run(TableScheduler.from_solver(table), lambda x, t: torch.ones_like(x), noise)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, torch.full_like(noise, 1.01))  # each 1e-4 alone would be rounded away
+    scheduler = TableScheduler.from_solver(table)
+    first = scheduler.step(noise, 1, noise).prev_sample
+    assert torch.equal(scheduler.step(noise, 1, first + 1).prev_sample, first + 1)  # a changed sample counts
 
 
 def test_noise_of_a_generator_of_a_list_and_of_seeds():
