@@ -1,7 +1,8 @@
 """LightningCLI with the edges taken off: one line per error, safe resume, one run folder."""
 
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -12,6 +13,10 @@ from training.wandb import forget_run
 
 class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave with exit code 2."""
+        super().error(concise(str(message)), ex)
 
 
 class CLI(LightningCLI):
@@ -53,7 +58,25 @@ def run(args: Sequence[str] | None = None) -> CLI:
     Args:
         args: the arguments; default: those of the process.
     """
-    return guarded(CLI, args)
+    return guarded(_cli, args)
+
+
+def concise(message: str) -> str:
+    """The cause in jsonargparse's error: of the lines for every type it tried, those that say something."""
+    head, found, tried = message.partition("Does not validate against any of the Union subtypes")
+    if not found:
+        return message
+    listed, _, value = tried.partition("Errors:")[2].partition("Given value type:")
+    errors = [" ".join(error.split()) for error in re.split(r"(?m)^  - ", listed) if error.strip()]
+    causes = [error for error in errors if not error.startswith(("Expected a ", "Not a valid subclass"))]
+    return head + (causes[0] if causes else f"{'; '.join(errors)}; found {value.partition('Given value:')[2].strip()}")
+
+
+def _cli(args: Sequence[str] | None) -> CLI:
+    try:
+        return CLI(args)
+    except ValueError as error:
+        raise ValueError(concise(str(error))) from error
 
 
 def _run_folders(logger: Any) -> Iterator[str]:

@@ -1,0 +1,98 @@
+"""The training command line: configs, one-line errors, resume arguments, W&B run ids."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from denoisers import load_denoiser
+from train import main
+from training.wandb import Wandb, forget_run, run_id
+
+CONFIGS = sorted(Path("configs/base").glob("*.yaml"))
+SMALL = [
+    "--trainer.max_steps",
+    "2",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary",
+    "false",
+]
+
+
+def fit(folder, *options: str) -> list[str]:
+    """Arguments of a two-step digits run that writes into `folder`."""
+    callbacks = yaml.safe_load(Path("configs/base/digits.yaml").read_text())["trainer"]["callbacks"]
+    callbacks[1]["init_args"] |= {"dirpath": str(folder), "every_n_train_steps": 2}
+    (folder / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    places = ["--trainer.default_root_dir", str(folder), "--model.init_args.output", str(folder / "out")]
+    return [
+        "fit",
+        "--config",
+        "configs/base/digits.yaml",
+        "--config",
+        str(folder / "callbacks.yaml"),
+        *SMALL,
+        *places,
+        *options,
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(config, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert left.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(config.read_text())
+    assert printed["model"]["class_path"] == given["model"]["class_path"]
+    assert printed["trainer"]["max_steps"] == given["trainer"]["max_steps"]
+    assert config.read_text().startswith("#")
+
+
+def test_digits_train_save_and_resume(tmp_path):
+    main(fit(tmp_path))
+    assert load_denoiser(tmp_path / "out").sample_shape == (1, 8, 8)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert (tmp_path / "config.yaml").is_file()
+    main(fit(tmp_path, "--ckpt_path", str(tmp_path / "last.ckpt"), "--trainer.max_steps", "4"))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.init_args.learning_rat", "1"], "learning_rat"),
+        (["--model.init_args.class_dropout", "2"], "class_dropout 2"),
+        (["--data.init_args.source", "shards", "--data.init_args.data_dir", "nowhere"], "no image shards"),
+        (["--data.init_args.source", "nope"], "unknown image source 'nope'"),
+        (["--config", "configs/base/none.yaml"], "none.yaml"),
+        (["--trainer.precision", "17"], "'64-true']; "),
+        (["--model.class_path", "base.module.Nope"], "has no attribute 'Nope'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as left:
+        main(fit(tmp_path, *options))
+    assert left.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Union" not in lines[0]
+
+
+def test_run_id_is_kept_until_forgotten(tmp_path):
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first
+    logger = Wandb(str(tmp_path))
+    assert logger._wandb_init["id"] == first
+    assert logger._offline
+    assert Path(logger.save_dir) == tmp_path
+    forget_run(tmp_path)
+    assert run_id(tmp_path) != first
