@@ -58,22 +58,30 @@ def record_trajectories(
             whole runs, or a folder of other trajectories.
     """
     denoiser = PipelineDenoiser(pipe, prompts, prompt_argument=prompt_argument, batch_size=batch_size, **call)
-    teacher = describe_teacher(denoiser, denoiser.table(num_inference_steps), dtype)
-    plain = {key: value for key, value in call.items() if isinstance(value, PLAIN)}
-    teacher["pipeline"] = {"num_inference_steps": num_inference_steps, "prompts": list(prompts), "call": plain}
     seeds = range(first_seed, first_seed + (num_trajectories or len(prompts)))
-    writer = TrajectoryWriter(folder, teacher, seeds, shard_size)
+    writer = TrajectoryWriter(folder, describe_recording(denoiser, num_inference_steps, dtype), seeds, shard_size)
     with writer:
         for shard in tqdm(writer.prepare(), desc="recording", unit="shard", disable=not progress):
-            writer.write(shard, _record(denoiser, num_inference_steps, writer.shard_seeds(shard), dtype))
+            writer.write(shard, record_seeds(denoiser, num_inference_steps, writer.shard_seeds(shard), dtype))
     return TrajectoryCache(folder)
 
 
-def _record(denoiser: PipelineDenoiser, steps: int, seeds: list[int], dtype: torch.dtype) -> Trajectories:
+def describe_recording(denoiser: PipelineDenoiser, num_inference_steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What makes recordings comparable: see `describe_teacher`; also the prompts and the arguments of the calls."""
+    teacher = describe_teacher(denoiser, denoiser.table(num_inference_steps), dtype)
+    plain = {key: value for key, value in denoiser.call.items() if isinstance(value, PLAIN)}
+    pipeline = {"num_inference_steps": num_inference_steps, "prompts": denoiser.prompts, "call": plain}
+    return teacher | {"pipeline": pipeline}
+
+
+def record_seeds(
+    denoiser: PipelineDenoiser, num_inference_steps: int, seeds: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Trajectories:
+    """Trajectories of some seeds, on the CPU, in calls of the denoiser's batch size."""
     parts = [seeds[start : start + denoiser.batch_size] for start in range(0, len(seeds), denoiser.batch_size)]
     recorded = []
     for part in parts:
         condition = class_labels(denoiser, part)
-        states, outputs = denoiser.record(steps, part, condition)
+        states, outputs = denoiser.record(num_inference_steps, part, condition)
         recorded.append(Trajectories(states.to("cpu", dtype), outputs.to("cpu", dtype), condition, tuple(part)))
     return Trajectories.join(recorded)

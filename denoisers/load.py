@@ -12,6 +12,8 @@ from torch import nn
 from denoisers.guidance import with_guidance, with_precision
 from solvers.schedule import NoiseSchedule
 
+DESCRIPTION = "denoiser.yaml"
+
 
 def load_denoiser(
     path: str | Path,
@@ -28,7 +30,8 @@ def load_denoiser(
             a `.pt` file of the public DiT or SiT releases;
             a diffusers pipeline folder (model_index.json), or a model folder beside its scheduler's;
             a name on the hub (`owner/name`) of such a pipeline, where there is network;
-            a `.yaml` file with one of these as `path`, and `device` and options where needed.
+            a folder with a `denoiser.yaml` (or the path of such a file), which has one of these as `path` (default: the
+            folder itself), and `device` and options where needed; relative paths in it start there, or here.
         guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation.
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
         device: where the network goes; the CPU when None.
@@ -41,9 +44,10 @@ def load_denoiser(
         ValueError: a missing path, a folder of unknown kind, a damaged file, an unknown option or precision, or
             guidance for a model without null condition.
     """
-    if Path(path).suffix in (".yaml", ".yml"):
-        described = _read_description(Path(path))
-        path, device = described.pop("path"), device or described.pop("device", None)
+    description = _description_file(Path(path))
+    if description is not None:
+        described = _read_description(description)
+        path, device = described.pop("path"), device or described.get("device")
         options = {key: value for key, value in described.items() if key != "device"} | options
     if options.get("family") == "pipeline":
         return _load_pipeline(path, guidance_scale, precision, device, options)
@@ -53,21 +57,28 @@ def load_denoiser(
     return with_guidance(with_precision(denoiser.eval().requires_grad_(False), precision), guidance_scale)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a checkpoint folder, a .pt file, a diffusers folder or a .yaml")
+def _description_file(path: Path) -> Path | None:
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    return path / DESCRIPTION if (path / DESCRIPTION).is_file() else None
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    """Options of `load_denoiser`, with `path`; paths that exist beside the file are taken from there."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: give a checkpoint folder, a .pt file, a diffusers folder or a .yaml")
     try:
-        described = yaml.safe_load(path.read_text())
+        described = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(described, dict) or "path" not in described:
-        raise ValueError(
-            f"{path} describes no model: it needs a line `path: ...` and may have options of load_denoiser"
-        )
+        raise ValueError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{file} describes no model: it needs lines such as `path: ...` and `prompts: ...`")
     unused = {"guidance_scale", "precision"} & described.keys()
     if unused:
-        raise ValueError(f"{path} sets {', '.join(sorted(unused))}, which belong to the run: leave them out there")
-    return described
+        raise ValueError(f"{file} sets {', '.join(sorted(unused))}, which belong to the run: leave them out there")
+    described.setdefault("path", str(file.parent))
+    beside = {key: file.parent / described[key] for key in ("path", "prompts") if isinstance(described.get(key), str)}
+    return described | {key: str(path) for key, path in beside.items() if path.exists()}
 
 
 def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Module:

@@ -231,3 +231,29 @@ def test_recording_errors(tmp_path: Path) -> None:
         record_trajectories(
             partial, PROMPTS, tmp_path, 4, image=torch.zeros(1, 3, 16, 16), strength=0.5, progress=False
         )
+
+
+def test_predict_records_a_pipeline(tmp_path: Path) -> None:
+    """`train.py predict` writes what `record_trajectories` writes."""
+    from train import main
+
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "sd")
+    file = tmp_path / "sd" / "denoiser.yaml"
+    file.write_text("family: pipeline\nprompts: [a cat, dog, tree]\nbatch_size: 2\n")
+    arguments = [
+        "--model.denoiser",
+        str(file.parent),
+        "--model.folder",
+        str(tmp_path / "a"),
+        "--model.guidance_scale",
+        "2",
+    ]
+    steps = ["--model.num_inference_steps", str(STEPS), "--model.shard_size", "2", "--trainer.accelerator", "cpu"]
+    main(["predict", "--config", "configs/trajectories/recorded.yaml", *arguments, *steps])
+    call = {"guidance_scale": 2.0, "batch_size": 2, "shard_size": 2, "progress": False}
+    expected = record_trajectories(pipe, PROMPTS, tmp_path / "b", STEPS, **call)
+    found = TrajectoryCache(tmp_path / "a")
+    assert torch.equal(found.load().states, expected.load().states)
+    teachers = [cache.manifest["teacher"] for cache in (found, expected)]
+    assert teachers[0] == teachers[1]

@@ -230,17 +230,21 @@ def test_loading_errors(tmp_path: Path) -> None:
 
 
 def test_description_file(tmp_path: Path) -> None:
-    """A YAML file stands for a model and its options wherever a path is taken."""
-    tiny_pipeline("sd").save_pretrained(tmp_path / "sd")
-    file = tmp_path / "tiny.yaml"
-    file.write_text(f"path: {tmp_path}/sd\nprompts: [a cat, dog]\nnegative_prompt: bad\n")
-    denoiser = load_denoiser(file, guidance_scale=2.0)
-    assert denoiser.guidance_scale == 2.0
-    assert len(denoiser.conditions["null"]["encoder_hidden_states"]) == 2
+    """A YAML file, or the folder it is in, stands for a model and its options wherever a path is taken."""
+    tiny_pipeline("sd").save_pretrained(tmp_path / "models" / "sd")
+    (tmp_path / "models" / "prompts.txt").write_text("a cat\ndog\n")
+    file = tmp_path / "models" / "denoiser.yaml"
+    file.write_text("path: sd\nprompts: prompts.txt\nnegative_prompt: bad\n")
+    inside = tmp_path / "models" / "sd" / "denoiser.yaml"
+    inside.write_text(f"prompts: {tmp_path}/models/prompts.txt\n")
+    for path in (file, file.parent, inside.parent):
+        denoiser = load_denoiser(path, guidance_scale=2.0)
+        assert denoiser.guidance_scale == 2.0
+        assert len(denoiser.conditions["null"]["encoder_hidden_states"]) == 2
     for text, message in (
-        ("prompts: [a]", "needs a line `path"),
+        ("- a", "describes no model"),
         ("path: [", "is not valid YAML"),
-        ("path: x\nguidance_scale: 2", "sets guidance_scale, which belong to the run"),
+        ("guidance_scale: 2", "sets guidance_scale, which belong to the run"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
