@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from textwrap import dedent
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -67,7 +68,7 @@ def concise(message: str) -> str:
     if not found:
         return message
     listed, _, value = tried.partition("Errors:")[2].partition("Given value type:")
-    errors = [" ".join(error.split()) for error in re.split(r"(?m)^  - ", listed) if error.strip()]
+    errors = [" ".join(error.split()) for error in re.split(r"(?m)^- ", dedent(listed.strip("\n"))) if error.strip()]
     causes = [error for error in errors if not error.startswith(("Expected a ", "Not a valid subclass"))]
     return head + (causes[0] if causes else f"{'; '.join(errors)}; found {value.partition('Given value:')[2].strip()}")
 
