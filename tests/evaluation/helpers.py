@@ -22,12 +22,12 @@ class Mixture(nn.Module):
     sample_shape = (3, 8, 8)
     num_classes = 10
 
-    def __init__(self, num_images: int = 20, fail_after: int | None = None, nan_from_seed_images: bool = False) -> None:
+    def __init__(self, num_images: int = 20, fail_after: int | None = None, gives_nan: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         coarse = torch.rand(num_images, 3, 2, 2, generator=generator) * 1.6 - 0.8
         self.images = nn.Parameter(nn.functional.interpolate(coarse, scale_factor=4), requires_grad=False)
-        self.calls, self.fail_after, self.gives_nan = 0, fail_after, nan_from_seed_images
+        self.calls, self.fail_after, self.gives_nan = 0, fail_after, gives_nan
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         if self.fail_after is not None and self.calls >= self.fail_after:

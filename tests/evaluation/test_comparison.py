@@ -151,7 +151,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_images_that_are_not_finite_are_refused(tmp_path):
     reference = group(Mixture(), [])
-    broken = replace(reference.reference, name="broken", denoiser=Mixture(19, nan_from_seed_images=True))
+    broken = replace(reference.reference, name="broken", denoiser=Mixture(19, gives_nan=True))
     with pytest.raises(ValueError, match="4 of 4 images of broken hold NaN or infinity"):
         compare_groups([Group(reference.reference, (broken,))], tmp_path / "out", num_samples=4, cache=tmp_path)
 
@@ -159,7 +159,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path):
 def test_a_damaged_block_is_named(tmp_path):
     run(tmp_path)
     next((tmp_path / "out" / "rows").rglob("*.safetensors")).write_bytes(b"oops")
-    with pytest.raises(ValueError, match="cannot be read .*: delete it"):
+    with pytest.raises(ValueError, match=r"cannot be read .*: delete it"):
         run(tmp_path)
 
 

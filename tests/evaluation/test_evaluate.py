@@ -1,0 +1,63 @@
+"""evaluate_table gives the figures of a comparison, in any number of processes."""
+
+from dataclasses import replace
+
+import pytest
+
+from evaluation.comparison import compare_groups
+from evaluation.evaluate import evaluate_table, shipped_measure
+from evaluation.rows import choose_metrics
+from solvers.named import named_solver
+from tests.evaluation.helpers import Mixture, extractor, group, in_processes, statistics
+
+MEASURE = choose_metrics(None, extractor(), statistics(), 18, (3, 8, 8))
+
+
+def evaluated(**options):
+    denoiser = Mixture()
+    table, reference = (named_solver(name, denoiser.schedule) for name in ("unipc:4", "ddim:12"))
+    settings = {"num_images": 18, "batch_size": 5, "measure": MEASURE} | options
+    return evaluate_table(denoiser, table, reference, **settings)
+
+
+def test_it_gives_the_figures_of_a_comparison(tmp_path):
+    rows = compare_groups(
+        [group(Mixture(), ["unipc:4"])],
+        tmp_path / "out",
+        num_samples=18,
+        extractor=extractor(),
+        statistics=statistics(),
+        cache=tmp_path,
+        bootstrap=0,
+    )
+    found = evaluated()
+    assert set(found) == {"nfe", "num_images", "rmse", "psnr", "fd", "kid", "precision", "recall", "inception_score"}
+    assert found == pytest.approx({name: rows[1][name] for name in found}, rel=1e-4)
+
+
+def test_processes_share_the_work(tmp_path):
+    expected = evaluated()
+    for found in in_processes(lambda rank: evaluated(), 2, tmp_path / "work"):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_few_or_latent_images_leave():
+    assert shipped_measure(16, (4, 16, 16)).metrics == ("rmse",)
+    assert shipped_measure(16, (3, 32, 32)).metrics == ("rmse", "kid", "precision_recall", "inception_score")
+    assert "fd" in shipped_measure(129, (3, 32, 32)).metrics
+    light = evaluated(measure=replace(MEASURE, extractor=None, metrics=("rmse",)))
+    assert set(light) == {"nfe", "num_images", "rmse", "psnr"}
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="overlap the evaluation seeds 0 to 17"):
+        evaluated(fitted_seeds=[[10, 12]])
+    assert evaluated(fitted_seeds=[[18, 20]])["nfe"] == 4
+
+    def too_few(rank):
+        try:
+            return evaluated(num_images=1)
+        except ValueError as error:
+            return str(error)
+
+    assert "at least one per process" in in_processes(too_few, 2, tmp_path / "work")[0]

@@ -1,0 +1,161 @@
+"""Reports: complete, self-contained, and the same figures everywhere."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.comparison import compare_groups
+from evaluation.contenders import Contender, Group
+from evaluation.svg import Chart, Series, heat_map
+from tests.evaluation.helpers import Mixture, extractor, group, statistics
+
+VOID = {"meta", "img", "br"}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    one = group(Mixture(), ["ddim:3", "unipc:3", "unipc:6", "ddpm:5"])
+    two = Group(
+        Contender("ddim:12", one.reference.table, one.reference.denoiser, 2.0),
+        tuple(Contender(c.name, c.table, c.denoiser, 2.0) for c in one.contenders[:2]),
+    )
+    rows = compare_groups(
+        [one, two], folder / "out", num_samples=16, extractor=extractor(), statistics=statistics(), cache=folder
+    )
+    return folder / "out", rows
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects rows, images and links to elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.count, self.outside = [], {}, []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.outside += [
+            value for name, value in attributes if name in ("src", "href") and not value.startswith("data:")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(report):
+    text = (report[0] / "report.html").read_text()
+    page = Page(text)
+    assert page.outside == []
+    assert "http" not in re.sub(r'"data:[^"]*"', "", text)
+    assert page.count["tr"] == 1 + len(report[1])
+    assert page.count["img"] == len(report[1])
+    assert page.count["details"] == 5
+    # Two Pareto charts and a trajectory chart per guidance scale, two pictures per solver.
+    assert page.count["svg"] == 2 * 3 + 2 * 5
+    assert "prefers-color-scheme: dark" in text
+    assert "width=device-width" in text
+
+
+def test_the_page_and_the_markdown_hold_the_figures(report):
+    folder, rows = report
+    text, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    for row in rows:
+        assert f'data-value="{row["fd"]}"' in text
+        assert f"{row['fd']:.4g}" in markdown
+    assert markdown.count("\n| ") == 1 + len(rows)
+    best = min((row for row in rows if not row["is_reference"] and row["guidance"] == 1), key=lambda row: row["rmse"])
+    assert f"losest to ddim:12 is <b>{best['solver']}</b>" in text
+
+
+def test_the_picture_has_a_row_per_solver_and_shows_the_images(report):
+    folder, rows = report
+    picture = np.asarray(Image.open(folder / "comparison.png").convert("RGB"))
+    height = picture.shape[0] / len(rows)
+    assert height == int(height)
+    # At guidance 1 and 2 the same solvers ran on the same network: their images are the same, other solvers' not.
+    right = picture[:, -200:].reshape(len(rows), int(height), 200, 3)
+    assert np.array_equal(right[0], right[5])
+    assert not np.array_equal(right[0], right[1])
+
+
+def test_charts_place_points_where_their_values_are():
+    series = Series("a", [0, 10], [1, 100], labels=["low", "high"])
+    places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', Chart([series], "x", "y", log_y=True).svg())
+    (x0, y0), (x1, y1) = [(float(x), float(y)) for x, y in places]
+    assert (x0 < x1, y0 > y1) == (True, True)
+    middle = Series("b", [5], [10])
+    places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', Chart([series, middle], "x", "y", log_y=True).svg())
+    assert float(places[2][0]) == pytest.approx((x0 + x1) / 2, abs=0.2)
+    assert float(places[2][1]) == pytest.approx((y0 + y1) / 2, abs=0.2)
+    assert Chart([Series("empty", [], [])], "x", "y").svg() == ""
+
+
+def test_labels_of_close_points_do_not_overlap():
+    series = [Series(str(k), [3], [1 + 1e-4 * k], labels=[f"solver {k}"]) for k in range(6)]
+    drawn = Chart([*series, Series("far", [3], [5])], "x", "y").svg()
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*class="name"', drawn))
+    assert len(heights) == 6
+    assert min(b - a for a, b in zip(heights, heights[1:])) >= 12
+
+
+def test_heat_maps_colour_signs_and_sizes():
+    drawn = heat_map([[1.0, 0.0], [-0.5, 0.25]], ["1", "2"], ["0", "1"])
+    assert drawn.count('class="pos"') == 2
+    assert drawn.count('class="neg"') == 1
+    assert re.search(r'class="neg" opacity="0.500"', drawn)
+
+
+def test_wandb_gets_table_and_pictures(report, monkeypatch, tmp_path):
+    import wandb
+
+    logged = {}
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values: logged.update(values))
+    folder, rows = report
+    one = group(Mixture(), ["ddim:3"])
+    compare_groups([one], tmp_path / "out", num_samples=4, cache=tmp_path, log_to_wandb=True)
+    assert set(logged) == {"comparison", "pictures", "report"}
+    table = logged["comparison"]
+    assert [row[table.columns.index("solver")] for row in table.data] == ["ddim:12", "ddim:3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False)])
+def test_a_browser_draws_the_page(report, tmp_path, width, dark):
+    browser = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+    )
+    if not browser:
+        pytest.skip("no Chromium here: install it from the distribution (apt-get install chromium)")
+    shutil.copy(report[0] / "report.html", tmp_path / "page.html")
+    # A frame of the phone's width, because headless windows are at least 500 pixels wide.
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:2000px">')
+    picture = tmp_path / "picture.png"
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/user",
+    ]
+    options += [f"--window-size={max(width, 500)},2000", "--allow-file-access-from-files"]
+    options += ["--blink-settings=preferredColorScheme=0"] * dark
+    subprocess.run(
+        [browser, *options, f"--screenshot={picture}", frame.as_uri()], check=True, capture_output=True, timeout=120
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB"))[:, :width]
+    assert (pixels[3, 3].mean() < 60) == dark
+    assert pixels.std() > 10
+    # Nothing but the page's background at the right edge: no content is wider than the window.
+    assert (pixels[:, -3] == pixels[3, 3]).all()
