@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from torch import nn
 
+from denoisers.conditions import condition_to
 from denoisers.diffusers_models import FAMILIES, DiffusersDenoiser, from_network, vae_scale
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
@@ -26,7 +27,9 @@ def load_diffusers(
     height: int | None = None,
     width: int | None = None,
     dtype: str = "float32",
+    variant: str | None = None,
     encode: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
 ) -> DiffusersDenoiser:
     """Load the network and schedule of a diffusers folder; autoencoder and text encoders do not stay in memory.
 
@@ -39,20 +42,24 @@ def load_diffusers(
         height: of the image in pixels; None takes the network's own size.
         width: likewise.
         dtype: of the weights, by torch's name: float32, bfloat16 or float16.
+        variant: of the weight files, such as fp16.
         encode: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
+        device: where prompts are encoded; the network stays on the CPU.
     Raises:
         ValueError: an unknown family or dtype, missing files, or a hub name that cannot be reached.
     """
     _check_dtype(dtype)
     root, component = _locate(path)
-    network = _load_network(root, component, getattr(torch, dtype))
+    weights = {"torch_dtype": getattr(torch, dtype), "variant": variant}
+    network = _load_network(root, component, weights)
     scale = vae_scale(_config(AutoencoderKL, root, "vae", required=False))
     scheduler = _config(DDIMScheduler, root, "scheduler")
     name = Path(str(path)).name
     denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
     if prompts is not None:
-        pipe = _text_pipeline(root, getattr(torch, dtype))
-        denoiser.conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **(encode or {}))
+        pipe = _text_pipeline(root, weights).to(device)
+        conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **(encode or {}))
+        denoiser.conditions = condition_to(conditions, "cpu")
     return denoiser
 
 
@@ -60,6 +67,7 @@ def load_pipeline(
     path: str | Path,
     prompts: Sequence[Any] | str | Path,
     dtype: str = "float32",
+    variant: str | None = None,
     prompt_argument: str = "prompt",
     batch_size: int = 1,
     call: dict[str, Any] | None = None,
@@ -70,6 +78,7 @@ def load_pipeline(
         path: a pipeline folder or hub name.
         prompts: a list, or a text file of one prompt a line.
         dtype: of the weights, by torch's name: float32, bfloat16 or float16.
+        variant: of the weight files, such as fp16.
         prompt_argument: the argument of the pipeline's call that takes the prompts.
         batch_size: prompts in one call.
         call: further arguments of every call.
@@ -78,7 +87,7 @@ def load_pipeline(
     """
     _check_dtype(dtype)
     _locate(path, any_network=True)
-    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype))
+    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype), variant=variant)
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(type(pipe).__call__).parameters
     call = {key: value for key, value in (call or {}).items() if key in known or key != "guidance_scale"}
@@ -110,7 +119,7 @@ def _locate(path: str | Path, any_network: bool = False) -> tuple[str, str | Non
     return str(path), component
 
 
-def _load_network(root: str, component: str | None, dtype: torch.dtype) -> nn.Module:
+def _load_network(root: str, component: str | None, weights: dict[str, Any]) -> nn.Module:
     subfolder = component if component and _config(UNet2DModel, root, component, required=False) else None
     class_name = _config(UNet2DModel, root, subfolder)["_class_name"]
     if class_name not in (*FAMILIES, *LEGACY):
@@ -119,7 +128,7 @@ def _load_network(root: str, component: str | None, dtype: torch.dtype) -> nn.Mo
             "data.record_trajectories"
         )
     location = {} if subfolder is None else {"subfolder": subfolder}
-    return getattr(diffusers, class_name).from_pretrained(root, **location, torch_dtype=dtype)
+    return getattr(diffusers, class_name).from_pretrained(root, **location, **weights)
 
 
 def _config(kind: Any, root: str, subfolder: str | None, required: bool = True) -> dict[str, Any] | None:
@@ -136,9 +145,9 @@ def _config(kind: Any, root: str, subfolder: str | None, required: bool = True) 
     return None
 
 
-def _text_pipeline(root: str, dtype: torch.dtype) -> Any:
+def _text_pipeline(root: str, weights: dict[str, Any]) -> Any:
     """The pipeline with tokenizers and text encoders alone."""
     index = DiffusionPipeline.load_config(root)
     keep = ("tokenizer", "text_encoder", "scheduler")
     left_out = {name: None for name, value in index.items() if isinstance(value, list) and not name.startswith(keep)}
-    return DiffusionPipeline.from_pretrained(root, **left_out, torch_dtype=dtype)
+    return DiffusionPipeline.from_pretrained(root, **left_out, **weights)

@@ -1,6 +1,7 @@
 """load_denoiser: one function for every kind of model on disk."""
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from denoisers.guidance import with_guidance, with_precision
 from solvers.schedule import NoiseSchedule
 
 DESCRIPTION = "denoiser.yaml"
+_CPU = torch.device("cpu")
 
 
 def load_denoiser(
@@ -34,7 +36,7 @@ def load_denoiser(
             folder itself), and `device` and options where needed; relative paths in it start there, or here.
         guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation.
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
-        device: where the network goes; the CPU when None.
+        device: where the network goes; the CPU when None; `auto`: the GPU of this process where there is one.
         options: `family` ("dit" or "sit") and `num_heads` for `.pt` files whose name does not tell; for diffusers
             models those of `denoisers.diffusers_load.load_diffusers`, such as `prompts`; for any diffusers pipeline
             without an adapter family "pipeline" and the arguments of `load_pipeline` there.
@@ -49,11 +51,10 @@ def load_denoiser(
         described = _read_description(description)
         path, device = described.pop("path"), device or described.get("device")
         options = {key: value for key, value in described.items() if key != "device"} | options
+    device = _resolve_device(device)
     if options.get("family") == "pipeline":
         return _load_pipeline(path, guidance_scale, precision, device, options)
-    denoiser = _load(path, options)
-    if device is not None:
-        denoiser = denoiser.to(device)
+    denoiser = _load(path, options, device).to(device)
     return with_guidance(with_precision(denoiser.eval().requires_grad_(False), precision), guidance_scale)
 
 
@@ -90,10 +91,16 @@ def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Modul
     options = {key: value for key, value in options.items() if key != "family"}
     call = {"guidance_scale": guidance_scale} | options.pop("call", {})
     denoiser = load_pipeline(path, **_checked(load_pipeline, options, path), call=call)
-    return denoiser.to(device) if device is not None else denoiser
+    return denoiser.to(device)
 
 
-def _load(path: str | Path, options: dict[str, Any]) -> nn.Module:
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
+    return torch.device(device or _CPU)
+
+
+def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn.Module:
     """Imports wait until a kind is known: timm and diffusers take seconds."""
     folder = Path(path)
     if folder.is_file():
@@ -101,7 +108,7 @@ def _load(path: str | Path, options: dict[str, Any]) -> nn.Module:
     if _is_diffusers(folder) or _may_be_hub_name(str(path)):
         from denoisers.diffusers_load import load_diffusers
 
-        return load_diffusers(path, **_checked(load_diffusers, options, path))
+        return load_diffusers(path, **_checked(load_diffusers, options, path), device=device)
     if not folder.exists():
         raise ValueError(f"{path} does not exist: give a checkpoint folder, a .pt file or a diffusers folder")
     if (folder / "config.json").is_file():
