@@ -39,6 +39,12 @@ class Trajectories:
         condition = index_condition(self.condition, index)
         return Trajectories(self.states[index], self.outputs[index], condition, self.seeds[index])
 
+    def choose(self, indices: Sequence[int]) -> "Trajectories":
+        """Some of them, in any order."""
+        index = list(indices)
+        condition = index_condition(self.condition, index)
+        return Trajectories(self.states[index], self.outputs[index], condition, tuple(self.seeds[i] for i in index))
+
     def to(self, *args: Any, **kwargs: Any) -> "Trajectories":
         """States and outputs as `Tensor.to` would move or convert them; the condition only changes device."""
         states = self.states.to(*args, **kwargs)

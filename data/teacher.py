@@ -1,7 +1,5 @@
 """`train.py predict`: teacher trajectories by Lightning, on as many processes as the trainer has."""
 
-from typing import Any
-
 import lightning
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, run_teacher
 from data.writer import TrajectoryWriter
 from denoisers import load_denoiser
+from solvers.named import resolve_solver
 from solvers.schedule import NoiseSchedule
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -48,7 +47,8 @@ class TeacherTrajectories(lightning.LightningModule):
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
         self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
-        self.table = resolve_teacher(teacher, self.denoiser.schedule)
+        self.solver = teacher or default_teacher(self.denoiser.schedule)
+        self.table = resolve_solver(self.solver, self.denoiser.schedule)
         self.seeds = range(first_seed, first_seed + num_trajectories)
         self.folder, self.shard_size, self.dtype_ = folder, shard_size, getattr(torch, dtype)
         self.writer: TrajectoryWriter
@@ -57,7 +57,7 @@ class TeacherTrajectories(lightning.LightningModule):
         """Check the folder, or refuse it, before any work."""
         with self.trainer.precision_plugin.predict_step_context():
             teacher = describe_teacher(self.denoiser, self.table, self.dtype_)
-        self.writer = TrajectoryWriter(self.folder, teacher, self.seeds, self.shard_size)
+        self.writer = TrajectoryWriter(self.folder, teacher, self.seeds, self.shard_size, self.solver)
 
     def predict_step(self, batch: int, batch_idx: int) -> list[Trajectories]:
         """Trajectories of a shard; nothing for one that exists already."""
@@ -110,12 +110,10 @@ class TrajectoryShards(lightning.LightningDataModule):
         return DataLoader(shards + [-1] * padding, batch_size=None, collate_fn=_as_is)
 
 
-def resolve_teacher(teacher: str | None, schedule: NoiseSchedule) -> Any:
-    """The table of a solver argument; default: ddim:100, or euler:100 for a flow schedule."""
-    from solvers.named import resolve_solver  # imports diffusers, which takes seconds
-
-    return resolve_solver(teacher or ("euler:100" if schedule.kind == "flow" else "ddim:100"), schedule)
+def default_teacher(schedule: NoiseSchedule) -> str:
+    """DDIM with 100 steps, or Euler for a flow schedule."""
+    return "euler:100" if schedule.kind == "flow" else "ddim:100"
 
 
-def _as_is(batch: Any) -> Any:
+def _as_is(batch: int) -> int:
     return batch

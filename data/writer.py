@@ -23,16 +23,25 @@ class TrajectoryWriter:
         teacher: see `describe_teacher`.
         seeds: of all trajectories.
         shard_size: trajectories per shard.
+        solver: what the teacher's solver is called, for readers of the manifest.
     Raises:
         ValueError: no seeds, repeated seeds, or a folder that holds other trajectories.
     """
 
-    def __init__(self, folder: str | Path, teacher: dict[str, Any], seeds: Sequence[int], shard_size: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        teacher: dict[str, Any],
+        seeds: Sequence[int],
+        shard_size: int,
+        solver: str | None = None,
+    ) -> None:
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds, {len(set(seeds))} of them different: give one or more, none twice")
         if shard_size < 1:
             raise ValueError(f"shard_size is {shard_size}: it must be at least 1")
         self.folder, self.teacher, self.seeds, self.shard_size = Path(folder), teacher, list(seeds), shard_size
+        self.solver = solver
         self._timesteps = torch.tensor(teacher["table"]["timesteps"], dtype=torch.float64)
         self._pool: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
@@ -129,6 +138,7 @@ class TrajectoryWriter:
     def _manifest(self, shards: dict[str, Any]) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
+            "solver": self.solver,
             "teacher": self.teacher,
             "seeds": seed_ranges(self.seeds),
             "shard_size": self.shard_size,

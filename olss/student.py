@@ -99,6 +99,14 @@ def fit_on_teacher(factor: Factor, path: Sequence[int], num_steps: int, ridge: f
     return fit
 
 
+@dataclass
+class Run:
+    """A student fitted on trajectories in memory: `outputs[k][i]` is its output i on batch k."""
+
+    fit: Fit
+    outputs: list[list[Tensor]]
+
+
 def fit_on_student(
     denoiser: Callable, teacher: SolverTable, batches: Sequence[Trajectories], path: Sequence[int], ridge: float = 0.0
 ) -> Fit:
@@ -111,15 +119,53 @@ def fit_on_student(
         path: N indices, see `olss.path`.
         ridge: see `solve`.
     """
-    fit = Fit(check_path(path, teacher.nfe))
-    outputs: list[list[Tensor]] = [[] for _ in batches]
+    return run_student(denoiser, teacher, batches, path, ridge).fit
+
+
+def run_student(
+    denoiser: Callable,
+    teacher: SolverTable,
+    batches: Sequence[Trajectories],
+    path: Sequence[int],
+    ridge: float = 0.0,
+    watched: Sequence[Trajectories] = (),
+    known: Run | None = None,
+) -> Run:
+    """`fit_on_student`, with its outputs.
+
+    Args:
+        watched: batches the student also runs on without being fitted on them; their outputs come last.
+        known: an earlier run on the same batches: rows before the first different point of the path are taken over.
+    """
+    run = _shared(known, check_path(path, teacher.nfe), len(batches) + len(watched))
+    fit = run.fit
     while not fit.complete:
         factor = Factor.empty(row_width(fit))
-        for batch, known in zip(batches, outputs):
-            known.append(next_output(denoiser, teacher, batch, fit, known))
-            factor.add(row_columns(batch, fit, known))
+        for batch, outputs in zip([*batches, *watched], run.outputs):
+            if len(outputs) <= len(fit.coefs):
+                outputs.append(next_output(denoiser, teacher, batch, fit, outputs))
+        for batch, outputs in zip(batches, run.outputs):
+            factor.add(row_columns(batch, fit, outputs))
         fit.append(solve_row(factor, ridge))
-    return fit
+    return run
+
+
+def _shared(known: Run | None, path: list[int], num_batches: int) -> Run:
+    """The part of a run that a path has in common with an earlier one."""
+    if known is None:
+        return Run(Fit(path), [[] for _ in range(num_batches)])
+    pairs = zip([*path, None], [*known.fit.path, None])
+    same = next(index for index, (new, old) in enumerate(pairs) if new != old or new is None)
+    rows = same - 1 if same < max(len(path), len(known.fit.path)) else same
+    old = known.fit
+    fit = Fit(path, old.coefs[:rows], old.errors[:rows], old.conditions[:rows])
+    return Run(fit, [outputs[:same] for outputs in known.outputs])
+
+
+def end_error(batch: Trajectories, fit: Fit, outputs: Sequence[Tensor]) -> float:
+    """Root-mean-square difference of the student's image to the teacher's, from the student's outputs."""
+    image = student_state(batch.states[:, 0], outputs, fit.coefs[-1])
+    return float((image - batch.states[:, -1]).double().pow(2).mean().sqrt())
 
 
 @torch.no_grad()

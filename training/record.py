@@ -1,0 +1,28 @@
+"""What solver training shows in W&B: a picture of the table, and the artifact itself."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from solvers.table import SolverTable
+
+
+@rank_zero_only
+def log_table(logger: Any, name: str, table: SolverTable) -> None:
+    """A picture of coefficients and timesteps, where the logger takes pictures."""
+    if hasattr(logger, "log_image"):
+        from evaluation.pictures import draw_table
+
+        logger.log_image(name, [draw_table(table, name)])
+
+
+@rank_zero_only
+def upload_solver(logger: Any, path: Path) -> None:
+    """The artifact's file as a W&B artifact, where the logger is W&B's."""
+    if hasattr(logger, "log_image"):
+        import wandb
+
+        artifact = wandb.Artifact(f"solver-{path.stem}", type="solver")
+        artifact.add_file(str(path))
+        logger.experiment.log_artifact(artifact)
