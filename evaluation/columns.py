@@ -46,10 +46,14 @@ def cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
         return ""
+    if name == "end_noise_level" and 0 < value < 1e-4:
+        return "< 0.0001"
     if name == "kid":
-        return f"{1000 * value:.3g}"
+        value = 1000 * value
+    if name in ("kid", "precision", "recall", "inception_score", "psnr"):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     if name in ("end_noise_level", "seconds", "fitting_seconds"):
-        return f"{value:.2g}"
+        return f"{value:.2g}" if value < 10 else f"{value:.0f}"
     return str(value) if isinstance(value, str | int) else f"{value:.4g}"
 
 

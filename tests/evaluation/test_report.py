@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_labels_of_close_points_do_not_overlap():
     drawn = Chart([*series, Series("far", [3], [5])], "x", "y").svg()
     heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*class="name"', drawn))
     assert len(heights) == 6
-    assert min(b - a for a, b in zip(heights, heights[1:])) >= 12
+    assert min(b - a for a, b in pairwise(heights)) >= 12
 
 
 def test_heat_maps_colour_signs_and_sizes():
@@ -115,13 +116,12 @@ def test_heat_maps_colour_signs_and_sizes():
     assert re.search(r'class="neg" opacity="0.500"', drawn)
 
 
-def test_wandb_gets_table_and_pictures(report, monkeypatch, tmp_path):
+def test_wandb_gets_table_and_pictures(monkeypatch, tmp_path):
     import wandb
 
     logged = {}
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setattr(wandb.Run, "log", lambda self, values: logged.update(values))
-    folder, rows = report
     one = group(Mixture(), ["ddim:3"])
     compare_groups([one], tmp_path / "out", num_samples=4, cache=tmp_path, log_to_wandb=True)
     assert set(logged) == {"comparison", "pictures", "report"}
