@@ -21,6 +21,7 @@ from evaluation.statistics import ReferenceStatistics, describe, find_statistics
 from solvers.files import atomic_write
 
 SETTINGS_NAME = "comparison.json"
+WRITTEN = ("rows", "report.json", "report.md", "report.html", "comparison.png")
 SHOWN = 16
 
 
@@ -135,8 +136,8 @@ class Run:
         solvers = {_key(contender): contender.name for group in self.groups for contender in group.contenders}
         if path.is_file():
             _check_same(path, settings, solvers)
-        elif self.output.is_dir() and any(self.output.iterdir()):
-            raise ValueError(f"{self.output} holds files that are not of a comparison: choose another --output")
+        else:
+            _check_free(self.output)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(settings | {"solvers": solvers}, indent=2) + "\n")
 
@@ -222,6 +223,12 @@ class Run:
 
 def _key(contender: Contender) -> str:
     return f"{contender.key}-g{contender.guidance_scale:g}"
+
+
+def _check_free(output: Path) -> None:
+    taken = [name for name in WRITTEN if (output / name).exists()]
+    if taken:
+        raise ValueError(f"{output} holds {', '.join(taken)} of something else: choose another --output")
 
 
 def _check_same(path: Path, settings: dict[str, Any], solvers: dict[str, str]) -> None:

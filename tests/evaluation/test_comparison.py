@@ -144,8 +144,8 @@ def test_another_comparison_is_not_overwritten(tmp_path, options, message):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not of a comparison: choose another"):
+    (tmp_path / "out" / "report.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds report\.md of something else: choose another"):
         run(tmp_path)
 
 

@@ -1,0 +1,129 @@
+"""The command: from paths and names to a report."""
+
+import json
+
+import pytest
+import torch
+
+import sample
+from denoisers import load_denoiser
+from denoisers.checkpoint import save_denoiser
+from denoisers.dit import DiT
+from evaluation.compare import compare
+from evaluation.contenders import load_groups
+from solvers import NoiseSchedule, save_solver
+from solvers.named import named_solver
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny network, artifacts for guidance 1 and 1 to 2, and a student."""
+    folder = tmp_path_factory.mktemp("compare")
+    torch.manual_seed(0)
+    network = DiT(NoiseSchedule.linear(), 8, 4, 1, 32, 1, 2)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+    weight_hash = save_denoiser(network, folder / "model")
+    torch.nn.init.normal_(network.final_layer.linear.bias, std=0.5)
+    save_denoiser(network, folder / "student")
+    table = named_solver("unipc:3", network.schedule)
+    common = {"method": "olss", "schedule": network.schedule, "weight_hash": weight_hash}
+    save_solver(table, folder / "one.json", **common, fitted_on={"seeds": [[2**31, 2**31 + 64]], "seconds": 12.5})
+    save_solver(table, folder / "range.json", **common, guidance_scale=(1.0, 2.0))
+    save_solver(
+        table,
+        folder / "student.json",
+        method="slam",
+        schedule=network.schedule,
+        fitted_on={"guidance_scale": 1.5},
+        student="student/model.safetensors",
+    )
+    return folder
+
+
+def run(folder, output, *solvers, **options):
+    settings = {"reference": "ddim:6", "num_samples": 6, "cache": str(output / "cache"), **options}
+    return compare(str(folder / "model"), list(solvers), output=str(output / "out"), **settings)
+
+
+def test_artifacts_and_names_side_by_side(folder, tmp_path):
+    rows = run(folder, tmp_path, str(folder / "one.json"), "unipc:3", "ddim:3")
+    assert [row["method"] for row in rows] == ["baseline", "olss", "baseline", "baseline"]
+    assert rows[1]["rmse"] == rows[2]["rmse"] > 0
+    assert rows[1]["rmse"] != rows[3]["rmse"]
+    assert rows[1]["fitting_seconds"] == 12.5
+    assert rows[0]["fd"] is None
+    settings = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert settings["metrics"] == ["rmse"]
+    assert "takes images (3, 32, 32), the model makes (1, 8, 8)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_each_artifact_runs_at_its_scales(folder):
+    paths = [str(folder / name) for name in ("one.json", "range.json", "student.json")]
+    groups = load_groups(str(folder / "model"), [*paths, "ddim:3"], "ddim:6", [1.0, 1.5])
+    assert [[c.name.split("/")[-1] for c in group.contenders] for group in groups] == [
+        ["one.json", "range.json", "ddim:3"],
+        ["range.json", "student.json", "ddim:3"],
+    ]
+    strong, student = groups[1].contenders[0].denoiser, groups[1].contenders[1].denoiser
+    assert getattr(strong, "guidance_scale", 1.0) == 1.5
+    assert getattr(student, "guidance_scale", 1.0) == 1.0
+    x = torch.randn(2, 1, 8, 8)
+    call = (x, torch.tensor(500.0), torch.tensor([1, 2]))
+    assert torch.equal(student(*call), load_denoiser(folder / "student")(*call))
+    # At scale 1 the two artifacts are the same solver on the same network.
+    assert len({contender.key for group in groups for contender in group.contenders}) == 5
+
+
+def test_scales_default_to_the_artifacts(folder):
+    def scales(*names):
+        paths = [str(folder / name) if name.endswith("json") else name for name in names]
+        return [group.reference.guidance_scale for group in load_groups(str(folder / "model"), paths, "ddim:6")]
+
+    assert scales("ddim:3") == [1.0]
+    assert scales("student.json", "ddim:3") == [1.5]
+    assert scales("range.json") == [1.0]
+    with pytest.raises(ValueError, match=r"guidance scales \[1.0, 1.5\]: choose with --guidance_scale"):
+        scales("one.json", "student.json")
+
+
+def test_the_command_line_writes_reports_and_errors_in_a_line(folder, tmp_path, capsys):
+    arguments = ["compare", f"--denoiser={folder / 'model'}", "--reference=ddim:6", "--num_samples=4"]
+    arguments += [f"--output={tmp_path / 'out'}", f"--cache={tmp_path / 'cache'}", "--metrics=[rmse]"]
+    sample.main([*arguments, '--solvers=["ddim:2", "ddim:3"]'])
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["solver"] for row in rows] == ["ddim:6", "ddim:2", "ddim:3"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "comparison.png",
+        "report.html",
+        "report.json",
+        "report.md",
+        "rows",
+    }
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([*arguments, '--solvers=["ddim:2"]'])
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert "ddim:3" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("solvers", "options", "message"),
+    [
+        (["ddim:3", "ddim:3"], {}, "named twice"),
+        ([], {}, "no solvers to compare"),
+        (["nothing:3"], {}, "nothing"),
+        (["one.json"], {"guidance_scale": [2.0]}, "was made for guidance scale 1.0, not for"),
+        (["one.json"], {"seed": 2**31 + 60}, "overlap the evaluation seeds"),
+        (["ddim:3"], {"metrics": ["fd"]}, "fd was asked for: the extractor cifar10-classifier takes images"),
+        (["ddim:3"], {"num_samples": 0}, "must be positive"),
+        (["ddim:3"], {"extractor": "nowhere", "metrics": ["kid"]}, "no extractor 'nowhere'"),
+    ],
+)
+def test_errors_leave_no_folder_behind(folder, tmp_path, solvers, options, message):
+    paths = [str(folder / name) if name.endswith("json") else name for name in solvers]
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, *paths, **options)
+    assert not (tmp_path / "out").exists()
