@@ -21,13 +21,13 @@ $(INSTALLED): requirements.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## learn an 8-step solver for the shipped model and compare it: runs/demo/
-	@$(BIN)/python -m demo
+	@$(BIN)/python demo.py
 
 test: $(INSTALLED)  ## the default test suite, a few minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(INSTALLED)  ## every test, the slow ones too
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## lint, format and types
 	@$(BIN)/ruff check .
