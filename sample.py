@@ -21,6 +21,8 @@ from jsonargparse import ArgumentParser
 
 from training.arguments import OneLineErrors, guarded
 
+LISTS = ("--solvers", "--labels", "--metrics")  # values follow with spaces between them
+
 
 class Parser(OneLineErrors, ArgumentParser):
     """jsonargparse's parser with one-line errors."""
@@ -230,6 +232,32 @@ def _write_samples(path: Path, images) -> None:
         np.savez(file, samples=images.numpy())
 
 
+def _lists_joined(args: Sequence[str]) -> list[str]:
+    """`--solvers a b` as `--solvers ["a", "b"]`, which is how jsonargparse reads a list."""
+    groups: list[list[str]] = []
+    for word in args:
+        if word.startswith("--") or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return [word for group in groups for word in (_list_joined(group) if _is_list(group) else group)]
+
+
+def _is_list(group: list[str]) -> bool:
+    return group[0] in LISTS or (group[0].startswith("--") and len(group) > 2)
+
+
+def _list_joined(group: list[str]) -> list[str]:
+    name, *values = group
+    if not values or values[0].startswith("["):
+        return group
+    return [name, "[" + ", ".join(value if _is_number(value) else json.dumps(value) for value in values) + "]"]
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors a user can cause are one line and exit code 2."""
     from evaluation.compare import compare
@@ -241,7 +269,7 @@ def main(args: Sequence[str] | None = None) -> None:
         part = Parser(description=(command.__doc__ or "").splitlines()[0])
         part.add_function_arguments(command, as_positional=name in ("inspect", "export"))
         subcommands.add_subcommand(name, part)
-    values = parser.parse_args(args)
+    values = parser.parse_args(_lists_joined(sys.argv[1:] if args is None else args))
     options = values[values.command].as_dict()
     guarded(commands[values.command], **options)
 

@@ -3,6 +3,8 @@
 import inspect
 import os
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def load_denoiser(
             a `.pt` file of the public DiT or SiT releases;
             a diffusers pipeline folder (model_index.json), or a model folder beside its scheduler's;
             a name on the hub (`owner/name`) of such a pipeline, where there is network;
+            the dotted name of a class or function of your own, `my_model.MyDenoiser`, which is called with the options;
             a folder with a `denoiser.yaml` (or the path of such a file), which has one of these as `path` (default: the
             folder itself), and `device` and options where needed; relative paths in it start there, or here.
         guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation.
@@ -110,7 +113,7 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
 
         return load_diffusers(path, **_checked(load_diffusers, options, path), device=device)
     if not folder.exists():
-        raise ValueError(f"{path} does not exist: give a checkpoint folder, a .pt file or a diffusers folder")
+        return _call_by_name(str(path), options)
     if (folder / "config.json").is_file():
         from denoisers.checkpoint import load_checkpoint
 
@@ -119,6 +122,23 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
         f"{path} is not a model: expected config.json and model.safetensors (this project), model_index.json "
         "(a diffusers pipeline), or a diffusers model's config.json"
     )
+
+
+def _call_by_name(name: str, options: dict[str, Any]) -> nn.Module:
+    """A denoiser of the user's own code, as `class_path` names one in configs."""
+    module, _, attribute = name.rpartition(".")
+    maker = None
+    if all(part.isidentifier() for part in name.split(".")) and module and find_spec(module.split(".")[0]):
+        maker = getattr(import_module(module), attribute, None)
+    if not callable(maker):
+        raise ValueError(
+            f"{name} does not exist: give a checkpoint folder, a .pt file, a diffusers folder, or the dotted name of a "
+            "class of your own"
+        )
+    denoiser = maker(**options)
+    if not isinstance(denoiser, nn.Module) or not isinstance(getattr(denoiser, "schedule", None), NoiseSchedule):
+        raise ValueError(f"{name} is no denoiser: it must be a torch.nn.Module with a `schedule` (a NoiseSchedule)")
+    return denoiser
 
 
 def _checked(loader: Callable, options: dict[str, Any], path: str | Path) -> dict[str, Any]:

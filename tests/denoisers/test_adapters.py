@@ -251,3 +251,19 @@ def test_description_file(tmp_path: Path) -> None:
             load_denoiser(file)
     with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
         load_denoiser(tmp_path / "none.yaml")
+
+
+def test_dotted_names(tmp_path: Path) -> None:
+    """A class or function of the user's own stands for a path; a description gives it arguments."""
+    assert load_denoiser("tests.denoisers.test_adapters.pixels").sample_shape == (3, 8, 8)
+    (tmp_path / "denoiser.yaml").write_text("path: tests.denoisers.test_adapters.pixels\nheight: 12\nwidth: 16\n")
+    assert load_denoiser(tmp_path).sample_shape == (3, 12, 16)
+    for name in ("tests.denoisers.test_adapters.none", "nowhere.Missing", "weights.pt"):
+        with pytest.raises(ValueError, match=f"{name} does not exist"):
+            load_denoiser(name)
+    with pytest.raises(ValueError, match="is no denoiser"):
+        load_denoiser("torch.nn.Identity")
+
+
+def pixels(**options: int) -> torch.nn.Module:
+    return from_network(tiny_unet(), DDIMScheduler(), **options, vae_scale=1)
