@@ -11,7 +11,7 @@ def compare(
     num_samples: int = 512,
     seed: int = 0,
     batch_size: int = 64,
-    guidance_scale: list[float] | None = None,
+    guidance_scale: float | list[float] | None = None,
     precision: Literal["float32", "bf16"] = "float32",
     metrics: list[Literal["rmse", "fd", "kid", "precision_recall", "inception_score"]] | None = None,
     extractor: str = "checkpoints/cifar10-classifier",

@@ -41,7 +41,7 @@ def compare_paths(
     reference: str,
     *,
     output: str,
-    guidance_scale: Sequence[float] | None,
+    guidance_scale: float | Sequence[float] | None,
     precision: str,
     metrics: Sequence[str] | None,
     extractor: str,
@@ -50,7 +50,8 @@ def compare_paths(
 ) -> list[dict[str, Any]]:
     """See `evaluation.compare.compare`."""
     device = _device()
-    groups = load_groups(denoiser, solvers, reference, guidance_scale, precision, device)
+    scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
+    groups = load_groups(denoiser, solvers, reference, scales, precision, device)
     wants_features = metrics is None or set(metrics) - {"rmse"}
     network = _load_extractor(extractor, metrics is not None, device) if wants_features else None
     data = find_statistics(statistics, network, extractor) if network is not None else None
