@@ -167,6 +167,7 @@ class BaseModel(lightning.LightningModule):
         metrics = self.trainer.callback_metrics
         return {
             "steps": self.trainer.global_step,
+            "images": self.trainer.global_step * self._images_per_step(),
             "learning_rate": self.learning_rate,
             "betas": list(self.betas),
             "class_dropout": self.class_dropout,
@@ -175,6 +176,10 @@ class BaseModel(lightning.LightningModule):
             "init_from": Path(self.init_from).name if self.init_from else None,
             **{name: float(metrics[name]) for name in ("train/loss", "val/loss") if name in metrics},
         }
+
+    def _images_per_step(self) -> int:
+        batch_size = self.trainer.train_dataloader.batch_sampler.batch_size
+        return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _generator(self, *parts: int | str) -> torch.Generator:
         seed = seed_of(*parts, self.seed, self.global_rank)

@@ -8,6 +8,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from solvers.files import atomic_write
+
 RUN_ID_NAME = "wandb_run_id.txt"
 
 
@@ -50,12 +52,15 @@ class Wandb(WandbLogger):
 
 
 def run_id(folder: str | Path) -> str:
-    """The id kept in a run folder; made on first use."""
+    """The id kept in a run folder; the first process makes it on first use."""
     path = Path(folder) / RUN_ID_NAME
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text().strip()
+    if path.exists():
+        return path.read_text().strip()
+    new = uuid.uuid4().hex[:8]
+    if rank_zero_only.rank == 0:
+        with atomic_write(path) as temporary:
+            temporary.write_text(new)
+    return new
 
 
 @rank_zero_only
