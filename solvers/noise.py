@@ -2,29 +2,35 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_ROW_STRIDE = 2**32  # row r of seed s draws from the generator seed s + (r + 1) * 2^32; seeds are below 2^32
+_SEED_LIMIT = 2**32  # torch's CPU generator reads the low 32 bits of a seed only
 
 
 def start_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Unit Gaussian start noise, (len(seeds), *shape), on the CPU; sample k from seeds[k] alone."""
-    return _draw([_checked(seed) for seed in seeds], shape, dtype)
+    generators = [torch.Generator().manual_seed(_checked(seed)) for seed in seeds]
+    return _stacked([torch.randn(tuple(shape), generator=generator) for generator in generators], shape, dtype)
 
 
 def row_noise(seeds: Sequence[int], row: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Fresh unit Gaussian noise of one table row, (len(seeds), *shape), on the CPU; from each seed and the row."""
-    return _draw([_checked(seed) + (row + 1) * _ROW_STRIDE for seed in seeds], shape, dtype)
+    """Fresh unit Gaussian noise of one table row, (len(seeds), *shape), on the CPU; from each seed and the row.
+
+    A counter-based generator (Philox, keyed by seed and row), so that any row is drawn without those before it.
+    """
+    generators = [np.random.Generator(np.random.Philox(key=[_checked(seed), row])) for seed in seeds]
+    draws = [torch.as_tensor(source.standard_normal(tuple(shape), dtype=np.float32)) for source in generators]
+    return _stacked(draws, shape, dtype)
 
 
-def _draw(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Drawn in float32 whatever `dtype`, so that a float64 run sees the same noise."""
-    draws = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+def _stacked(draws: list[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Draws are float32 whatever `dtype`, so that a float64 run sees the same noise."""
     return torch.stack(draws).to(dtype) if draws else torch.empty((0, *shape), dtype=dtype)
 
 
 def _checked(seed: int) -> int:
-    if not 0 <= seed < _ROW_STRIDE:
+    if not 0 <= seed < _SEED_LIMIT:
         raise ValueError(f"seed {seed} is outside 0 to 2^32 - 1")
     return int(seed)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,54 +96,66 @@ def noise_source(
 
 def _run(denoiser, table, noise, condition, step_noise, seeds, callback, keep_all) -> Trace:
     accumulate = torch.promote_types(noise.dtype, torch.float32)
-    timesteps, coefs = _on(noise.device, accumulate, table)
-    terms = _terms(table)
-    last_use = table.last_use()
+    timesteps = table.timesteps.to(noise.device, accumulate).unbind()
+    terms = _terms(table, noise.device, accumulate)
+    dead = [[] for _ in terms] if keep_all else _dead(terms)
     draw = noise_source(table, noise, step_noise, seeds)
     call = row_call(denoiser, table)
     states = {0: noise.to(accumulate) * table.start_scale}
-    history = (states, {}, {})
+    history: tuple[dict[int, Tensor], ...] = (states, {}, {})
     for row in range(table.nfe):
-        history[1][row] = call(states[row], timesteps[row], condition, row).to(accumulate)
-        for column in terms[row][2]:
-            if column not in history[2]:
-                history[2][column] = draw(column).to(accumulate)
-        states[row + 1] = _combine(row, coefs, terms[row], history)
-        if not keep_all:
-            _forget(history, last_use, row)
+        history[_OUTPUT][row] = call(states[row], timesteps[row], condition, row).to(accumulate)
+        for block, column, _ in terms[row]:
+            if block == _NOISE and column not in history[_NOISE]:
+                history[_NOISE][column] = draw(column).to(accumulate)
+        states[row + 1] = _combine(terms[row], history) if terms[row] else torch.zeros_like(states[row])
+        for block, column in dead[row]:
+            del history[block][column]
         if callback is not None:
             callback(row, states[row + 1])
-    return Trace(list(states.values()), list(history[1].values()))
+    return Trace(list(states.values()), list(history[_OUTPUT].values()))
 
 
-def _on(device: torch.device, dtype: torch.dtype, table: SolverTable) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Timesteps and coefficient blocks moved once, so that the loop holds no transfers."""
-    coefs = (table.state_coef, table.output_coef, table.noise_coef)
-    return table.timesteps.to(device, dtype), tuple(coef.to(device, dtype) for coef in coefs)
+_STATE, _OUTPUT, _NOISE = range(3)
+_Term = tuple[int, int, Tensor]
 
 
-def _terms(table: SolverTable) -> list[tuple[list[int], list[int], list[int]]]:
-    """The columns each row combines: (states, outputs, noises)."""
-    supports = (table.state_support, table.output_support, table.noise_coef.detach() != 0)
-    rows = zip(*(support.tolist() for support in supports))
-    return [tuple([j for j, used in enumerate(block) if used] for block in row) for row in rows]
+def _terms(table: SolverTable, device: torch.device, dtype: torch.dtype) -> list[list[_Term]]:
+    """What each row combines, (block, column, weight), the newest output first; moved once, so that rows are not."""
+    rows: list[list[_Term]] = [[] for _ in range(table.nfe)]
+    for block, coef, support in (
+        (_OUTPUT, table.output_coef, table.output_support),
+        (_STATE, table.state_coef, table.state_support),
+        (_NOISE, table.noise_coef, table.noise_coef.detach() != 0),
+    ):
+        places = support.nonzero().flip(0)
+        weights = coef[places[:, 0], places[:, 1]].to(device, dtype).unbind()
+        for (row, column), weight in zip(places.tolist(), weights):
+            rows[row].append((block, column, weight))
+    return rows
 
 
-def _combine(row, coefs, terms, history) -> Tensor:
-    """One row of the table; `addcmul` with a scalar tensor is one pass and keeps every kind of derivative."""
-    total = None
-    for coef, columns, values in zip(coefs, terms, history):
-        for column in columns:
-            weight, value = coef[row, column], values[column]
-            total = weight * value if total is None else torch.addcmul(total, weight, value)
-    return torch.zeros_like(history[0][row]) if total is None else total
+def _dead(terms: list[list[_Term]]) -> list[list[tuple[int, int]]]:
+    """What may go after each row, (block, column): no later row uses it."""
+    last = {(block, row): row for row in range(len(terms)) for block in (_STATE, _OUTPUT)}
+    last |= {(block, column): row for row, row_terms in enumerate(terms) for block, column, _ in row_terms}
+    dead: list[list[tuple[int, int]]] = [[] for _ in terms]
+    for place, row in last.items():
+        dead[row].append(place)
+    return dead
 
 
-def _forget(history, last_use, row) -> None:
-    """Drop what no later row uses; the newest state is the next evaluation's input and always stays."""
-    for values, last in zip(history, last_use):
-        for column in [j for j in values if j <= row and last[j] <= row]:
-            del values[column]
+def _combine(terms: list[_Term], history: tuple[dict[int, Tensor], ...]) -> Tensor:
+    """One row of the table, each term one pass; in place where nothing is differentiated.
+
+    The newest output comes first because under `vmap` it is batched whenever anything is.
+    """
+    add = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    (block, column, weight), *others = terms
+    total = weight * history[block][column]
+    for block, column, weight in others:
+        total = add(total, weight, history[block][column])
+    return total
 
 
 def row_call(denoiser: Denoiser, table: SolverTable) -> Callable[[Tensor, Tensor, Any, int], Tensor]:
@@ -151,4 +163,5 @@ def row_call(denoiser: Denoiser, table: SolverTable) -> Callable[[Tensor, Tensor
     if not getattr(denoiser, "needs_node", False):
         return lambda state, timestep, condition, row: denoiser(state, timestep, condition)
     nodes = list(zip(table.alpha, table.sigma))
-    return lambda state, timestep, condition, row: denoiser(state, timestep, condition, node=nodes[row])
+    told = cast(Callable[..., Tensor], denoiser)
+    return lambda state, timestep, condition, row: told(state, timestep, condition, node=nodes[row])

@@ -14,10 +14,11 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 
 SOLVERS = json.loads(Path(__file__).with_name("solvers.json").read_text(encoding="utf-8"))
-SEED_LIMIT = 2**32  # row r of seed s draws from the generator seed s + (r + 1) * 2^32
+SEED_LIMIT = 2**32
 
 
 def sample_table(model, x, sigmas, extra_args=None, callback=None, disable=None, *, solver):
@@ -72,8 +73,8 @@ def _noise(seed, row, like):
     """Sample k's noise from the seed + k and the row alone, whatever the batch."""
     draws = []
     for k in range(len(like)):
-        generator = torch.Generator().manual_seed((seed + k) % SEED_LIMIT + (row + 1) * SEED_LIMIT)
-        draws.append(torch.randn(like.shape[1:], generator=generator))
+        generator = np.random.Generator(np.random.Philox(key=[(seed + k) % SEED_LIMIT, row]))
+        draws.append(torch.as_tensor(generator.standard_normal(like.shape[1:], np.float32)))
     return torch.stack(draws).to(like)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -18,7 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-SEED_LIMIT = 2**32  # row r of seed s draws from the generator seed s + (r + 1) * 2^32
+SEED_LIMIT = 2**32
 
 
 @dataclass
@@ -260,8 +261,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{len(seeds)} seeds for a batch of {len(sample)}: give one per sample, or one integer")
         if not all(0 <= seed < SEED_LIMIT for seed in seeds):
             raise ValueError(f"seeds {seeds} are outside 0 to 2^32 - 1")
-        generators = [torch.Generator().manual_seed(seed + (row + 1) * SEED_LIMIT) for seed in seeds]
-        draws = [torch.randn(sample.shape[1:], generator=source) for source in generators]
+        generators = [np.random.Generator(np.random.Philox(key=[seed, row])) for seed in seeds]
+        draws = [torch.as_tensor(source.standard_normal(sample.shape[1:], np.float32)) for source in generators]
         return torch.stack(draws * (len(sample) // len(seeds))).to(sample.device)
 
     def _forget(self, row: int) -> None:
