@@ -303,11 +303,14 @@ def from_network(network: nn.Module, scheduler: Any, **options: Any) -> Diffuser
 
 
 def from_pipeline(pipe: Any, height: int | None = None, width: int | None = None) -> DiffusersDenoiser:
-    """The denoiser inside a pipeline in memory, for images of `height` x `width` pixels; see DiffusersDenoiser."""
+    """The denoiser inside a pipeline in memory, for images of `height` x `width` pixels; see DiffusersDenoiser.
+
+    The pipeline's network is shared, put into evaluation mode and frozen, as pipelines use it.
+    """
     components = (getattr(pipe, name, None) for name in ("transformer", "unet"))
     network = next((component for component in components if component is not None), None)
     options = {"height": height, "width": width, "vae_scale": vae_scale(getattr(pipe, "vae", None))}
-    return from_network(network, pipe.scheduler, **options, name=type(pipe).__name__)
+    return from_network(network, pipe.scheduler, **options, name=type(pipe).__name__).eval().requires_grad_(False)
 
 
 def vae_scale(vae: Any) -> int:

@@ -25,8 +25,17 @@ from denoisers.diffusers_models import from_pipeline
 from denoisers.pipeline import PipelineDenoiser
 from olss.path import uniform_path
 from olss.student import fit_on_student, fit_on_teacher, teacher_factor
-from solvers import TableScheduler, named_solver, sample, sample_trace, start_noise
-from tests.denoisers.test_adapters import condition_of
+from solvers import (
+    TableScheduler,
+    export_solver,
+    load_solver,
+    named_solver,
+    sample,
+    sample_trace,
+    save_solver,
+    start_noise,
+)
+from tests.denoisers.test_adapters import as_pipeline_output, condition_of, relative_error, run_pipeline
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
 
 PROMPTS = ["a cat", "dog", "tree"]
@@ -178,6 +187,30 @@ def test_student_of_as_many_steps_is_the_teacher(kind: str, tmp_path: Path) -> N
     table = fit_on_student(denoiser, cache.table, [found], [0, 1, 2]).table(cache.table)
     images = sample(denoiser, table, found.states[:, 0] / table.start_scale, found.condition)
     assert float((images - found.states[:, -1]).abs().max()) < 1e-4 * float(found.states.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_a_saved_pipeline_to_a_fast_one(kind: str, tmp_path: Path) -> None:
+    """Load, record, fit, save, export, and run the pipeline with the exported scheduler: equals the sampler."""
+    tiny_pipeline(kind).save_pretrained(tmp_path / kind)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / kind)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, call = call_of(kind, PROMPTS, 2.0)
+    cache = record_trajectories(pipe, prompts, tmp_path / "recorded", 8, progress=False, **call)
+    denoiser = PipelineDenoiser(pipe, prompts, batch_size=3, **call)
+    fit = fit_on_student(denoiser, cache.table, [cache.load()], uniform_path(cache.table.nfe, STEPS))
+    artifact = tmp_path / "olss.json"
+    hashes = {"denoiser_name": denoiser.name, "weight_hash": denoiser.weight_hash}
+    save_solver(fit.table(cache.table), artifact, method="olss", schedule=cache.schedule, guidance_scale=2.0, **hashes)
+    export_solver(artifact, "diffusers", tmp_path / "scheduler")
+    exported = TableScheduler.from_pretrained(tmp_path / "scheduler")
+    guided = with_guidance(from_pipeline(pipe, 16, 16), 2.0)
+    loaded, noise = load_solver(artifact, guided), start_noise([3, 4], guided.sample_shape)
+    expected = sample(guided, loaded, noise, condition_of(kind, pipe, PROMPTS[:2]))
+    for scheduler in (TableScheduler.for_pipeline(artifact, pipe, guidance_scale=2.0), exported):
+        pipe.scheduler = scheduler
+        found = run_pipeline(kind, pipe, noise, 2.0)
+        assert relative_error(as_pipeline_output(kind, pipe, expected), found) < 1e-5
 
 
 def test_recording_goes_on_where_it_was(tmp_path: Path) -> None:
