@@ -47,7 +47,7 @@ class _Named:
     num_steps: Callable[[int], int] = _same
 
 
-_OWN_STEPPING = ("trailing", "leading")  # step back by T // n whatever the spacing, so linspace ends far from the image
+_STRIDING = ("trailing", "leading")  # PNDM steps back by T // n whatever the spacing, so linspace would end far off
 _VP = {
     "ddim": _Named("DPMSolverMultistepScheduler", {"solver_order": 1}),
     "ddpm": _Named("DDPMScheduler", {"clip_sample": False}),
@@ -61,8 +61,8 @@ _VP = {
     "dpmpp_sde": _Named("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": _Named("UniPCMultistepScheduler"),
     "deis": _Named("DEISMultistepScheduler"),
-    "pndm": _Named("PNDMScheduler", {"set_alpha_to_one": True}, _OWN_STEPPING, _warmed),
-    "plms": _Named("PNDMScheduler", {"set_alpha_to_one": True, "skip_prk_steps": True}, _OWN_STEPPING, _repeated),
+    "pndm": _Named("PNDMScheduler", {"set_alpha_to_one": True}, _STRIDING, _warmed),
+    "plms": _Named("PNDMScheduler", {"set_alpha_to_one": True, "skip_prk_steps": True}, _STRIDING, _repeated),
     "sa": _Named("SASolverScheduler"),
     "lcm": _Named("LCMScheduler", spacings=("trailing",)),
     "tcd": _Named("TCDScheduler", spacings=("trailing",)),
@@ -95,7 +95,7 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     if name == "ipndm":
         return ipndm(schedule, _timesteps(schedule, steps, spacing))
     entry = _entries(schedule)[name]
-    n = entry.num_steps(steps)
+    n = _num_steps(entry, schedule, steps, spacing)
     if n < 1:
         raise ValueError(f"{text!r} has too few steps: {name} needs at least {_fewest(entry)}")
     build = _flow_table if schedule.kind == "flow" else _vp_table
@@ -106,14 +106,19 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
 
 
 def resolve_solver(
-    text: str, schedule: NoiseSchedule, *, denoiser: Any = None, guidance_scale: float | None = None
+    text: str,
+    schedule: NoiseSchedule,
+    *,
+    denoiser: Any = None,
+    guidance_scale: float | None = None,
+    allow_mismatch: bool = False,
 ) -> SolverTable:
     """A solver argument of a command line: the path of an artifact, or `name[@spacing]:steps`.
 
     Args:
         text: a path that exists or ends in `.json`, or a name as `named_solver` takes it.
         schedule: for the named solvers.
-        denoiser, guidance_scale: what an artifact is checked against.
+        denoiser, guidance_scale, allow_mismatch: what an artifact is checked against, as `load_solver` takes them.
     Raises:
         ValueError: no such file, an artifact that does not load or fit, or as `named_solver`.
     """
@@ -122,7 +127,7 @@ def resolve_solver(
 
         if not Path(text).is_file():
             raise ValueError(f"there is no solver artifact {text!r}: give a file that exists, or name:steps")
-        return load_solver(text, denoiser=denoiser, guidance_scale=guidance_scale)
+        return load_solver(text, denoiser, guidance_scale, allow_mismatch)
     return named_solver(text, schedule)
 
 
@@ -160,6 +165,16 @@ def _parsed(text: str, schedule: NoiseSchedule) -> tuple[str, str, int]:
 
 def _entries(schedule: NoiseSchedule) -> dict[str, _Named]:
     return {"discrete_vp": _VP, "flow": _FLOW}.get(schedule.kind, {})
+
+
+def _num_steps(entry: _Named, schedule: NoiseSchedule, steps: int, spacing: str) -> int:
+    """The largest n whose rows do not exceed `steps`; one that divides the training steps where that matters."""
+    n = entry.num_steps(steps)
+    if entry.scheduler == "PNDMScheduler" and spacing == "trailing":
+        while steps and (n < 1 or (schedule.t_max + 1) % n):
+            steps -= 1
+            n = entry.num_steps(steps)
+    return n
 
 
 def _fewest(entry: _Named) -> int:

@@ -1,0 +1,207 @@
+"""Solvers by name: steps, spacings, end points, errors."""
+
+import pytest
+import torch
+
+from solvers import (
+    NoiseSchedule,
+    baseline_names,
+    ipndm,
+    named_solver,
+    resolve_solver,
+    sample,
+    solver_names,
+    start_noise,
+)
+from tests.analytic import gaussian_denoiser, gaussian_solution
+
+VP = NoiseSchedule.linear()
+FLOW = NoiseSchedule.flow()
+
+# rows that a number of steps gives; everything else has as many rows as steps
+FEWER = {
+    **{(name, steps): rows for name in ("heun", "kdpm2") for steps, rows in ((6, 5), (16, 15))},
+    **{("plms", 7): 6, ("plms", 16): 11, ("pndm", 16): 14},  # PNDM's n must divide the training steps
+}
+TOO_FEW = {("pndm", 6): 13, ("pndm", 7): 13}
+ENDS_ABOVE_ZERO = {"deis", "sa", "tcd"}  # at the schedule's smallest noise level
+
+
+@pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
+@pytest.mark.parametrize("steps", [6, 7, 16])
+def test_every_name_keeps_to_its_steps_and_ends_at_the_image(schedule, steps):
+    for name in solver_names(schedule):
+        if (name, steps) in TOO_FEW:
+            with pytest.raises(ValueError, match=f"too few steps: {name} needs at least {TOO_FEW[name, steps]}"):
+                named_solver(f"{name}:{steps}", schedule)
+            continue
+        table = named_solver(f"{name}:{steps}", schedule)
+        assert table.nfe == FEWER.get((name, steps), steps), name
+        assert abs(float(table.alpha[-1]) - 1) < 2e-3, name
+        assert float(table.sigma[-1]) < (0.011 if name in ENDS_ABOVE_ZERO else 1e-3), name
+        assert table.unused_evaluations() == [], name
+        assert table.prediction_type == schedule.prediction_type
+
+
+@pytest.mark.parametrize("schedule", [VP, FLOW, NoiseSchedule.continuous_vp()], ids=["vp", "flow", "continuous"])
+def test_baselines_are_names(schedule):
+    names = baseline_names(schedule)
+    assert len(set(names)) == len(names)
+    assert all(named_solver(f"{name}:5", schedule).nfe == 5 for name in names)
+
+
+def test_baselines_are_those_of_the_comparison():
+    assert baseline_names(VP) == [
+        f"{name}@{spacing}"
+        for name in ("ddim", "dpmpp", "unipc", "deis", "ipndm")
+        for spacing in ("linspace", "trailing")
+    ]
+    assert {"euler", "ipndm", "unipc", "dpmpp", "heun"} <= set(baseline_names(FLOW))
+    assert named_solver("heun:8", FLOW).nfe == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps"),
+    [
+        ("ddim:4", [999, 749, 499, 249]),
+        ("ddim@linspace:4", [999, 749, 500, 250]),
+        ("ddim@leading:4", [800, 600, 400, 200]),
+        ("ipndm:4", [999, 749, 499, 249]),
+        ("ipndm@linspace:4", [999, 749, 500, 250]),
+        ("dpmpp:3", [999, 666, 332]),
+        ("ipndm:3", [999, 666, 332]),
+        ("euler@linspace:4", [999, 666, 333, 0]),
+    ],
+)
+def test_spacings_of_a_discrete_schedule(name, timesteps):
+    assert named_solver(name, VP).timesteps.tolist() == timesteps
+
+
+@pytest.mark.parametrize(
+    ("name", "sigmas"),
+    [
+        ("euler:4", [1, 0.75, 0.5, 0.25, 0]),
+        ("ipndm:4", [1, 0.75, 0.5, 0.25, 0]),
+        ("unipc:4", [1, 0.75, 0.5, 0.25, 0]),
+        ("euler@linspace:4", [1, 0.667, 0.334, 0.001, 0]),
+        ("heun:5", [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 0]),
+        ("heun@linspace:5", [1, 0.5005, 0.5005, 0.001, 0.001, 0]),
+    ],
+)
+def test_spacings_of_a_flow(name, sigmas):
+    table = named_solver(name, FLOW)
+    assert table.sigma.tolist() == pytest.approx(sigmas, abs=1e-5)
+    assert table.timesteps.tolist() == pytest.approx([1000 * sigma for sigma in sigmas[:-1]], abs=1.01)
+
+
+@pytest.mark.parametrize("name", ["euler:4", "heun:7", "ipndm:4", "unipc:4"])
+def test_shift_and_units_of_a_flow(name):
+    """sigma -> 3 sigma / (1 + 2 sigma); a network told times in [0, 1] gets them so."""
+    table = named_solver(name, NoiseSchedule.flow(shift=3.0, timestep_scale=1.0))
+    plain = named_solver(name, FLOW)
+    assert table.sigma.tolist() == pytest.approx((3 * plain.sigma / (1 + 2 * plain.sigma)).tolist(), abs=1e-5)
+    assert table.timesteps.tolist() == pytest.approx(table.sigma[:-1].tolist(), abs=1.1e-3)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        NoiseSchedule.scaled_linear(prediction_type="v_prediction"),
+        NoiseSchedule.cosine(prediction_type="sample"),
+        NoiseSchedule.from_betas(torch.linspace(1e-4, 0.04, 500).tolist()),
+        NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        NoiseSchedule.linear(num_train_timesteps=400, beta_end=0.05),
+        FLOW,
+        NoiseSchedule.flow(shift=2.0),
+    ],
+    ids=["scaled", "cosine", "betas", "zero-snr", "short", "flow", "shifted"],
+)
+def test_named_solvers_sample_the_schedule_they_are_made_for(schedule):
+    """The exact network of Gaussian data leads to the exact solution; a wrong schedule would not."""
+    table = named_solver("unipc:40", schedule)
+    noise = start_noise([1, 2], (8,), torch.float64)
+    exact = gaussian_solution(schedule, noise, torch.tensor(schedule.t_max), torch.tensor(0.0, dtype=torch.float64))
+    image = sample(gaussian_denoiser(schedule), table, noise)
+    assert float((image - exact).abs().max()) < 0.03
+
+
+def test_continuous_schedules_have_ipndm():
+    schedule = NoiseSchedule.continuous_vp()
+    assert solver_names(schedule) == ["ipndm"]
+    assert named_solver("ipndm:4", schedule).timesteps.tolist() == [1000, 750, 500, 250]
+
+
+def test_ipndm_turns_other_predictions_into_noise_at_their_node():
+    """With v outputs the states enter too: eps = sigma x + alpha v."""
+    table = ipndm(NoiseSchedule.linear(prediction_type="v_prediction"), torch.tensor([900.0, 500.0]))
+    plain = ipndm(VP, torch.tensor([900.0, 500.0]))
+    alpha, sigma = table.alpha, table.sigma
+    assert torch.allclose(table.output_coef, plain.output_coef * alpha[:-1])
+    assert torch.allclose(table.state_coef, plain.state_coef + plain.output_coef * sigma[:-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule", "match"),
+    [
+        ("ddim", VP, "'ddim' is no solver: write name:steps or name@spacing:steps with a name of ddim, ddpm"),
+        ("ddim:eight", VP, "is no solver"),
+        ("ddim:-3", VP, "is no solver"),
+        ("", VP, "is no solver"),
+        ("magic:8", VP, "unknown solver 'magic': for this discrete_vp schedule use one of ddim, ddpm, deis"),
+        ("ddim:8", FLOW, "unknown solver 'ddim': for this flow schedule use one of dpmpp, euler, heun, ipndm"),
+        ("ddim@karras:8", VP, "ddim has no spacing 'karras': use one of trailing, linspace, leading"),
+        ("pndm@linspace:20", VP, "pndm has no spacing 'linspace'"),
+        ("ddim:0", VP, "'ddim:0' has 0 steps: allowed are 1 to 1000"),
+        ("ddim:1001", VP, "allowed are 1 to 1000"),
+        ("plms:2", VP, "'plms:2' has too few steps: plms needs at least 3"),
+        ("euler@linspace:1", VP, "one step of linspace spacing lies at timestep 0"),
+        ("lcm:60", VP, "'lcm:60' cannot be built for this schedule"),
+        (
+            "heun:5",
+            NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            "HeunDiscreteScheduler knows no rescale_betas_zero_snr",
+        ),
+        (
+            "ipndm:5",
+            NoiseSchedule.linear(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            "iPNDM cannot start at alpha = 0",
+        ),
+        ("euler:5", NoiseSchedule.flow(prediction_type="sample"), "diffusers needs flow_prediction"),
+    ],
+)
+def test_errors_are_one_clear_line(text, schedule, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        named_solver(text, schedule)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "order", "match"),
+    [
+        ([900.0, 500.0], 5, "order is 5: iPNDM has orders 1 to 4"),
+        ([500.0, 900.0], 4, "needed is a list of at least one that falls"),
+        ([], 4, "needed is a list of at least one that falls"),
+        ([1200.0], 4, "leave the schedule's range"),
+    ],
+)
+def test_ipndm_errors(timesteps, order, match):
+    with pytest.raises(ValueError, match=match):
+        ipndm(VP, torch.tensor(timesteps), order)
+
+
+def test_resolve_takes_names_and_paths(tmp_path):
+    table = resolve_solver("dpmpp:6", VP)
+    assert torch.equal(table.output_coef, named_solver("dpmpp:6", VP).output_coef)
+    with pytest.raises(ValueError, match=r"there is no solver artifact 'missing\.json'"):
+        resolve_solver("missing.json", VP)
+    with pytest.raises(ValueError, match="unknown solver 'magic'"):
+        resolve_solver("magic:3", VP)
+
+
+def test_resolve_loads_an_artifact(tmp_path):
+    from solvers import save_solver
+
+    path = tmp_path / "solver.json"
+    table = named_solver("unipc:6", VP)
+    save_solver(table, path, method="test", schedule=VP)
+    assert torch.equal(resolve_solver(str(path), VP).state_coef, table.state_coef)
