@@ -71,7 +71,7 @@ def generate(
         seconds = time.perf_counter() - begin
     if _is_first_process():
         _write_samples(folder / "samples.npz", images)
-        save_grid(images, folder / "grid.png")
+        save_grid(getattr(model, "decode", lambda states: states)(images), folder / "grid.png")
         manifest = {
             "solver": solver,
             "nfe": table.nfe,
