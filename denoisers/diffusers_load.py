@@ -29,9 +29,10 @@ def load_diffusers(
     dtype: str = "float32",
     variant: str | None = None,
     encode: dict[str, Any] | None = None,
+    decoder: bool = False,
     device: str | torch.device = "cpu",
 ) -> DiffusersDenoiser:
-    """Load the network and schedule of a diffusers folder; autoencoder and text encoders do not stay in memory.
+    """Load the network and schedule of a diffusers folder; text encoders do not stay in memory.
 
     Args:
         path: a pipeline folder (model_index.json), a model folder inside one or with its scheduler's config beside its
@@ -44,7 +45,8 @@ def load_diffusers(
         dtype: of the weights, by torch's name: float32, bfloat16 or float16.
         variant: of the weight files, such as fp16.
         encode: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
-        device: where prompts are encoded; the network stays on the CPU.
+        decoder: also load the autoencoder, for `denoiser.decode(states) -> images`.
+        device: where prompts are encoded and images decoded; the network stays on the CPU.
     Raises:
         ValueError: an unknown family or dtype, missing files, or a hub name that cannot be reached.
     """
@@ -60,6 +62,8 @@ def load_diffusers(
         pipe = _text_pipeline(root, weights).to(device)
         conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **(encode or {}))
         denoiser.conditions = condition_to(conditions, "cpu")
+    if decoder:
+        denoiser.set_decoder(AutoencoderKL.from_pretrained(root, subfolder="vae", **weights).to(device))
     return denoiser
 
 

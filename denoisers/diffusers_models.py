@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -112,6 +112,22 @@ class DiffusersDenoiser(nn.Module):
         timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32)).expand(len(x))
         condition = map_condition(lambda value: value.to(dtype) if value.is_floating_point() else value, condition)
         return drop_learned_variance(self.evaluate(x.to(dtype), timestep, condition), x).to(x.dtype)
+
+    def set_decoder(self, autoencoder: nn.Module) -> None:
+        """Give the denoiser `decode(states) -> images`; the autoencoder is no part of its weights."""
+        self.__dict__["decode"] = partial(self._decode, autoencoder.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def _decode(self, autoencoder: nn.Module, states: Tensor) -> Tensor:
+        """(batch, *sample_shape) -> (batch, 3, height, width) in [-1, 1], one image at a time for memory."""
+        config, latents = autoencoder.config, self.latents(states).to(autoencoder.device, autoencoder.dtype)
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = [autoencoder.decode(one, return_dict=False)[0] for one in latents.split(1)]
+        return torch.cat(images).to(states.device, states.dtype)
+
+    def latents(self, states: Tensor) -> Tensor:
+        """States as (batch, channels, height, width)."""
+        return states
 
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
         """The family's own call: x (batch, *sample_shape) in the network's dtype, timestep (batch,) float."""
@@ -266,6 +282,12 @@ class Flux(PromptDenoiser):
             **condition,
             return_dict=False,
         )[0]
+
+    def latents(self, states: Tensor) -> Tensor:
+        """Packed states, a token holding (channel, row, column) of 2x2 latents, as (batch, channels, height, width)."""
+        rows, columns = self.size.height // 2, self.size.width // 2
+        grid = states.reshape(len(states), rows, columns, -1, 2, 2)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(states), -1, 2 * rows, 2 * columns)
 
     def _image_positions(self, x: Tensor) -> Tensor:
         """(tokens, 3): zero, row, column."""

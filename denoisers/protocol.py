@@ -23,6 +23,7 @@ class Denoiser(Protocol):
     | `conditions` | conditions to choose from by seed, see `class_labels` |
     | `null_condition(condition)` | the condition of the unconditional evaluation, of the structure of `condition` |
     | `set_guidance(scale)` | tells a guidance-distilled network its scale, instead of a second evaluation |
+    | `decode(states)` | images (batch, 3, height, width) in [-1, 1] of a latent model's states |
     | `needs_node` | also pass `node=(alpha, sigma)`, as thresholding requires |
     | `name`, `weight_hash` | what artifacts record about the network |
     """

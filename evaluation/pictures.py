@@ -16,9 +16,11 @@ from solvers.files import atomic_write
 def to_uint8(images: Tensor) -> np.ndarray:
     """(n, channels, height, width) in [-1, 1] -> (n, height, width, 3) bytes; values outside are cut off.
 
-    One channel becomes grey; of latents with four or more channels the first three are shown.
+    One channel becomes grey; of latents with four or more channels the first three are shown; packed latents (n,
+    tokens, channels) are shown as a grey table.
     """
     images = images.detach().float().cpu()
+    images = images.unsqueeze(1) if images.ndim == 3 else images
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     return rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
 

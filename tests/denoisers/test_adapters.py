@@ -277,3 +277,17 @@ def test_dotted_names(tmp_path: Path) -> None:
 
 def pixels(**options: int) -> torch.nn.Module:
     return from_network(tiny_unet(), DDIMScheduler(), **options, vae_scale=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder(kind: str, tmp_path: Path) -> None:
+    """`decode` gives the pipeline's images; the autoencoder is no part of the denoiser's weights."""
+    pipe = tiny_pipeline(kind)
+    pipe.save_pretrained(tmp_path)
+    denoiser = load_denoiser(tmp_path, height=16, width=32, decoder=True)
+    states = start_noise([0, 1], denoiser.sample_shape)
+    latents = pipe._unpack_latents(states, 16, 32, 2) if kind == "flux" else states
+    latents = latents / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0.0)
+    assert torch.allclose(denoiser.decode(states), pipe.vae.decode(latents).sample, atol=1e-5)
+    assert denoiser.state_dict().keys() == from_pipeline(pipe, 16, 32).state_dict().keys()
+    assert not hasattr(load_denoiser(tmp_path, height=16, width=32), "decode")
