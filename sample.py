@@ -104,7 +104,7 @@ def inspect(solver: str, denoiser: str | None = None, output: str | None = None)
     table = resolve_solver(solver, schedule)
     _print_table(solver, table)
     path = Path(output or f"runs/inspect/{Path(solver).stem.replace(':', '-')}.png")
-    original = table.info.get("original_timesteps")
+    original = table.info.get("fitted_on", {}).get("original_timesteps")
     save_figure(draw_table(table, solver, original), path)
     print(f"drawn: {path}")
 

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lightning
@@ -116,14 +117,26 @@ class ImageData(lightning.LightningDataModule):
         return *read_shards(self.data_dir, self.train_shards if train else self.val_shards), 255
 
 
-def read_shards(folder: str | Path, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+def decode_picture(content: bytes) -> np.ndarray:
+    """A picture file as uint8 (3, height, width)."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+PICTURES: dict[str, Callable[[bytes], np.ndarray]] = dict.fromkeys(("jpg", "jpeg", "png"), decode_picture)
+
+
+def read_shards(
+    folder: str | Path, pattern: str, decoders: Mapping[str, Callable[[bytes], np.ndarray]] = PICTURES
+) -> tuple[np.ndarray, np.ndarray]:
     """Decode all images of the webdataset shards that match, in the order of their names.
 
     Args:
         folder: where the shards are, .tar or .tar.gz.
         pattern: glob pattern of their names.
+        decoders: by extension, what turns a file into an array.
     Returns:
-        (images uint8 (n, channels, height, width), labels int64 (n,)).
+        (images (n, channels, height, width), uint8 where they were pictures, labels int64 (n,)).
     Raises:
         ValueError: no shard matches, or a shard does not hold equally sized images with their .cls labels.
     """
@@ -133,7 +146,7 @@ def read_shards(folder: str | Path, pattern: str) -> tuple[np.ndarray, np.ndarra
             f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with "
             "--data.init_args.data_dir (or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
         )
-    samples = [sample for path in paths for sample in _read_shard(path)]
+    samples = [sample for path in paths for sample in _read_shard(path, decoders)]
     images = [image for image, _ in samples]
     if len({image.shape for image in images}) != 1:
         raise ValueError(
@@ -142,14 +155,14 @@ def read_shards(folder: str | Path, pattern: str) -> tuple[np.ndarray, np.ndarra
     return np.stack(images), np.array([label for _, label in samples], dtype=np.int64)
 
 
-def _read_shard(path: Path) -> list[tuple[np.ndarray, int]]:
+def _read_shard(path: Path, decoders: Mapping[str, Callable]) -> list[tuple[np.ndarray, int]]:
     images: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
     with tarfile.open(path) as archive:
         for member in archive:
             key, _, extension = member.name.partition(".")
-            if extension in ("jpg", "jpeg", "png"):
-                images[key] = _decode(archive.extractfile(member).read())
+            if extension in decoders:
+                images[key] = decoders[extension](archive.extractfile(member).read())
             elif extension == "cls":
                 labels[key] = int(archive.extractfile(member).read())
     if not images or images.keys() != labels.keys():
@@ -157,11 +170,6 @@ def _read_shard(path: Path) -> list[tuple[np.ndarray, int]]:
             f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key"
         )
     return [(images[key], labels[key]) for key in images]
-
-
-def _decode(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _digits(train: bool) -> tuple[np.ndarray, np.ndarray]:

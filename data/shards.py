@@ -71,7 +71,7 @@ def write_shard(path: Path, trajectories: Trajectories, timesteps: Tensor) -> No
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w") as archive:
             for index, seed in enumerate(trajectories.seeds):
-                _add(archive, f"{seed:010d}.safetensors", _encode(trajectories[index : index + 1], timesteps))
+                add_member(archive, f"{seed:010d}.safetensors", _encode(trajectories[index : index + 1], timesteps))
         record = {
             "sha256": sha256(temporary),
             "bytes": temporary.stat().st_size,
@@ -120,7 +120,8 @@ def seed_ranges(seeds: Sequence[int]) -> list[list[int]]:
     return ranges
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file to an archive."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

@@ -64,12 +64,19 @@ def with_guidance(denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module
     """`denoiser` itself at scale 1, which costs one evaluation; else a GuidedDenoiser.
 
     A guidance-distilled network, which has `set_guidance(scale)`, is told the scale instead: one evaluation at any.
+    One that is guided already stays as it is.
+
+    Raises:
+        ValueError: a denoiser that is guided already, with another scale.
     """
     set_guidance = getattr(denoiser, "set_guidance", None)
     if set_guidance is not None:
         set_guidance(guidance_scale)
         return denoiser
-    return denoiser if guidance_scale == 1 else GuidedDenoiser(denoiser, guidance_scale)
+    known = float(getattr(denoiser, "guidance_scale", 1.0))
+    if known not in (1.0, guidance_scale) and guidance_scale != 1:
+        raise ValueError(f"the denoiser has guidance_scale {known}, asked for is {guidance_scale}: give the same")
+    return denoiser if guidance_scale in (1, known) else GuidedDenoiser(denoiser, guidance_scale)
 
 
 def with_precision(denoiser: nn.Module, precision: str = "float32") -> nn.Module:

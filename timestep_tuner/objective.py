@@ -1,0 +1,211 @@
+"""How well the timesteps fit: one loss per row of the table.
+
+A row moves from state i to state i+1. Its loss compares what the network says before and after (`noise`, the paper's),
+or where the row ends with where the teacher is (`trajectory`). States i come from the solver itself, run with the
+timesteps so far (sequential), or from the data, for all rows at once (parallel).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.teacher_path import TeacherPath
+from denoisers import index_condition
+from solvers import NoiseSchedule, SolverTable, row_noise, sample_trace
+from solvers.prediction import to_noise
+from timestep_tuner.ratios import Ratios
+
+OBJECTIVES = ("noise", "trajectory")
+STRATEGIES = ("parallel", "sequential")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the rows are tried on.
+
+    Args:
+        data: clean images or latents, (batch, *shape).
+        noise: unit noise, (batch, *shape); of a teacher's trajectory the one it started from.
+        seeds: one per sample, for the fresh noises of stochastic tables.
+        condition: of the denoiser.
+        path: the teacher's trajectories, for the trajectory objective.
+    """
+
+    data: Tensor
+    noise: Tensor
+    seeds: tuple[int, ...]
+    condition: Any = None
+    path: TeacherPath | None = None
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+@dataclass
+class Evaluations:
+    """Network evaluations spent, each of one sample; a guided one counts as one."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+@dataclass
+class Objective:
+    """Losses of the rows of a table under some timesteps.
+
+    noise:       || F(x[i], t[i]) - F(x[i+1], t[i+1]) ||^2, the first F without gradient; F is the noise the network
+                 predicts, read from its output at the node of the state, whatever its prediction type
+    trajectory:  || x[i+1] - the teacher's state at node i+1 ||^2
+
+    Both summed over elements and averaged over the batch. Of row i only output i is told tau[i] with gradient;
+    outputs of earlier rows, which multistep tables use, are told their own tau without.
+
+    Args:
+        denoiser: the frozen network.
+        ratios: the base table.
+        schedule: the denoiser's.
+        kind: `noise` or `trajectory`.
+    Raises:
+        ValueError: an unknown kind, a stochastic table with `trajectory`, or a free last row whose end says nothing
+            about the noise (`sample` predictions at sigma = 0).
+    Source: arXiv 2310.09469, algorithm 1; the trajectory objective and multistep tables are this project's.
+    """
+
+    denoiser: Any
+    ratios: Ratios
+    schedule: NoiseSchedule
+    kind: str = "noise"
+    evaluations: Evaluations = field(default_factory=Evaluations)
+
+    def __post_init__(self) -> None:
+        if self.kind not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.kind!r}: use one of {', '.join(OBJECTIVES)}")
+        if self.kind == "trajectory" and self.base.is_stochastic:
+            raise ValueError("this solver adds noise in its rows, the teacher's path does not: use objective noise")
+        at_data = self.ratios.free_last and not bool(self.base.sigma[-1])
+        if self.kind == "noise" and self.base.prediction_type == "sample" and at_data:
+            raise ValueError("a data prediction at sigma = 0 says nothing about the noise: leave free_last off")
+
+    @property
+    def base(self) -> SolverTable:
+        """The table as it was."""
+        return self.ratios.base
+
+    def parallel(self, timesteps: Tensor, examples: Examples) -> Tensor:
+        """Losses of all tuned rows, (size,), from states on the data; one network call has all rows as its batch."""
+        rows = list(range(self.ratios.size))
+        return self._losses(rows, timesteps, examples, self._on_data(examples), None)
+
+    def sequential(self, timesteps: Tensor, examples: Examples, row: int | None = None) -> Tensor:
+        """Loss of one row, (1,), or of all, (size,), from the states of the solver with these timesteps."""
+        rows = list(range(self.ratios.size)) if row is None else [row]
+        states, outputs = self._run(timesteps.detach(), examples, rows[-1])
+        return self._losses(rows, timesteps, examples, states, outputs)
+
+    def _losses(
+        self, rows: list[int], timesteps: Tensor, examples: Examples, states: Tensor, outputs: Tensor | None
+    ) -> Tensor:
+        seen, after = states[rows], [row + 1 for row in rows]
+        output = self._call(seen, timesteps[rows], rows, examples)
+        self.evaluations.backward += output.shape[0] * output.shape[1] * output.requires_grad
+        end = self._end(rows, states, output.detach() if outputs is None else outputs, output, examples)
+        if self.kind == "trajectory":
+            assert examples.path is not None
+            return _squared(end - _stack(examples.path.at(self.base.alpha[i], self.base.sigma[i]) for i in after))
+        with torch.no_grad():
+            before = self._noise(seen, self.base.timesteps[rows], rows, examples)
+        self.evaluations.backward += end.shape[0] * end.shape[1] * end.requires_grad
+        return _squared(self._noise(end, self._node_timesteps()[after], after, examples) - before)
+
+    def _end(self, rows: list[int], states: Tensor, known: Tensor, output: Tensor, examples: Examples) -> Tensor:
+        """States after `rows`: (rows, batch, *shape). `known` are the outputs of rows 0, 1, ... without gradient."""
+        table = self.base
+        earlier = table.output_coef.tril(-1)[rows, : len(known)]
+        own = table.output_coef.diagonal()[rows].to(output).reshape(-1, *[1] * (output.ndim - 1))
+        end = _mix(table.state_coef[rows, : len(states)], states) + _mix(earlier, known) + own * output
+        if table.is_stochastic:
+            shape = states.shape[2:]
+            fresh = _stack(row_noise(examples.seeds, j, shape).to(states) for j in range(rows[-1] + 1))
+            end = end + _mix(table.noise_coef[rows, : len(fresh)], fresh)
+        return end
+
+    def _on_data(self, examples: Examples) -> Tensor:
+        """States of all tuned rows, (size, batch, *shape): data and noise, or the teacher's, at the nodes."""
+        nodes = list(zip(self.base.alpha, self.base.sigma))[: self.ratios.size]
+        if self.kind == "noise":
+            return _stack(float(alpha) * examples.data + float(sigma) * examples.noise for alpha, sigma in nodes)
+        assert examples.path is not None
+        return _stack([self._start(examples), *(examples.path.at(*node) for node in nodes[1:])])
+
+    def _start(self, examples: Examples) -> Tensor:
+        """State 0 of a run: with the data's part in it, as in training, or the sampler's own."""
+        if self.kind == "trajectory":
+            return self.base.start_scale * examples.noise
+        return float(self.base.alpha[0]) * examples.data + float(self.base.sigma[0]) * examples.noise
+
+    @torch.no_grad()
+    def _run(self, timesteps: Tensor, examples: Examples, row: int) -> tuple[Tensor, Tensor]:
+        """States 0 .. row and outputs 0 .. row-1 of the solver with these timesteps."""
+        start = self._start(examples)
+        if not row:
+            return start[None], start[None][:0]
+        noise = start / self.base.start_scale
+        head = first_rows(self.ratios.base, timesteps, row)
+        trace = sample_trace(self.denoiser, head, noise, examples.condition, seeds=examples.seeds)
+        self.evaluations.forward += row * len(examples)
+        return _stack(trace.states), _stack(trace.outputs)
+
+    def _noise(self, states: Tensor, timesteps: Tensor, nodes: list[int], examples: Examples) -> Tensor:
+        """Predicted noise, (rows, batch, *shape)."""
+        outputs = self._call(states, timesteps, nodes, examples)
+        alpha, sigma = (value[nodes].repeat_interleave(len(examples)) for value in (self.base.alpha, self.base.sigma))
+        noise = to_noise(self.base.prediction_type, states.flatten(0, 1), outputs.flatten(0, 1), alpha, sigma)
+        return noise.unflatten(0, outputs.shape[:2])
+
+    def _call(self, states: Tensor, timesteps: Tensor, nodes: list[int], examples: Examples) -> Tensor:
+        """The network at (rows, batch, *shape), all in one batch; timesteps and nodes are per row."""
+        rows, batch = states.shape[:2]
+        told = timesteps.to(states).repeat_interleave(batch)
+        condition = index_condition(examples.condition, torch.arange(batch).repeat(rows))
+        options = {}
+        if getattr(self.denoiser, "needs_node", False):
+            both = (self.base.alpha, self.base.sigma)
+            options["node"] = tuple(value[nodes].to(states).repeat_interleave(batch) for value in both)
+        self.evaluations.forward += rows * batch
+        output = self.denoiser(states.flatten(0, 1), told, condition, **options)
+        return output.to(states.dtype).unflatten(0, (rows, batch))
+
+    def _node_timesteps(self) -> Tensor:
+        """What the network is told at each node when nothing is tuned, (N+1,): the image's by the schedule."""
+        last = self.schedule.timestep(self.base.alpha[-1:], self.base.sigma[-1:])
+        return torch.cat([self.base.timesteps, last])
+
+
+def first_rows(table: SolverTable, timesteps: Tensor, rows: int) -> SolverTable:
+    """The solver that stops after its first rows, told `timesteps`, (N,)."""
+    square = {name: getattr(table, name)[:rows, :rows] for name in ("state_coef", "output_coef", "noise_coef")}
+    nodes = {name: getattr(table, name)[: rows + 1] for name in ("alpha", "sigma")}
+    return SolverTable(
+        timesteps[:rows], **nodes, **square, start_scale=table.start_scale, prediction_type=table.prediction_type
+    )
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_j weights[i, j] values[j]: (rows, batch, *shape)."""
+    return torch.tensordot(weights.to(values), values, dims=1)
+
+
+def _squared(difference: Tensor) -> Tensor:
+    """Summed over elements, averaged over the batch: (rows,)."""
+    return difference.square().flatten(2).sum(2).mean(1)
+
+
+def _stack(values: Any) -> Tensor:
+    return torch.stack(list(values))

@@ -1,0 +1,26 @@
+"""Where a run is with the solver it is tuning."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stage:
+    """State of one solver's tuning; its fields go into checkpoints as they are.
+
+    Args:
+        row: row being tuned, None when all are.
+        before: held-out losses of the rows at ratio 1.
+        after: those of the tuned rows.
+        step: optimiser steps taken, on this row where there is one.
+        history: the ratios after every step.
+    """
+
+    row: int | None
+    before: list[float]
+    after: list[float] = field(default_factory=list)
+    step: int = 0
+    history: list[list[float]] = field(default_factory=list)
+
+    def rate(self, steps: int, decay: float) -> float:
+        """Share of the learning rate: 1, then falling linearly over the last `decay` of the steps."""
+        return min(1.0, (steps - self.step) / (decay * steps)) if decay else 1.0
