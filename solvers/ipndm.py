@@ -45,7 +45,7 @@ def ipndm(schedule: NoiseSchedule, timesteps: Tensor, order: int = 4) -> SolverT
     ratio = torch.ones_like(sigma[1:]) if is_flow else alpha[1:] / alpha[:-1]
     step = sigma[1:] - sigma[:-1] * ratio
     on_state, on_output = _derivative_weights(schedule, alpha[:-1], sigma[:-1])
-    weights = step[:, None] * _multistep(len(timesteps), order)
+    weights = step[:, None] * _multistep(len(timesteps), order) + 0.0  # no negative zeros
     return SolverTable(
         timesteps=timesteps,
         alpha=alpha,
