@@ -40,7 +40,11 @@ def estimate(denoiser: Any, x: Tensor, timestep: Tensor, condition: Any, nfe: in
 
     Without checkpointing every evaluation's activations are kept until the end, with it one evaluation's.
     """
-    one = activation_bytes(denoiser, x[:1], timestep, index_condition(condition, slice(0, 1))) * len(x)
+    single, pair = (
+        activation_bytes(denoiser, x[:1].expand(n, *x.shape[1:]), timestep, index_condition(condition, [0] * n))
+        for n in (1, 2)
+    )
+    one = single + (pair - single) * (len(x) - 1)
     trajectory = 2 * nfe * x.numel() * torch.promote_types(x.dtype, torch.float32).itemsize
     return one * (1 if checkpointing else nfe) + trajectory
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from data.teacher import resolve_teacher
+from data.teacher import default_teacher
 from data.trajectories import run_teacher
 from denoisers import class_labels, load_denoiser, with_guidance
 from solver_search.data import Samples, SearchData
@@ -17,7 +17,7 @@ from solver_search.memory import describe
 from solver_search.objective import Objective, VariableGuidance
 from solver_search.record import log_samples, log_table, save_table, upload
 from solver_search.stage import Stage, begin_stage
-from solvers import SolverTable
+from solvers import SolverTable, resolve_solver
 from solvers.artifact import table_from_dict, table_to_dict
 
 OPTIMIZERS = ("lm", "lion", "adam")
@@ -124,7 +124,11 @@ class SolverSearch(lightning.LightningModule):
             scale = float(cache.manifest["teacher"]["guidance_scale"])
             low, high = _range(self.guidance_scale)
             cache.check(self.denoiser, min(max(scale, low), high))
-        self.teacher_table = caches[0].table if caches else resolve_teacher(self.teacher, self.denoiser.schedule)
+        self.teacher_table = (
+            caches[0].table
+            if caches
+            else resolve_solver(self.teacher or default_teacher(self.denoiser.schedule), self.denoiser.schedule)
+        )
         if max(self.nfe) > self.teacher_table.nfe:
             raise ValueError(
                 f"{max(self.nfe)} evaluations are more than the teacher's {self.teacher_table.nfe} steps: lower nfe, "
@@ -138,8 +142,8 @@ class SolverSearch(lightning.LightningModule):
     def training_step(self, batch: Samples, batch_idx: int) -> None:
         """One step of the optimiser."""
         teacher = self._teacher_path(batch)
-        if self.stage is None or self.stage.done:
-            self._next_stage(teacher)
+        if (self.stage is None or self.stage.done) and not self._next_stage(teacher):
+            return
         stage = self.stage
         assert stage is not None
         before = self._theta.clone()
@@ -252,14 +256,19 @@ class SolverSearch(lightning.LightningModule):
         self.theta.grad[: len(gradient)] = gradient.to(self.theta)
         self.optimizers().step()
 
-    def _next_stage(self, teacher: TeacherPath) -> None:
+    def _next_stage(self, teacher: TeacherPath) -> bool:
+        """Whether there is one; there is none when a finished run is resumed."""
         if self.stage is not None:
             self._finish()
         todo = [nfe for nfe in self.nfe if nfe not in self.finished]
+        if not todo:
+            self.trainer.should_stop = True
+            return False
         self.stage, theta = begin_stage(self, todo[0], teacher)
         self._set_theta(theta)
         self.optimizers().optimizer.state.clear()
         rank_zero_info(f"nfe {self.stage.nfe}: {self.stage.parameters.size} numbers, starting from {self.stage.start}")
+        return True
 
     def _finish(self) -> None:
         """Write the stage's best table."""

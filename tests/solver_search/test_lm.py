@@ -1,0 +1,161 @@
+import pytest
+import torch
+from torch.func import jacfwd
+
+from solver_search.lion import Lion
+from solver_search.lm import Damping, Evaluations, NormalEquations, linearize, lm_step, normal_equations
+from solver_search.losses import SearchLoss, TeacherPath, total
+from solver_search.objective import Objective
+from solver_search.parameters import FreeParameters, PaperParameters
+from solver_search.starts import start_table
+from solvers import NoiseSchedule, named_solver, sample_trace, start_noise
+from tests.analytic import gaussian_denoiser, gaussian_solution
+from tests.solver_search.toys import SHAPE, TwoPoints, teacher_path
+
+LOSSES = {
+    "endpoint": SearchLoss(),
+    "paper": SearchLoss(endpoint=0.0, path=1.0, huber=1000.0),
+    "feature": SearchLoss(endpoint=0.5, feature=2.0),
+}
+
+
+def _search(objective, parameters, theta, teacher, steps=25):
+    damping = Damping()
+    for _ in range(steps):
+        result, before = objective.lm_step(parameters, theta, teacher, damping)
+        assert result.loss <= before
+        theta, damping = result.theta, result.damping
+        if not result.moved:
+            break
+    return theta, objective.value(parameters, theta, teacher)
+
+
+def _extractor(images):
+    return images.flatten(1).tanh() @ torch.arange(8.0, dtype=torch.float64).reshape(4, 2).cos()
+
+
+def _problem(name):
+    schedule = NoiseSchedule.flow() if name == "flow" else NoiseSchedule.linear()
+    denoiser = TwoPoints(schedule)
+    teacher = teacher_path(denoiser, named_solver("euler:40" if name == "flow" else "ddim:40", schedule), 6)
+    if name == "free":
+        start = named_solver("unipc:4", schedule)
+        return denoiser, FreeParameters(start, (schedule.t_min, schedule.t_max)), teacher
+    return denoiser, PaperParameters(schedule, 4, reduce_last_rows=False), teacher
+
+
+@pytest.mark.parametrize("name", ["flow", "vp", "free"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_rowwise_tangents_are_forward_mode_through_the_sampler(name, chunk):
+    denoiser, parameters, teacher = _problem(name)
+    theta = parameters.project(parameters.initial() + 0.1 * torch.randn(parameters.size, dtype=torch.float64))
+    spent = Evaluations()
+    run = linearize(denoiser, parameters, theta, teacher.noise, chunk=chunk, evaluations=spent)
+    jacobian = jacfwd(lambda t: torch.stack(sample_trace(denoiser, parameters.table(t), teacher.noise).states[1:]))(
+        theta
+    )
+    torch.testing.assert_close(torch.stack(run.tangents[1:]), jacobian.detach().movedim(-1, 0).transpose(0, 1))
+    assert 0 < spent.tangent < len(teacher) * parameters.size * parameters.nfe
+    if chunk is None:
+        assert spent.forward == len(teacher) * parameters.nfe
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["flow", "vp", "free"])
+def test_gradient_of_the_normal_equations_is_that_of_the_loss(name, loss):
+    denoiser, parameters, teacher = _problem(name)
+    theta = parameters.project(parameters.initial() + 0.05).requires_grad_()
+    equations = normal_equations(
+        linearize(denoiser, parameters, theta, teacher.noise), LOSSES[loss], teacher, _extractor
+    )
+    table = parameters.table(theta)
+    value = total(LOSSES[loss], table, sample_trace(denoiser, table, teacher.noise).states, teacher, _extractor)
+    assert equations.loss == pytest.approx(float(value.detach()), rel=1e-10)
+    torch.testing.assert_close(2 * equations.gradient, torch.autograd.grad(value, theta)[0], rtol=1e-8, atol=1e-9)
+
+
+def test_micro_batches_and_processes_add_up():
+    denoiser, parameters, teacher = _problem("vp")
+    theta = parameters.initial()
+    whole, pieces = (Objective(denoiser, SearchLoss(), micro_batch=size) for size in (6, 4))
+    doubled = Objective(denoiser, SearchLoss(), micro_batch=3, reduce=lambda value: 2 * value)
+    expected = whole.equations(parameters, theta, teacher)
+    for other in (pieces, doubled):
+        found = other.equations(parameters, theta, teacher)
+        torch.testing.assert_close(found.matrix, expected.matrix)
+        torch.testing.assert_close(other.gradient(parameters, theta, teacher)[1], 2 * expected.gradient)
+        assert found.loss == pytest.approx(expected.loss)
+
+
+def test_teachers_own_solver_is_left_alone():
+    schedule = NoiseSchedule.linear()
+    denoiser = TwoPoints(schedule)
+    for name in ("ddim", "unipc"):
+        start = start_table(name, 6, schedule)
+        teacher = teacher_path(denoiser, start, 4)
+        parameters = FreeParameters(start, (schedule.t_min, schedule.t_max))
+        objective = Objective(denoiser, SearchLoss(path=1.0))
+        theta = parameters.initial()
+        assert objective.value(parameters, theta, teacher) < 1e-28
+        result, _ = objective.lm_step(parameters, theta, teacher, Damping())
+        assert float((result.theta - theta).abs().max()) < 1e-6
+        gradient = objective.gradient(parameters, theta, teacher)[1]
+        assert float(gradient.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["flow", "vp"])
+def test_search_reaches_the_exact_solution_of_a_gaussian(kind):
+    """Outputs are affine in the noise, so two free evaluations can meet the exact end; the optimum is zero."""
+    schedule = NoiseSchedule.flow() if kind == "flow" else NoiseSchedule.linear()
+    start = named_solver("euler:2" if kind == "flow" else "ddim:2", schedule)
+    parameters = FreeParameters(start, (schedule.t_min, schedule.t_max))
+    noise = start_noise(range(8), SHAPE, torch.float64)
+    first, last = (torch.tensor(value, dtype=torch.float64) for value in (schedule.t_max, schedule.t_min))
+    end = gaussian_solution(schedule, noise, first, last)
+    alpha, sigma = (torch.stack(pair) for pair in zip(schedule.alpha_sigma(first), schedule.alpha_sigma(last)))
+    teacher = TeacherPath(torch.stack([noise, end], 1), alpha, sigma, noise)
+    objective = Objective(gaussian_denoiser(schedule), SearchLoss())
+    theta, loss = _search(objective, parameters, parameters.initial(), teacher)
+    # the last node of a VP start is sigma = 0, the teacher's is t = 0: the target is read at the student's node
+    assert loss < 1e-16
+    assert objective.rmse(parameters.table(theta), teacher) < 2e-2
+
+
+def test_second_order_beats_first_order_on_fewer_evaluations():
+    denoiser, parameters, teacher = _problem("vp")
+    second, first = (Objective(denoiser, SearchLoss()) for _ in range(2))
+    start = second.value(parameters, parameters.initial(), teacher)
+    theta, loss = _search(second, parameters, parameters.initial(), teacher, steps=8)
+    value = parameters.initial().requires_grad_()
+    lion = Lion([value], lr=0.01)
+    while first.evaluations.total < 2 * second.evaluations.total:
+        value.grad = first.gradient(parameters, value, teacher)[1]
+        lion.step()
+    assert loss < 0.5 * first.value(parameters, value.detach(), teacher) < start
+    assert float((theta - parameters.initial()).abs().max()) > 0.01
+
+
+def test_damping_shortens_steps_until_the_loss_falls():
+    equations = NormalEquations(torch.eye(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)
+    theta = torch.zeros(1, dtype=torch.float64)
+    result = lm_step(
+        equations, theta, lambda t: 0.5 if float(t.abs()) < 0.3 else float("inf"), lambda t: t, Damping(1.0)
+    )
+    assert result.moved
+    assert 0 < -float(result.theta) < 0.3
+    result = lm_step(equations, theta, lambda t: float("nan"), lambda t: t, Damping(1.0))
+    assert not result.moved
+    assert result.damping.value > 1
+
+
+def test_lion_takes_signed_steps():
+    value = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = Lion([value], lr=0.5, betas=(0.5, 0.5), weight_decay=0.2)
+    value.grad = torch.tensor([3.0, -0.1, 0.0], dtype=torch.float64)
+    optimizer.step()
+    torch.testing.assert_close(value.detach(), torch.tensor([0.9 - 0.5, -0.9 + 0.5, 0.0], dtype=torch.float64))
+    value.grad = torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)  # momentum (1.5, -0.05): mixed (0.25, 0.475)
+    optimizer.step()
+    torch.testing.assert_close(value.detach(), torch.tensor([0.36 - 0.5, -0.36 - 0.5, 0.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match="must be positive"):
+        Lion([value], lr=0.0)

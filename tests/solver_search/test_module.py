@@ -1,0 +1,228 @@
+import json
+import math
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from data.trajectories import generate_trajectories
+from denoisers import with_guidance
+from solver_search.data import SearchData
+from solver_search.losses import SearchLoss
+from solver_search.module import SolverSearch
+from solvers import NoiseSchedule, load_solver, named_solver, sample, sample_trace, start_noise
+from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
+
+FIRST = 2**31
+SCHEDULE = NoiseSchedule.linear()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return _cache(tmp_path / "cache", TwoPoints(SCHEDULE))
+
+
+def _cache(folder, denoiser, count=16, steps=12):
+    table = named_solver(f"{'euler' if denoiser.schedule.kind == 'flow' else 'ddim'}:{steps}", denoiser.schedule)
+    seeds = range(FIRST, FIRST + count)
+    generate_trajectories(denoiser, table, seeds, folder, shard_size=8, dtype=torch.float64, progress=False)
+    return str(folder)
+
+
+def _fit(search, data, max_steps=-1, ckpt_path=None, folder=None, **options):
+    callbacks = [ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)] if folder else []
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=bool(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **{"devices": 1} | options,
+    )
+    trainer.fit(search, datamodule=data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def _rmse(table, denoiser, seeds=range(64)):
+    noise = start_noise(seeds, SHAPE, torch.float64)
+    end = sample_trace(denoiser, named_solver("ddim:12", SCHEDULE), noise).states[-1]
+    return float((sample(denoiser, table, noise) - end).square().mean().sqrt())
+
+
+def _same(first, second, tolerance=0.0):
+    for name in ("timesteps", "state_coef", "output_coef"):
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=tolerance, atol=tolerance)
+
+
+def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds(cache, tmp_path):
+    denoiser = TwoPoints(SCHEDULE)
+    search = SolverSearch(denoiser, str(tmp_path / "s-{nfe}.json"), nfe=[3, 4], warm_start=True, steps=5, tolerance=0.0)
+    _fit(search, SearchData(cache, num_val=4))
+    for nfe in (3, 4):
+        table = load_solver(tmp_path / f"s-{nfe}.json", denoiser)
+        start = _rmse(named_solver(f"dpmpp:{nfe}", SCHEDULE), denoiser)
+        assert _rmse(table, denoiser) < 0.75 * start
+        _same(table, search.table(nfe))
+        info = table.info
+        assert info["fitted_on"]["seeds"] == [[FIRST, FIRST + 16]]
+        assert info["fitted_on"]["evaluations"]["tangent"] > 0
+        assert 0 < info["validation"]["rmse"] < start
+    assert _rmse(search.table(4), denoiser) < _rmse(search.table(3), denoiser)
+
+
+def test_start_with_the_lowest_loss_goes_on(cache):
+    search = SolverSearch(TwoPoints(SCHEDULE), nfe=4, start=["ddim", "unipc", "paper"], steps=1, screening=1)
+    _fit(search, SearchData(cache, num_val=0))
+    losses = {}
+    for start in ("ddim", "unipc", "paper"):
+        single = SolverSearch(TwoPoints(SCHEDULE), nfe=4, start=start, steps=1)
+        losses[start] = _fit(single, SearchData(cache, num_val=0)).callback_metrics["train/loss"]
+    assert search.stage.start == min(losses, key=losses.get)
+
+
+@pytest.mark.parametrize("optimizer", ["lm", "lion", "adam"])
+def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, optimizer):
+    def make():
+        options = {"steps": 3, "tolerance": 0.0, "loss": SearchLoss(path=1.0), "warm_start": True}
+        return SolverSearch(TwoPoints(SCHEDULE), nfe=[2, 3], optimizer=optimizer, **options)
+
+    def data():
+        return SearchData(cache, num_val=4, batch_size=4)
+
+    whole, first, second = make(), make(), make()
+    _fit(whole, data())
+    _fit(first, data(), max_steps=2 if optimizer == "lm" else 4, folder=tmp_path)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == ["theta"]
+    _fit(second, data(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert sorted(second.finished) == [2, 3]
+    for nfe in (2, 3):
+        _same(second.table(nfe), whole.table(nfe))
+    assert second.objective.evaluations == whole.objective.evaluations
+
+
+def test_resuming_a_finished_run_ends_at_once(cache, tmp_path):
+    search, again = (SolverSearch(TwoPoints(SCHEDULE), nfe=2, steps=1) for _ in range(2))
+    _fit(search, SearchData(cache, num_val=0), folder=tmp_path)
+    _fit(again, SearchData(cache, num_val=0), ckpt_path=str(tmp_path / "last.ckpt"))
+    _same(again.table(2), search.table(2))
+
+
+@pytest.mark.parametrize("optimizer", ["lm", "lion"])
+def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, optimizer):
+    def run(name, batch_size, **options):
+        search = SolverSearch(
+            TwoPoints(SCHEDULE), str(tmp_path / f"{name}.json"), nfe=3, optimizer=optimizer, steps=3, tolerance=0.0
+        )
+        _fit(search, SearchData(cache, num_val=4, batch_size=batch_size), **options)
+        return load_solver(tmp_path / f"{name}.json")
+
+    pair = run("pair", 3, strategy="ddp_fork", devices=2)
+    one = run("one", 6)
+    _same(pair, one, 1e-6)
+    assert pair.info["validation"]["rmse"] == pytest.approx(one.info["validation"]["rmse"], rel=1e-6)
+
+
+def test_fresh_trajectories_are_the_teachers(tmp_path):
+    denoiser = TwoPoints(SCHEDULE)
+    search = SolverSearch(denoiser, nfe=3, steps=2, teacher="ddim:12", tolerance=0.0)
+    data = SearchData(None, num_trajectories=8, num_val=4, first_seed=FIRST + 100)
+    _fit(search, data)
+    assert search.objective.evaluations.forward >= (2 * 8 + 2 * 4) * 12
+    assert data.seed_ranges() == [[FIRST + 96, FIRST + 116]]
+    assert _rmse(search.table(3), denoiser) < 0.7 * _rmse(named_solver("dpmpp:3", SCHEDULE), denoiser)
+
+
+def test_range_of_guidance_scales_from_several_caches(tmp_path):
+    scales = (1.0, 2.0)
+    folders = [_cache(tmp_path / f"g{g}", with_guidance(Labelled(SCHEDULE), g), count=8) for g in scales]
+    path = tmp_path / "s.json"
+    search = SolverSearch(Labelled(SCHEDULE), str(path), nfe=3, guidance_scale=[1.0, 2.0], steps=2)
+    _fit(search, SearchData(folders, num_val=2))
+    table = load_solver(path, Labelled(SCHEDULE), guidance_scale=1.5)
+    seeds = range(12)
+    noise, labels = start_noise(seeds, SHAPE, torch.float64), torch.tensor(seeds) % 3
+    errors = []
+    for solver in (table, named_solver("dpmpp:3", SCHEDULE)):
+        ends = []
+        for scale in scales:
+            denoiser = with_guidance(Labelled(SCHEDULE), scale)
+            end = sample(denoiser, named_solver("ddim:12", SCHEDULE), noise, labels)
+            ends.append((sample(denoiser, solver, noise, labels) - end).square().mean())
+        errors.append(float(sum(ends)))
+    assert errors[0] < 0.7 * errors[1]
+    with pytest.raises(ValueError, match="guidance_scale"):
+        _fit(SolverSearch(Labelled(SCHEDULE), nfe=3, guidance_scale=[1.0, 1.5]), SearchData(folders, num_val=2))
+
+
+def test_fresh_guidance_is_drawn_per_seed_within_the_range():
+    search = SolverSearch(Labelled(SCHEDULE), nfe=2, guidance_scale=[1.0, 3.0], steps=1, teacher="ddim:5")
+    seen = []
+    search._condition = partial(_spy, seen, search._condition)
+    _fit(search, SearchData(None, num_trajectories=6, num_val=0))
+    scales = seen[0].guidance_scale
+    assert len(scales.unique()) == 6
+    assert float(scales.min()) >= 1
+    assert float(scales.max()) <= 3
+
+
+def _spy(seen, function, batch):
+    seen.append(batch)
+    return function(batch)
+
+
+class Breaks(TwoPoints):
+    """Turns to NaN after some evaluations."""
+
+    left = 10**9
+
+    def forward(self, x, timestep, condition=None):
+        self.left -= 1
+        return super().forward(x, timestep) * (1.0 if self.left > 0 else math.nan)
+
+
+def test_not_a_number_stops_with_the_last_good_artifact_kept(cache, tmp_path):
+    path = tmp_path / "s.json"
+    denoiser = Breaks(SCHEDULE)
+    search = SolverSearch(denoiser, str(path), nfe=3, optimizer="adam", steps=50)
+    denoiser.left = 2 + 3 * 5 + 1  # two for the memory estimate; the sixth step breaks
+    with pytest.raises(ValueError, match=r"nan at step 5 of 3 evaluations, numbers .*last good table is .*s.json"):
+        _fit(search, SearchData(cache, num_val=0))
+    table = load_solver(path)
+    assert _rmse(table, TwoPoints(SCHEDULE)) < _rmse(named_solver("dpmpp:3", SCHEDULE), TwoPoints(SCHEDULE))
+    assert json.loads(path.read_text())["config"]["steps"] == 5
+
+
+def test_refusals(cache, tmp_path):
+    data = partial(SearchData, cache, num_val=4)
+    with pytest.raises(ValueError, match="were made with weight_hash"):
+        _fit(SolverSearch(TwoPoints(SCHEDULE, 0.9), nfe=3), data())
+    with pytest.raises(ValueError, match="were made with guidance_scale 1"):
+        _fit(SolverSearch(Labelled(SCHEDULE), nfe=3, guidance_scale=2.0), data())
+    with pytest.raises(ValueError, match="13 evaluations are more than the teacher's 12 steps"):
+        _fit(SolverSearch(TwoPoints(SCHEDULE), nfe=[3, 13]), data())
+    with pytest.raises(ValueError, match="too many"):
+        _fit(SolverSearch(TwoPoints(SCHEDULE), nfe=3), data(num_trajectories=13))
+    with pytest.raises(ValueError, match="num_trajectories"):
+        SearchData(None)
+    for options, message in {
+        ("nfe", 0): "each at least 1",
+        ("optimizer", "sgd"): "use one of lm, lion, adam",
+        ("steps", 0): "must be positive",
+        ("output", "x.txt"): "must end in .json",
+        ("guidance_scale", (1.0, 2.0)): "null condition",
+        ("loss", SearchLoss(feature=1.0)): "no extractor",
+    }.items():
+        denoiser = TwoPoints(SCHEDULE)
+        denoiser.null_condition = None
+        with pytest.raises(ValueError, match=message):
+            SolverSearch(denoiser, **dict([options]))
+    with pytest.raises(ValueError, match=r"contain \{nfe\}"):
+        SolverSearch(TwoPoints(SCHEDULE), "x.json", nfe=[3, 4])
