@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DMod
 from torch import nn
 
 from denoisers.conditions import condition_to
-from denoisers.diffusers_models import FAMILIES, DiffusersDenoiser, from_network, vae_scale
+from denoisers.diffusers_base import DiffusersDenoiser
+from denoisers.diffusers_models import FAMILIES, from_network, vae_scale
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.diffusers_models import read_schedule
+from denoisers.diffusers_base import read_schedule
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from denoisers.conditions import concatenate_conditions
-from denoisers.diffusers_models import DiffusersDenoiser, from_pipeline
+from denoisers.diffusers_base import DiffusersDenoiser
+from denoisers.diffusers_models import from_pipeline
 
 Encode = Callable[..., dict[str, Any]]
 

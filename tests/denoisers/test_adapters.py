@@ -18,7 +18,8 @@ from diffusers import (
 )
 
 from denoisers import class_labels, load_denoiser, with_guidance
-from denoisers.diffusers_models import from_network, from_pipeline, read_schedule
+from denoisers.diffusers_base import read_schedule
+from denoisers.diffusers_models import from_network, from_pipeline
 from denoisers.prompts import encode_prompts, read_prompts
 from solvers import NoiseSchedule, sample, start_noise, tabulate
 from tests.tiny_pipelines import KINDS, LENGTH, call_arguments, tiny_pipeline, tiny_unet

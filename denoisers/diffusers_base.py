@@ -1,0 +1,149 @@
+"""What all diffusers networks have in common as denoisers: schedule, size, dtype, decoding."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from denoisers.conditions import map_condition
+from denoisers.protocol import drop_learned_variance
+from solvers.schedule import NoiseSchedule
+
+
+def read_schedule(scheduler: Any, image_tokens: int | None = None, mu: float | None = None) -> NoiseSchedule:
+    """The noise schedule of a diffusers scheduler; dynamic shift is resolved for one number of image tokens.
+
+        shift = exp(mu) (exponential) or mu (linear),  mu on the line through (base_image_seq_len, base_shift) and
+        (max_image_seq_len, max_shift) at `image_tokens`
+
+    Args:
+        scheduler: a scheduler or its config.
+        image_tokens: what pipelines call image_seq_len.
+        mu: where it is known instead of the number of tokens.
+    Raises:
+        ValueError: a beta schedule NoiseSchedule does not know.
+    """
+    config = dict(getattr(scheduler, "config", scheduler))
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if not config.get("use_dynamic_shifting") or (image_tokens is None and mu is None):
+        return schedule
+    mu = _shift_exponent(config, image_tokens) if mu is None else mu
+    return NoiseSchedule.flow(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+
+
+def _shift_exponent(config: dict[str, Any], image_tokens: int) -> float:
+    """mu, rounded as the pipelines round it, so that fingerprints agree."""
+    tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+    return image_tokens * slope + (shifts[0] - slope * tokens[0])
+
+
+@dataclass(frozen=True)
+class Size:
+    """Height and width of a state (latents, or pixels where there is no autoencoder), and pixels per latent side."""
+
+    height: int
+    width: int
+    vae_scale: int
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.height * self.vae_scale, self.width * self.vae_scale
+
+
+class DiffusersDenoiser(nn.Module):
+    """A diffusers network as `denoiser(x, timestep, condition)`.
+
+    Timesteps reach the network as float tensors, so fractional ones count (as Python numbers some networks truncate
+    them); a learned variance is dropped; states are cast to the network's dtype and outputs back to the state's.
+
+    Args:
+        network: the diffusers model.
+        scheduler: its scheduler, or the scheduler's config; see `read_schedule`.
+        height: of the image in pixels; None takes the network's own sample size.
+        width: likewise.
+        vae_scale: pixels per latent along one side; 1 where there is no autoencoder.
+        name: what artifacts record.
+    Raises:
+        ValueError: a network whose input is not the state alone, one without a sample size where none is given, or an
+            unknown beta schedule.
+    """
+
+    default_size: int | None = None
+    image_tokens: int | None = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: Any,
+        height: int | None = None,
+        width: int | None = None,
+        vae_scale: int = 8,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.name = network, name
+        own = self._own_size() if height is None or width is None else (0, 0)
+        sides = (own[0] if height is None else height // vae_scale, own[1] if width is None else width // vae_scale)
+        self.size = Size(*sides, vae_scale)
+        self._check_channels()
+        self.schedule = read_schedule(scheduler, self.image_tokens)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one state."""
+        return (self.network.config.in_channels, self.size.height, self.size.width)
+
+    @cached_property
+    def weight_hash(self) -> str:
+        """SHA-256 of the network's weights; computed when first asked for."""
+        from denoisers.checkpoint import weight_hash
+
+        return weight_hash(self.network)
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:
+        """The network's output at a state, (batch, *sample_shape)."""
+        dtype = self.network.dtype
+        timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32)).expand(len(x))
+        condition = map_condition(lambda value: value.to(dtype) if value.is_floating_point() else value, condition)
+        return drop_learned_variance(self.evaluate(x.to(dtype), timestep, condition), x).to(x.dtype)
+
+    def set_decoder(self, autoencoder: nn.Module) -> None:
+        """Give the denoiser `decode(states) -> images`; the autoencoder is no part of its weights."""
+        self.__dict__["decode"] = partial(self._decode, autoencoder.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def _decode(self, autoencoder: nn.Module, states: Tensor) -> Tensor:
+        """(batch, *sample_shape) -> (batch, 3, height, width) in [-1, 1], one image at a time for memory."""
+        config, latents = autoencoder.config, self.latents(states).to(autoencoder.device, autoencoder.dtype)
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = [autoencoder.decode(one, return_dict=False)[0] for one in latents.split(1)]
+        return torch.cat(images).to(states.device, states.dtype)
+
+    def latents(self, states: Tensor) -> Tensor:
+        """States as (batch, channels, height, width)."""
+        return states
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
+        """The family's own call: x (batch, *sample_shape) in the network's dtype, timestep (batch,) float."""
+        raise NotImplementedError
+
+    def _own_size(self) -> tuple[int, int]:
+        size = getattr(self.network.config, "sample_size", None) or self.default_size
+        if size is None:
+            raise ValueError(f"{type(self.network).__name__} has no sample_size in its config: give height and width")
+        return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+    def _check_channels(self) -> None:
+        states = self.network.config.in_channels
+        outputs = getattr(self.network.config, "out_channels", None) or states
+        if outputs not in (states, 2 * states):
+            raise ValueError(
+                f"the network has {states} input and {outputs} output channels: it takes more than the state "
+                "(inpainting, editing); record its pipeline with data.record_trajectories instead"
+            )
