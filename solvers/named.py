@@ -1,11 +1,11 @@
 """Solvers by name: `name[@spacing]:steps`, as the command line and the comparisons write them."""
 
 import inspect
+import os.path
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,10 +122,10 @@ def resolve_solver(
     Raises:
         ValueError: no such file, an artifact that does not load or fit, or as `named_solver`.
     """
-    if Path(text).is_file() or text.endswith(".json"):
+    if os.path.isfile(text) or text.endswith(".json"):
         from solvers.artifact import load_solver
 
-        if not Path(text).is_file():
+        if not os.path.isfile(text):
             raise ValueError(f"there is no solver artifact {text!r}: give a file that exists, or name:steps")
         return load_solver(text, denoiser, guidance_scale, allow_mismatch)
     return named_solver(text, schedule)

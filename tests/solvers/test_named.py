@@ -189,13 +189,15 @@ def test_ipndm_errors(timesteps, order, match):
         ipndm(VP, torch.tensor(timesteps), order)
 
 
-def test_resolve_takes_names_and_paths(tmp_path):
+def test_resolve_takes_names_and_paths():
     table = resolve_solver("dpmpp:6", VP)
     assert torch.equal(table.output_coef, named_solver("dpmpp:6", VP).output_coef)
     with pytest.raises(ValueError, match=r"there is no solver artifact 'missing\.json'"):
         resolve_solver("missing.json", VP)
     with pytest.raises(ValueError, match="unknown solver 'magic'"):
         resolve_solver("magic:3", VP)
+    with pytest.raises(ValueError, match="is no solver: write name:steps"):
+        resolve_solver("x" * 5000, VP)
 
 
 def test_resolve_loads_an_artifact(tmp_path):

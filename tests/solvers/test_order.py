@@ -89,7 +89,7 @@ def error(build, n: int, rows: int, extra: int) -> float:
 @pytest.mark.parametrize("name", ORDERS)
 def test_measured_order(name):
     build, order, rows, extra = ORDERS[name]
-    coarse, fine = (error(build, n, rows, extra) for n in (80, 160))
+    coarse, fine = (error(build, n, rows, extra) for n in (40, 80))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
