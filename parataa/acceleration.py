@@ -1,4 +1,4 @@
-"""Two ways to use the last rounds' changes: triangular Anderson acceleration and per-row secants."""
+"""Triangular Anderson acceleration: what the last rounds tell about the next."""
 
 import torch
 from torch import Tensor
@@ -26,39 +26,6 @@ def triangular_anderson(residual: Tensor, moved: Tensor, changes: Tensor, regula
     right = torch.einsum("mid,id->im", changes, residual).double().cumsum(0)
     weights = torch.linalg.solve(_regularized(gram, regularization), right).to(residual)
     return -torch.einsum("im,mid->id", weights, moved + changes)
-
-
-def triangular_secant(
-    residual: Tensor, moved: Tensor, changes: Tensor, output_coef: Tensor, regularization: float
-) -> Tensor:
-    """What a Newton step with secant Jacobians adds to the plain step.
-
-        e[k+1] = R[k] + sum_{j <= k} B[k,j] J[j] e[j],   J[j] = dO[j] (dX[j]^T dX[j] + lambda I)^-1 dX[j]^T
-
-    e is the change of the states, R the residual, B the output weights. J is the least-squares secant Jacobian of
-    output j with respect to its own state, so that the changes of earlier states act on later ones within the same
-    round. Only the products q[j] = dX[j]^T e[j] are unknown: one triangular system of rows * memory equations.
-
-    Args:
-        residual: R of the rows, (rows, elements).
-        moved: dX, differences of the states that the rows' outputs are read at, (memory, rows, elements).
-        changes: dO, differences of those outputs, of the same shape.
-        output_coef: B, (rows, rows), lower triangular.
-        regularization: > 0, relative to the mean of the diagonal it is added to.
-    Returns:
-        (rows, elements).
-    """
-    memory, rows, _ = moved.shape
-    gram = torch.einsum("mid,nid->imn", moved, moved).double()[1:]  # state `start` is final, so that e[0] = 0
-    coupling = torch.einsum("mkd,njd->kmjn", moved[:, 1:], changes[:, 1:]).double()
-    coupling = coupling * output_coef[:-1, 1:].double()[:, None, :, None]
-    right = torch.einsum("mkd,kd->km", moved[:, 1:], residual[:-1]).double()
-    sides = torch.cat([coupling.flatten(2), right[..., None]], dim=-1)
-    sides = torch.linalg.solve(_regularized(gram, regularization), sides).flatten(0, 1)
-    matrix = torch.eye(len(sides), device=sides.device, dtype=sides.dtype) - sides[:, :-1]
-    weights = torch.linalg.solve_triangular(matrix, sides[:, -1:], upper=False, unitriangular=True)
-    outputs = torch.einsum("jn,njd->jd", weights.reshape(rows - 1, memory).to(residual), changes[:, 1:])
-    return output_coef[:, 1:] @ outputs
 
 
 def _regularized(gram: Tensor, regularization: float) -> Tensor:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parataa.acceleration import triangular_anderson, triangular_secant
+from parataa.acceleration import triangular_anderson
 from parataa.equations import Coefs, Equations, WindowEquations
 
 Kept = dict[int, Tensor]
 Draw = Callable[[int], Tensor]
-ACCELERATIONS = ("anderson", "secant")
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,15 @@ class Acceleration:
     """How earlier rounds are used.
 
     Args:
-        name: `anderson` or `secant`.
         memory: rounds remembered, the current one included; 1 is plain iteration.
         regularization: relative, > 0.
+        safeguard: a row is accelerated only where the residual of all rows up to it fell below `safeguard` times what
+            it was a round ago, > 0; infinity accelerates always.
     """
 
-    name: str
     memory: int
     regularization: float
+    safeguard: float
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class History:
     """What earlier rounds leave to the next, for the rows of the window; rows that are new have zero differences.
 
     Args:
-        points: the last states, after the rows (`anderson`) or before them (`secant`), (old rows, *shape).
-        values: the last residuals (`anderson`) or shifted outputs (`secant`), of the same shape.
-        moved: differences of successive points, the newest first, (memory - 1 or fewer, rows, *shape).
-        changed: differences of successive values, of the same shape.
+        states: the last new states of the rows, (old rows, *shape).
+        residual: their residuals, of the same shape.
+        moved: differences of successive states, the newest first, (memory - 1 or fewer, rows, *shape).
+        changed: differences of successive residuals, of the same shape.
     """
 
-    points: Tensor
-    values: Tensor
+    states: Tensor
+    residual: Tensor
     moved: Tensor
     changed: Tensor
 
@@ -54,16 +54,13 @@ class Iterate:
         start: states 0 to start are final; the window's rows begin here.
         states: states from `start` to the end of the window, (rows + 1, *shape).
         kept: earlier states and outputs that the window's rows use, and their noises, by index.
-        history: of the last rounds.
-        fallback: (residual size, plain new states) of the last round if its step was accelerated, for the rows of
-            the window, (old rows,) and (old rows, *shape).
+        history: of the last rounds; None at first and in plain iteration.
     """
 
     start: int
     states: Tensor
     kept: tuple[Kept, Kept, Kept] = ({}, {}, {})
     history: History | None = None
-    fallback: tuple[Tensor, Tensor] | None = None
 
 
 def init(equations: Equations, first: Tensor, draw: Draw, guess: Tensor | None = None) -> Iterate:
@@ -100,9 +97,9 @@ def step(
     plain = _combine(now.reaching, now, iterate, shifted)
     size = (exact - iterate.states[1:]).flatten(1).square().mean(1).sqrt()
     finished = int((size <= now.tolerance).long().cumprod(0).sum())
-    improved, history, fallback = _improve(now, iterate, plain, shifted, size, acceleration)
+    improved, history = _improve(iterate, plain, acceleration)
     states = torch.cat([iterate.states[: finished + 1], exact[finished : finished + 1], improved[finished + 1 :]])
-    following = replace(iterate, states=states, history=history, fallback=fallback)
+    following = replace(iterate, states=states, history=history)
     following = _slide(equations, following, outputs, min(finished + 1, len(size)))
     return _refill(equations, following, draw, guess), size
 
@@ -123,46 +120,38 @@ def _combine(coefs: Coefs, now: WindowEquations, iterate: Iterate, outputs: Tens
     return total
 
 
-def _improve(
-    now: WindowEquations, iterate: Iterate, plain: Tensor, shifted: Tensor, size: Tensor, acceleration: Acceleration
-) -> tuple[Tensor, History | None, tuple[Tensor, Tensor] | None]:
-    """New states of all rows, accelerated unless the last accelerated step raised the residual."""
+def _improve(iterate: Iterate, plain: Tensor, acceleration: Acceleration) -> tuple[Tensor, History | None]:
+    """New states of all rows, accelerated where the last round brought the residual down, and what to remember."""
     if acceleration.memory == 1:
-        return plain, None, None
-    if iterate.fallback is not None and _raised(size, iterate.fallback[0]):
-        known = len(iterate.fallback[1])
-        return torch.cat([iterate.fallback[1], plain[known:]]), None, None
+        return plain, None
     residual = plain - iterate.states[1:]
-    if acceleration.name == "anderson":
-        history = _remember(iterate.history, iterate.states[1:], residual, acceleration.memory)
-    else:
-        history = _remember(iterate.history, iterate.states[:-1], shifted, acceleration.memory)
-    if not len(history.moved):
-        return plain, history, None
+    history = _remember(iterate.history, iterate.states[1:], residual, acceleration.memory)
+    if iterate.history is None:
+        return plain, history
     moved, changed = history.moved.flatten(2), history.changed.flatten(2)
-    if acceleration.name == "anderson":
-        correction = triangular_anderson(residual.flatten(1), moved, changed, acceleration.regularization)
-    else:
-        inside = now.reaching[1][:, -len(plain) :]
-        correction = triangular_secant(residual.flatten(1), moved, changed, inside, acceleration.regularization)
-    return plain + correction.reshape(plain.shape), history, (size, plain)
+    correction = triangular_anderson(residual.flatten(1), moved, changed, acceleration.regularization)
+    trusted = _trusted(residual, iterate.history.residual, acceleration.safeguard)
+    correction = torch.where(_each(trusted, plain), correction.reshape(plain.shape), 0.0)
+    return plain + correction, history
 
 
-def _raised(size: Tensor, before: Tensor) -> bool:
-    """Whether the residual over the rows of both rounds went up, or is not finite."""
-    return not bool(size[: len(before)].square().sum() <= before.square().sum())
+def _trusted(residual: Tensor, before: Tensor, safeguard: float) -> Tensor:
+    """Rows up to which the residual fell below `safeguard` times that of the last round, bool (rows,)."""
+    now, last = (values.flatten(1).square().sum(1).cumsum(0).sqrt() for values in (residual[: len(before)], before))
+    new = torch.zeros(len(residual) - len(before), dtype=torch.bool, device=residual.device)
+    return torch.cat([now < safeguard * last, new])
 
 
-def _remember(history: History | None, points: Tensor, values: Tensor, memory: int) -> History:
+def _remember(history: History | None, states: Tensor, residual: Tensor, memory: int) -> History:
     """The history with one more difference in front, the oldest dropped."""
     if history is None:
-        none = points.new_zeros(0, *points.shape)
-        return History(points, values, none, none)
+        none = states.new_zeros(0, *states.shape)
+        return History(states, residual, none, none)
     return History(
-        points,
-        values,
-        torch.cat([_difference(points, history.points)[None], history.moved])[: memory - 1],
-        torch.cat([_difference(values, history.values)[None], history.changed])[: memory - 1],
+        states,
+        residual,
+        torch.cat([_difference(states, history.states)[None], history.moved])[: memory - 1],
+        torch.cat([_difference(residual, history.residual)[None], history.changed])[: memory - 1],
     )
 
 
@@ -180,14 +169,12 @@ def _slide(equations: Equations, iterate: Iterate, outputs: Tensor, rows: int) -
         {j: value.clone() for j, value in {**old, **new}.items() if equations.keeps(kind, j, start)}
         for kind, (old, new) in enumerate(zip(iterate.kept, fresh))
     )
-    history, fallback = iterate.history, iterate.fallback
+    history = iterate.history
     if history is not None:
         added = equations.stop(start) - equations.stop(iterate.start)
-        moved, changed = (_shifted(value, rows, added) for value in (history.moved, history.changed))
-        history = History(history.points[rows:], history.values[rows:], moved, changed)
-    if fallback is not None:
-        fallback = (fallback[0][rows:], fallback[1][rows:])
-    return Iterate(start, iterate.states[rows:], kept, history, fallback)
+        moved, changed = (_shifted(values, rows, added) for values in (history.moved, history.changed))
+        history = History(history.states[rows:], history.residual[rows:], moved, changed)
+    return Iterate(start, iterate.states[rows:], kept, history)
 
 
 def _shifted(values: Tensor, rows: int, added: int) -> Tensor:

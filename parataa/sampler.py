@@ -56,11 +56,11 @@ def parallel_sample(
     window: int | None = None,
     memory: int = 3,
     regularization: float = 1e-3,
-    acceleration: str = "anderson",
-    data_std: float | None = None,
+    safeguard: float = 0.5,
+    data_std: float | None = 0.5,
     tolerance: float = 1e-3,
     noise_tolerance: float = 0.0,
-    settled: float | None = None,
+    settled: float | None = 1e-3,
     max_rounds: int | None = None,
     step_noise: StepNoise = None,
     seeds: Sequence[int] | None = None,
@@ -70,13 +70,60 @@ def parallel_sample(
     batch_size: int | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, ParallelStats]:
+    """Run a solver table in rounds, each of which evaluates the network at all rows of a window at once.
+
+        x[i+1] <- G[i](x) + triangular Anderson acceleration,   R = G(x) - x
+
+    G are the order-k equations of the table (`SolverTable.local`). Every sample has its own window, history and end, so
+    that it does not matter which batch it sits in. The result is that of `sample`, up to `tolerance`, after at most N
+    rounds; on one CPU that takes longer, because nothing is idle there.
+
+    Memory between rounds, in states per sample: at most (2 memory + 3) window + 2, and what the table's own rows use of
+    the past (one-step tables: nothing); N + 1 more with `keep_states`. The network sees `batch_size` rows at once.
+
+    Args:
+        denoiser: as for `sample`; the timestep is (rows,), and so is the `node` where needed.
+        table: the solver, without unused evaluations; its noise columns need `step_noise` or `seeds`.
+        noise: (batch, *shape), unit Gaussian.
+        condition: None, a tensor, or nested containers of tensors indexed on dimension 0.
+        order: rows an equation reaches back, 1 (fixed point) to N (Picard, the default).
+        window: most rows of a round, 1 (sequential) to N (the default).
+        memory: rounds used for acceleration, the current one included; 1 is plain iteration.
+        regularization: lambda of the acceleration, relative, > 0.
+        safeguard: a row is accelerated only where the residual of all rows up to it fell below `safeguard` times that
+            of the round before, > 0; infinity accelerates always.
+        data_std: standard deviation of the data; the equations then already know how outputs follow their states for
+            Gaussian data (`output_slope`). About 0.5 for images in [-1, 1], 1 for scaled latents; None leaves it out.
+        tolerance: a row is finished when its first-order residual (root mean square, relative to the size of a state) is
+            at most this and all rows before it are finished.
+        noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
+        settled: stop a sample early when its final state moved by at most this (root mean square, relative) in a round
+            and no residual is larger; None waits until all rows are finished.
+        max_rounds: most rounds, by default N, which always suffice.
+        step_noise: fresh unit noises, (N, batch, *shape), or a function of the row that returns (batch, *shape), the
+            same at every call.
+        seeds: one integer per sample; row r's noise of sample k is drawn from (seeds[k], r), as in `sample`.
+        warm_start: all states of a neighbouring run, (N+1, batch, *shape), as the first guess.
+        callback: called after each round with (round, newest states (batch, *shape)).
+        keep_states: also return all states, for a warm start.
+        batch_size: most rows of one call of the network, in each process; by default all.
+        group: processes that share the rows, all called with the same arguments; see `processes`.
+    Returns:
+        The final states, (batch, *shape), in the dtype of `noise`, and how the run went.
+    Raises:
+        ValueError: a setting out of range, a table with unused evaluations, inputs that do not fit each other, noises
+            that are missing, or outputs that have another shape or are not finite.
+        RuntimeError: another process ended or did not answer in time.
+    Source: arXiv 2402.09970 (ParaTAA), for any linear table instead of DDIM; the residual safeguard, the relative lambda
+        and `data_std` are deviations, see parataa/README.md.
+    """
     settings = check_settings(
         table.nfe,
         order=order,
         window=window,
         memory=memory,
         regularization=regularization,
-        acceleration=acceleration,
+        safeguard=safeguard,
         data_std=data_std,
         tolerance=tolerance,
         noise_tolerance=noise_tolerance,
@@ -128,7 +175,6 @@ class _Run:
         self.rounds = self._evaluations = 0
         self._sample_rounds, self._reasons = [0] * len(start), ["max_rounds"] * len(start)
         self._residuals: list[Tensor] = []
-        self._changes = [float("inf")] * len(start)
         self._states = start.expand(table.nfe + 1, *start.shape).clone() if keep_states else None
 
     def advance(self, outputs: list[Tensor]) -> None:
@@ -149,22 +195,22 @@ class _Run:
             self._states[new.start : new.start + len(new.states), sample] = new.states
         if terminate(self.equations, new):
             self._finish(sample, "finished")
-        elif self._is_settled(sample, old, new):
+        elif self._is_settled(old, new, size):
             self._finish(sample, "settled")
 
     def _finish(self, sample: int, reason: str) -> None:
         self._reasons[sample] = reason
         self.active.remove(sample)
 
-    def _is_settled(self, sample: int, old: Iterate, new: Iterate) -> bool:
-        """Whether the final state hardly moved in the last two rounds."""
-        nfe, limit = self.equations.table.nfe, self._settings.settled
-        if limit is None or self.equations.stop(old.start) < nfe:
+    def _is_settled(self, old: Iterate, new: Iterate, residual: Tensor) -> bool:
+        """Whether the window is at the end, the final state hardly moved, and no row is far from its equation."""
+        table, limit = self.equations.table, self._settings.settled
+        if limit is None or self.equations.stop(old.start) < table.nfe:
             return False
-        node = torch.hypot(self.equations.table.alpha[-1], self.equations.table.sigma[-1])
-        change = float((new.states[-1] - old.states[-1]).square().mean().sqrt() / node)
-        before, self._changes[sample] = self._changes[sample], change
-        return max(before, change) <= limit
+        size = torch.hypot(table.alpha, table.sigma)
+        moved = (new.states[-1] - old.states[-1]).square().mean().sqrt() / float(size[-1])
+        relative = residual / size[old.start + 1 :].to(residual)
+        return bool(torch.maximum(moved, relative.max()) <= limit)
 
     def images(self) -> Tensor:
         """The newest state of each sample, (batch, *shape): the final one once the window reaches it."""

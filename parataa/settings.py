@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from denoisers.conditions import condition_length
-from parataa.iteration import ACCELERATIONS, Acceleration
+from parataa.iteration import Acceleration
 from solvers.table import SolverTable
 
 
@@ -33,7 +33,7 @@ def check_settings(
     window: int | None,
     memory: int,
     regularization: float,
-    acceleration: str,
+    safeguard: float,
     data_std: float | None,
     tolerance: float,
     noise_tolerance: float,
@@ -60,9 +60,9 @@ def check_settings(
     for name, value in (("noise_tolerance", noise_tolerance), ("data_std", data_std)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is {value}: it must be finite and not negative")
-    if acceleration not in ACCELERATIONS:
-        raise ValueError(f"unknown acceleration {acceleration!r}: use one of {', '.join(ACCELERATIONS)}")
-    rule = Acceleration(acceleration, memory, regularization)
+    if not safeguard > 0:
+        raise ValueError(f"safeguard is {safeguard}: it must be positive; infinity switches it off")
+    rule = Acceleration(memory, regularization, safeguard)
     return Settings(order, window, rule, data_std, tolerance, noise_tolerance, settled, max_rounds, batch_size)
 
 
