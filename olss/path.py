@@ -34,18 +34,17 @@ def check_nfe(nfe: int, num_steps: int) -> None:
 def power_path(num_steps: int, nfe: int, power: float) -> list[int]:
     """Index M (i / N)^power, made distinct: below 1 dense towards the image, above 1 dense towards the noise."""
     check_nfe(nfe, num_steps)
-    return distinct([num_steps * (i / nfe) ** power for i in range(nfe)], num_steps)
+    return distinct([num_steps * i**power / nfe**power for i in range(nfe)], num_steps)
 
 
 def log_snr_path(table: SolverTable, nfe: int) -> list[int]:
-    """Steps of equal size in log(alpha / sigma), between the first and the last node where it is finite."""
+    """Steps of equal size in log(alpha / sigma), from the first node where it is finite to the last evaluated one."""
     check_nfe(nfe, table.nfe)
-    log_snr = (table.alpha / table.sigma).log()
-    finite = torch.isfinite(log_snr)
-    low, high = log_snr[finite].min(), log_snr[finite].max()
-    wanted = torch.linspace(float(low), float(high), nfe + 1, dtype=torch.float64)[:-1]
-    nearest = [int((log_snr[finite] - value).abs().argmin()) + int(not finite[0]) for value in wanted]
-    return distinct([0, *nearest[1:]], table.nfe)
+    log_snr = (table.alpha / table.sigma).log()[:-1]
+    finite = log_snr[torch.isfinite(log_snr)]
+    wanted = torch.linspace(float(finite[0]), float(finite[-1]), nfe + 1, dtype=torch.float64)[1:-1]
+    nearest = [int((log_snr - value).abs().argmin()) for value in wanted]
+    return distinct([0, *nearest], table.nfe)
 
 
 def distinct(positions: Sequence[float], num_steps: int) -> list[int]:

@@ -1,0 +1,177 @@
+"""Paths: the paper's search against a direct one, and what every path must keep to."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from olss.fit import solve
+from olss.path import (
+    check_path,
+    distinct,
+    greedy_path,
+    log_snr_path,
+    output_column,
+    power_path,
+    state_column,
+    uniform_path,
+)
+from olss.search import PathSearch, combined, moves, starting_paths
+from olss.student import end_error, fit_on_student, fit_on_teacher, run_student, teacher_factor
+from solvers import NoiseSchedule
+from tests.olss.toy import Toy, teacher, trajectories
+
+pytestmark = pytest.mark.filterwarnings("ignore:row .* condition number")
+
+STEPS = 20
+DATA = trajectories(STEPS)
+FACTOR = teacher_factor([DATA], STEPS)
+
+
+def step_errors(path):
+    """Error of each step of a path: current state and outputs so far."""
+    for index, end in enumerate([*path[1:], STEPS]):
+        basis = [state_column(path[index], STEPS), *map(output_column, path[: index + 1])]
+        yield float(solve(FACTOR, basis, [state_column(end, STEPS)]).error)
+
+
+def direct_greedy(nfe):
+    """The paper's search written down plainly: least squares on the stacked trajectories for every candidate."""
+
+    def error(path, end):
+        columns = [DATA.states[:, path[-1]], *(DATA.outputs[:, i] for i in path)]
+        matrix, wanted = torch.stack([c.reshape(-1) for c in columns], 1), DATA.states[:, end].reshape(-1, 1)
+        found = torch.linalg.lstsq(matrix, wanted, driver="gelsd", rcond=1e-14).solution
+        return float((matrix @ found - wanted).pow(2).mean().sqrt())
+
+    def walk(bound):
+        path = [0]
+        while len(path) <= nfe:
+            low, high = path[-1] + 1, STEPS
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if error(path, middle) <= bound else (low, middle - 1)
+            if low == STEPS:
+                return path
+            path.append(low)
+        return None
+
+    low, high, best = math.log(1e-12), math.log(10), None
+    for _ in range(30):
+        middle = (low + high) / 2
+        found = walk(math.exp(middle))
+        low, high, best = (middle, high, best) if found is None else (low, middle, found)
+    return best
+
+
+@pytest.mark.parametrize("nfe", [2, 4, 6])
+def test_greedy_equals_the_direct_search(nfe):
+    direct, path = direct_greedy(nfe), greedy_path(FACTOR, STEPS, nfe)
+    assert set(direct) <= set(path)
+    assert len(path) == nfe
+    if len(direct) == nfe:
+        assert path == direct
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5, 13, 19, 20])
+def test_greedy_places_every_point(nfe):
+    path = check_path(greedy_path(FACTOR, STEPS, nfe), STEPS)
+    assert len(path) == nfe
+
+
+def test_greedy_lowers_the_largest_step_error():
+    for nfe in (4, 6, 8):
+        greedy, uniform = (
+            max(step_errors(path)) for path in (greedy_path(FACTOR, STEPS, nfe), uniform_path(STEPS, nfe))
+        )
+        assert greedy <= uniform * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 120), st.data(), st.floats(0.3, 3))
+def test_every_path_is_one(num_steps, data, power):
+    nfe = data.draw(st.integers(1, num_steps))
+    for path in (uniform_path(num_steps, nfe), power_path(num_steps, nfe, power)):
+        assert len(check_path(path, num_steps)) == nfe
+    assert power_path(num_steps, nfe, 1.0) == uniform_path(num_steps, nfe)
+
+
+def test_uniform_rounds_i_m_over_n():
+    assert uniform_path(100, 8) == [0, 12, 25, 38, 50, 62, 75, 88]
+    assert distinct([0, 0.2, 0.3, 9.9], 10) == [0, 1, 2, 9]
+    assert distinct([0, 9, 9, 9], 10) == [0, 7, 8, 9]
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.flow()])
+def test_log_snr_steps_are_even(schedule):
+    table = teacher(100, schedule)
+    path = check_path(log_snr_path(table, 4), 100)
+    steps = (table.alpha / table.sigma).log()[[*path[1:], 99]].diff()
+    assert float(steps.max() / steps.min()) < 1.2
+    assert max(b - a for a, b in pairwise(path)) > 2 * (100 - path[-1])
+
+
+def test_path_errors():
+    with pytest.raises(ValueError, match="a student of 21 evaluations cannot follow a teacher of 20"):
+        uniform_path(STEPS, 21)
+    for path in ([], [1, 2], [0, 5, 5], [0, 20]):
+        with pytest.raises(ValueError, match="must start at 0, increase, and stay below the teacher's 20 steps"):
+            check_path(path, STEPS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=5), st.integers(1, STEPS - 1))
+def test_a_larger_path_has_no_larger_end_error(points, extra):
+    """Teacher basis, no ridge."""
+    small, large = ([0, *sorted(chosen)] for chosen in (points, points | {extra}))
+    errors = [fit_on_teacher(FACTOR, path, STEPS).errors[-1] for path in (small, large)]
+    assert errors[1] <= errors[0] + 1e-10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sets(st.integers(1, 29), min_size=1, max_size=8), st.integers(1, 9))
+def test_moves_keep_paths(points, distance):
+    path = [0, *sorted(points)]
+    moved = moves(path, 30, distance)
+    for new in moved:
+        check_path(new, 30)
+        assert sum(a != b for a, b in zip(path, new)) == 1
+        assert sum(abs(a - b) for a, b in zip(path, new)) == distance
+    check_path(combined(path, moved, 30), 30)
+
+
+def test_combined_takes_all_moves_that_fit():
+    assert combined([0, 5, 10], [[0, 6, 10], [0, 5, 9]], 20) == [0, 6, 9]
+    assert combined([0, 5, 6], [[0, 6, 7], [0, 5, 7]], 20) == [0, 6, 7]
+
+
+def test_search_is_never_worse_than_its_starts():
+    denoiser, table = Toy(), teacher(STEPS)
+    search = PathSearch(denoiser, table, DATA[:16], DATA[16:])
+    starts = [*starting_paths(table, 4), greedy_path(FACTOR, STEPS, 4)]
+    best = min(search.scores(starts))
+    previous = best
+    for rounds in (0, 1, 3):
+        path, error = search.best(4, [starts[-1]], rounds)
+        assert len(check_path(path, STEPS)) == 4
+        assert error <= previous
+        previous = error
+        fit = fit_on_student(denoiser, table, [DATA[:16]], path)
+        run = run_student(denoiser, table, [DATA[:16]], path, watched=[DATA[16:]])
+        assert error == pytest.approx(end_error(DATA[16:], run.fit, run.outputs[1]), rel=1e-9)
+        assert float((fit.coefs[-1] - run.fit.coefs[-1]).abs().max()) == 0
+    assert previous < best
+
+
+def test_processes_share_the_scores():
+    search = PathSearch(Toy(), teacher(STEPS), DATA[:16], DATA[16:])
+    paths = starting_paths(teacher(STEPS), 3)
+    parts = []
+    for rank in range(2):
+        alone = PathSearch(Toy(), teacher(STEPS), DATA[:16], DATA[16:], rank=rank, world_size=2)
+        parts.append(alone.scores(paths))
+    assert [sum(pair) for pair in zip(*parts)] == search.scores(paths)
+    assert all(0 in pair for pair in zip(*parts))
