@@ -1,0 +1,300 @@
+"""Tuning with Lightning: both strategies, resume, two processes, artifacts, and what is refused."""
+
+import io
+import json
+import tarfile
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from data.trajectories import FIRST_SEED, generate_trajectories
+from denoisers import with_guidance
+from solvers import NoiseSchedule, TableScheduler, load_solver, named_solver
+from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
+from timestep_tuner.data import TunerData
+from timestep_tuner.module import TimestepTuner, solver_name
+
+SCHEDULE = NoiseSchedule.linear()
+COUNT = 32
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache"), TwoPoints(SCHEDULE))
+
+
+def make_cache(folder, denoiser, count=COUNT):
+    table = named_solver("ddim:16", SCHEDULE)
+    seeds = range(FIRST_SEED, FIRST_SEED + count)
+    generate_trajectories(denoiser, table, seeds, folder, shard_size=16, dtype=torch.float64, progress=False)
+    return str(folder)
+
+
+def data(cache, **options) -> TunerData:
+    return TunerData(cache, **{"num_val": 8, "batch_size": 8} | options)
+
+
+def fit(tuner, source, folder=None, ckpt_path=None, **options):
+    callbacks = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)] if folder else []
+    trainer = lightning.Trainer(
+        **{"max_steps": -1, "max_epochs": -1, "accelerator": "cpu", "devices": 1, "logger": False} | options,
+        callbacks=callbacks,
+        enable_checkpointing=bool(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(tuner, datamodule=source, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def make(denoiser=None, solvers="ddim:4", **options) -> TimestepTuner:
+    return TimestepTuner(denoiser or TwoPoints(SCHEDULE), solvers, **{"steps": 20, "learning_rate": 0.03} | options)
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+@pytest.mark.parametrize("objective", ["noise", "trajectory"])
+def test_every_solver_of_the_list_gets_better(cache, tmp_path, objective, strategy):
+    options = {"objective": objective, "strategy": strategy, "steps": 12}
+    tuner = make(solvers=["ddim:4", "unipc:3"], output=str(tmp_path / "tuned-{name}.json"), **options)
+    fit(tuner, data(cache))
+    for index, (name, nfe) in enumerate((("ddim", 4), ("unipc", 3))):
+        table = load_solver(tmp_path / f"tuned-{name}-{nfe}.json", TwoPoints(SCHEDULE))
+        base = named_solver(f"{name}:{nfe}", SCHEDULE)
+        assert torch.equal(table.timesteps, tuner.table(index).timesteps)
+        assert torch.equal(table.output_coef, base.output_coef)
+        assert table.timesteps[-1] == base.timesteps[-1]
+        assert (table.timesteps != base.timesteps)[:-1].any()
+        info = table.info
+        assert info["validation"]["after"] < 0.9 * info["validation"]["before"]
+        assert info["validation"]["before"] == pytest.approx(sum(info["validation"]["rows_before"]))
+        assert info["fitted_on"]["original_timesteps"] == base.timesteps.tolist()
+        assert info["fitted_on"]["seeds"][0] == [FIRST_SEED, FIRST_SEED + COUNT]
+        assert "sampled from the model with" in info["fitted_on"]["data"]
+        assert info["config"]["strategy"] == strategy
+
+
+def test_strategies_agree_and_parallel_costs_less(cache):
+    tuners = {strategy: make(strategy=strategy, steps=60) for strategy in ("parallel", "sequential")}
+    for tuner in tuners.values():
+        fit(tuner, data(cache))
+    one, other = (tuner.table(0).timesteps for tuner in tuners.values())
+    torch.testing.assert_close(one, other, rtol=0.05, atol=0)
+    assert tuners["parallel"].objectives[0].evaluations.total < tuners["sequential"].objectives[0].evaluations.total
+
+
+def test_evaluations_are_those_of_the_steps_and_two_checks(cache):
+    tuner = make(steps=5)
+    fit(tuner, data(cache))
+    spent = tuner.objectives[0].evaluations
+    assert (spent.forward, spent.backward) == (5 * 8 * 3 * 3 + 2 * 8 * 3 * 3, 5 * 8 * 2 * 3)
+
+
+def test_worse_timesteps_are_not_kept(cache):
+    """A rate that jumps from bound to bound ends badly, and the base table is what remains."""
+    tuner = make(learning_rate=3.0, steps=1, decay=0.0)
+    fit(tuner, data(cache))
+    assert torch.equal(tuner.table(0).timesteps, named_solver("ddim:4", SCHEDULE).timesteps)
+
+
+def same(first, second, tolerance=0.0):
+    torch.testing.assert_close(first.timesteps, second.timesteps, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, strategy):
+    def new():
+        return make(solvers=["ddim:3", "dpmpp:3"], strategy=strategy, steps=4)
+
+    whole, first, second, last = (new() for _ in range(4))
+    fit(whole, data(cache))
+    stop = 5 if strategy == "parallel" else 6
+    fit(first, data(cache), tmp_path, max_steps=stop)
+    path = next(tmp_path.glob(f"*step={stop}.ckpt"))
+    saved = torch.load(path, weights_only=True)
+    assert list(saved["state_dict"]) == ["ratio"]
+    fit(second, data(cache), tmp_path / "more", ckpt_path=path)
+    for index in range(2):
+        same(second.table(index), whole.table(index))
+    assert [o.evaluations for o in second.objectives] == [o.evaluations for o in whole.objectives]
+    final = max((tmp_path / "more").glob("*.ckpt"), key=lambda found: int(found.stem.rpartition("=")[2]))
+    fit(last, data(cache), ckpt_path=final)
+    same(last.table(1), whole.table(1))
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, strategy):
+    def run(name, batch_size, **options):
+        tuner = make(output=str(tmp_path / f"{name}.json"), strategy=strategy, steps=3)
+        fit(tuner, data(cache, batch_size=batch_size), **options)
+        return load_solver(tmp_path / f"{name}.json")
+
+    pair, one = run("pair", 4, strategy="ddp_fork", devices=2), run("one", 8)
+    same(pair, one, 1e-9)
+    assert pair.info["validation"]["after"] == pytest.approx(one.info["validation"]["after"], rel=1e-9)
+    assert pair.info["fitted_on"]["evaluations"] == one.info["fitted_on"]["evaluations"]
+
+
+def test_guided_artifact_base(tmp_path):
+    """Tuning an artifact keeps the seeds it was fitted on, and its guidance."""
+    cache = make_cache(tmp_path / "cache", Labelled(SCHEDULE), 16)
+    guided = {"denoiser": Labelled(SCHEDULE), "guidance_scale": 2.0}
+    fit(make(solvers="unipc:3", output=str(tmp_path / "first.json"), steps=2, **guided), data(cache))
+    again = make(solvers=str(tmp_path / "first.json"), output=str(tmp_path / "second.json"), **guided)
+    fit(again, data(cache, first_seed=FIRST_SEED + 2**22))
+    table = load_solver(tmp_path / "second.json", with_guidance(Labelled(SCHEDULE), 2.0))
+    first = load_solver(tmp_path / "first.json")
+    assert table.info["fitted_on"]["seeds"][: len(first.info["fitted_on"]["seeds"])] == first.info["fitted_on"]["seeds"]
+    assert table.info["fitted_on"]["base"] == "first.json"
+    assert table.info["fitted_on"]["original_timesteps"] == first.timesteps.tolist()
+    with pytest.raises(ValueError, match="guidance scale"):
+        make(Labelled(SCHEDULE), str(tmp_path / "first.json"))
+
+
+def test_exported_scheduler_passes_fractional_timesteps(cache, tmp_path):
+    tuner = make(output=str(tmp_path / "tuned.json"))
+    fit(tuner, data(cache))
+    scheduler = TableScheduler.from_solver(tmp_path / "tuned.json")
+    scheduler.set_timesteps(4)
+    told = tuner.table(0).timesteps
+    assert (told != told.round())[:-1].all()
+    torch.testing.assert_close(scheduler.timesteps.double(), told, rtol=1e-6, atol=0)
+
+
+def shards(folder, kind="png", count=12, scale=1.0, label=1, shape=SHAPE):
+    folder.mkdir(exist_ok=True)
+    values = np.random.default_rng(0).choice([-1.0, 1.0], (count, *shape)).astype(np.float32) * scale
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for index, value in enumerate(values):
+            content = io.BytesIO()
+            if kind == "npy":
+                np.save(content, value)
+            else:
+                Image.fromarray(((value[0] + 1) * 127.5).astype(np.uint8)).save(content, "png")
+            for name, part in ((kind, content.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{index:04d}.{name}")
+                member.size = len(part)
+                archive.addfile(member, io.BytesIO(part))
+    return TunerData(images=str(folder), num_val=4, batch_size=4)
+
+
+@pytest.mark.parametrize("kind", ["png", "npy"])
+def test_images_and_arrays_of_shards(tmp_path, kind):
+    tuner = make(Labelled(SCHEDULE), output=str(tmp_path / "tuned.json"), steps=4)
+    source = shards(tmp_path / "shards", kind)
+    fit(tuner, source)
+    assert source.samples.data.unique().tolist() == [-1, 1]
+    assert source.samples.condition.tolist() == [1] * 12
+    info = load_solver(tmp_path / "tuned.json").info["fitted_on"]
+    assert info["data"] == "shards shards"
+    epochs = -(-4 // 2)  # four steps of two batches of four
+    first = FIRST_SEED + 2**21
+    assert info["seeds"] == [[first - 4, first + 8 * epochs]]
+
+
+def test_noise_is_fresh_in_every_epoch_and_the_same_when_held_out(cache):
+    tuner, source = make(steps=8), data(cache)
+    seen = []
+    original = tuner._losses
+    tuner._losses = lambda objective, batch, row: seen.append(batch.seeds) or original(objective, batch, row)
+    fit(tuner, source)
+    flat = [seed for seeds in seen for seed in seeds]
+    assert len(set(flat)) == len(flat) == 64
+    held_out = [next(iter(source.held_out())) for _ in range(2)]
+    assert held_out[0].seeds == held_out[1].seeds == tuple(range(FIRST_SEED + 2**21 - 8, FIRST_SEED + 2**21))
+    assert not set(flat) & set(held_out[0].seeds)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "npy", "scale": 100.0}, r"values from -100 to 100: images lie in \[-1, 1\]"),
+        ({"kind": "npy", "scale": float("nan")}, "values from nan"),
+        ({"kind": "npy", "shape": (1, 3, 3)}, r"shape \(1, 3, 3\), the denoiser takes \(1, 2, 2\)"),
+        ({"label": 7}, "label 7 is out of range: this denoiser has classes 0 to 2"),
+        ({"count": 4}, "leave none to tune on"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused_before_training(tmp_path, options, message):
+    denoiser = Labelled(SCHEDULE)
+    with pytest.raises(ValueError, match=message):
+        fit(make(denoiser), shards(tmp_path / "shards", **options))
+
+
+def test_refusals(cache, tmp_path):
+    with pytest.raises(ValueError, match="no image shards"):
+        fit(make(), TunerData(images=str(tmp_path)))
+    with pytest.raises(ValueError, match="needs the teacher's states"):
+        fit(make(objective="trajectory"), TunerData(images=str(tmp_path)))
+    with pytest.raises(ValueError, match="were made with weight_hash"):
+        fit(make(TwoPoints(SCHEDULE, 0.9), objective="trajectory"), data(cache))
+    with pytest.raises(ValueError, match="give one source"):
+        TunerData()
+    with pytest.raises(ValueError, match="give one source"):
+        TunerData(cache, cache)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        TunerData(cache, num_val=0)
+    with pytest.raises(ValueError, match=r"ddim:1 cannot be tuned: .*set free_last"):
+        make(solvers="ddim:1")
+    for options, message in (
+        ({"solvers": []}, "give one or more"),
+        ({"solvers": ["ddim:4", "ddim:4"]}, "no two of the same name"),
+        ({"objective": "x"}, "use one of noise, trajectory"),
+        ({"strategy": "x"}, "use one of parallel, sequential"),
+        ({"steps": 0}, "must be positive"),
+        ({"decay": 2.0}, r"decay 2.0 in \[0, 1\]"),
+        ({"output": "x.txt"}, "must end in .json"),
+        ({"output": "x.json", "solvers": ["ddim:4", "ddim:5"]}, "contain {name}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+
+
+class Breaks(TwoPoints):
+    """Says nothing but NaN."""
+
+    def forward(self, x, timestep, condition=None):
+        return super().forward(x, timestep) * (float("nan") if timestep.requires_grad else 1.0)
+
+
+def test_not_a_number_stops_the_run(cache):
+    with pytest.raises(ValueError, match=r"the ratios of ddim:4 are .*nan"):
+        fit(make(Breaks(SCHEDULE)), data(cache))
+
+
+class Pictures(lightning.pytorch.loggers.CSVLogger):
+    """Takes pictures."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.images = {}
+
+    def log_image(self, key, images):
+        self.images[key] = images
+
+
+def test_pictures_and_losses_are_logged(cache, tmp_path):
+    logger = Pictures(tmp_path)
+    fit(make(steps=3), data(cache), logger=logger, log_every_n_steps=1)
+    assert set(logger.images) == {"ddim-4/ratios", "ddim-4/timesteps"}
+    lines = logger.images["ddim-4/ratios"][0].axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in lines] == [3, 3, 3]
+    metrics = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    for name in ("ddim-4/loss_0", "ddim-4/loss_2", "ddim-4/held_out_before", "ddim-4/held_out_after"):
+        assert name in metrics
+
+
+def test_names():
+    assert solver_name("ddim:10") == "ddim-10"
+    assert solver_name("unipc@linspace:8") == "unipc-linspace-8"
+    assert solver_name("a/b/olss-8.json") == "olss-8"
+
+
+def test_artifact_is_readable(cache, tmp_path):
+    fit(make(output=str(tmp_path / "t.json"), steps=2), data(cache))
+    config = json.loads((tmp_path / "t.json").read_text())["config"]
+    assert {"steps": 2, "objective": "noise", "batch_size": 8, "processes": 1}.items() <= config.items()
