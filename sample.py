@@ -57,7 +57,7 @@ def generate(
         preview: with parataa, write the images after each round.
     """
     from evaluation.generate import generate as run
-    from evaluation.pictures import save_grid
+    from evaluation.pictures import as_images, save_grid
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: give at least 1")
@@ -71,7 +71,7 @@ def generate(
         seconds = time.perf_counter() - begin
     if _is_first_process():
         _write_samples(folder / "samples.npz", images)
-        save_grid(getattr(model, "decode", lambda states: states)(images), folder / "grid.png")
+        save_grid(as_images(model, images), folder / "grid.png")
         manifest = {
             "solver": solver,
             "nfe": table.nfe,

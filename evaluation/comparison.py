@@ -16,6 +16,7 @@ from evaluation.blocks import TRACED, Drawn, ReferenceImages, blocks_of, draw, r
 from evaluation.contenders import Contender, Group, check_seeds, load_groups
 from evaluation.distances import squared_errors
 from evaluation.extractors import Extractor, load_extractor
+from evaluation.pictures import as_images
 from evaluation.rows import Measure, choose_metrics, make_row, trajectory_error
 from evaluation.statistics import ReferenceStatistics, describe, find_statistics
 from solvers.files import atomic_write
@@ -209,7 +210,8 @@ class Run:
         values = target if is_reference else self._read(contender)
         row = make_row(contender, values, self.measure, repeats, is_reference)
         errors = trajectory_error(contender.table, values["trace"], group.reference.table, target["trace"])
-        return Entry(contender, row, values["images"], None if is_reference else errors)
+        images = as_images(contender.denoiser, values["images"])
+        return Entry(contender, row, images, None if is_reference else errors)
 
     def _read(self, contender: Contender) -> dict[str, Tensor]:
         """All blocks of a contender joined; seconds added up."""
