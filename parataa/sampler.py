@@ -94,8 +94,8 @@ def parallel_sample(
             of the round before, > 0; infinity accelerates always.
         data_std: standard deviation of the data; the equations then already know how outputs follow their states for
             Gaussian data (`output_slope`). About 0.5 for images in [-1, 1], 1 for scaled latents; None leaves it out.
-        tolerance: a row is finished when its first-order residual (root mean square, relative to the size of a state) is
-            at most this and all rows before it are finished.
+        tolerance: a row is finished when its first-order residual (root mean square) is at most tolerance * alpha / N
+            at its node and all rows before it are finished; about the relative error of the result.
         noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
         settled: stop a sample early when its final state moved by at most this (root mean square, relative) in a round
             and no residual is larger; None waits until all rows are finished.
@@ -114,8 +114,8 @@ def parallel_sample(
         ValueError: a setting out of range, a table with unused evaluations, inputs that do not fit each other, noises
             that are missing, or outputs that have another shape or are not finite.
         RuntimeError: another process ended or did not answer in time.
-    Source: arXiv 2402.09970 (ParaTAA), for any linear table instead of DDIM; the residual safeguard, the relative lambda
-        and `data_std` are deviations, see parataa/README.md.
+    Source: arXiv 2402.09970 (ParaTAA), for any linear table instead of DDIM; safeguard, relative lambda, relative
+        tolerance and `data_std` are deviations, see parataa/README.md.
     """
     settings = check_settings(
         table.nfe,
