@@ -8,6 +8,7 @@ The error after a round is |parallel - sequential| / |sequential| over all seeds
 import argparse
 import json
 import math
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from denoisers import class_labels, load_denoiser
 from parataa import ParallelStats, parallel_sample
@@ -138,7 +141,7 @@ def _squared_errors(
     def measure(number: int, images: Tensor) -> None:
         found.append((images - reference).double().square().sum().item())
 
-    fixed = {"tolerance": 1e-4, "settled": 1e-4, "max_rounds": rounds, "callback": measure, "seeds": seeds}
+    fixed = {"tolerance": 1e-4, "max_rounds": rounds, "callback": measure, "seeds": seeds}
     parallel_sample(denoiser, table, noise, condition, **fixed, **settings)
     return torch.tensor(found + found[-1:] * (rounds + 1 - len(found)), dtype=torch.float64)
 

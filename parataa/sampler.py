@@ -60,7 +60,7 @@ def parallel_sample(
     data_std: float | None = 0.5,
     tolerance: float = 1e-3,
     noise_tolerance: float = 0.0,
-    settled: float | None = 1e-3,
+    early_stop: bool = True,
     max_rounds: int | None = None,
     step_noise: StepNoise = None,
     seeds: Sequence[int] | None = None,
@@ -97,8 +97,8 @@ def parallel_sample(
         tolerance: a row is finished when its first-order residual (root mean square) is at most tolerance * alpha / N
             at its node and all rows before it are finished; about the relative error of the result.
         noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
-        settled: stop a sample early when its final state moved by at most this (root mean square, relative) in a round
-            and no residual is larger; None waits until all rows are finished.
+        early_stop: end a sample when its final state settled, rounds before all rows are finished: it moved by at most
+            `tolerance` (root mean square) in a round, and no first-order residual exceeds tolerance * order / N.
         max_rounds: most rounds, by default N, which always suffice.
         step_noise: fresh unit noises, (N, batch, *shape), or a function of the row that returns (batch, *shape), the
             same at every call.
@@ -127,7 +127,7 @@ def parallel_sample(
         data_std=data_std,
         tolerance=tolerance,
         noise_tolerance=noise_tolerance,
-        settled=settled,
+        early_stop=early_stop,
         max_rounds=max_rounds,
         batch_size=batch_size,
     )
@@ -203,14 +203,17 @@ class _Run:
         self.active.remove(sample)
 
     def _is_settled(self, old: Iterate, new: Iterate, residual: Tensor) -> bool:
-        """Whether the window is at the end, the final state hardly moved, and no row is far from its equation."""
-        table, limit = self.equations.table, self._settings.settled
-        if limit is None or self.equations.stop(old.start) < table.nfe:
+        """Whether the window is at the end, the final state hardly moved, and no row is far from its equation.
+
+        A final state of low order hears of distant rows late, so that their residuals must be smaller.
+        """
+        settings, table = self._settings, self.equations.table
+        if not settings.early_stop or self.equations.stop(old.start) < table.nfe:
             return False
         size = torch.hypot(table.alpha, table.sigma)
         moved = (new.states[-1] - old.states[-1]).square().mean().sqrt() / float(size[-1])
-        relative = residual / size[old.start + 1 :].to(residual)
-        return bool(torch.maximum(moved, relative.max()) <= limit)
+        worst = (residual / size[old.start + 1 :].to(residual)).max() * table.nfe / settings.order
+        return bool(torch.maximum(moved, worst) <= settings.tolerance)
 
     def images(self) -> Tensor:
         """The newest state of each sample, (batch, *shape): the final one once the window reaches it."""

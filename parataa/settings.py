@@ -21,7 +21,7 @@ class Settings:
     data_std: float | None
     tolerance: float
     noise_tolerance: float
-    settled: float | None
+    early_stop: bool
     max_rounds: int
     batch_size: int | None
 
@@ -37,7 +37,7 @@ def check_settings(
     data_std: float | None,
     tolerance: float,
     noise_tolerance: float,
-    settled: float | None,
+    early_stop: bool,
     max_rounds: int | None,
     batch_size: int | None,
 ) -> Settings:
@@ -54,8 +54,8 @@ def check_settings(
         if value is not None and value < 1:
             hint = " (1 is plain iteration)" if name == "memory" else ""
             raise ValueError(f"{name} is {value}: it must be at least 1{hint}")
-    for name, value in (("tolerance", tolerance), ("regularization", regularization), ("settled", settled)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+    for name, value in (("tolerance", tolerance), ("regularization", regularization)):
+        if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: it must be finite and positive")
     for name, value in (("noise_tolerance", noise_tolerance), ("data_std", data_std)):
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -63,7 +63,7 @@ def check_settings(
     if not safeguard > 0:
         raise ValueError(f"safeguard is {safeguard}: it must be positive; infinity switches it off")
     rule = Acceleration(memory, regularization, safeguard)
-    return Settings(order, window, rule, data_std, tolerance, noise_tolerance, settled, max_rounds, batch_size)
+    return Settings(order, window, rule, data_std, tolerance, noise_tolerance, early_stop, max_rounds, batch_size)
 
 
 def check_inputs(table: SolverTable, noise: Tensor, condition: Any, warm_start: Tensor | None) -> None:

@@ -24,7 +24,6 @@ TABLE, NOISE = euler_table(VP, 6), start_noise(range(2), SHAPE)
         ({"tolerance": 0.0}, "tolerance is 0.0: it must be finite and positive"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
-        ({"settled": 0.0}, "settled is 0.0"),
         ({"regularization": 0.0}, "regularization is 0.0"),
         ({"noise_tolerance": -0.1}, "noise_tolerance is -0.1: it must be finite and not negative"),
         ({"data_std": -0.5}, "data_std is -0.5"),
