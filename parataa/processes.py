@@ -31,10 +31,8 @@ def processes(timeout: float = 300.0) -> Iterator[ProcessGroup | None]:
         yield None
         return
     _launch(timeout)
-    try:
-        yield distributed.group.WORLD
-    finally:
-        distributed.destroy_process_group()
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()  # after an error there is nobody to say goodbye to
 
 
 def _launch(timeout: float) -> None:

@@ -78,7 +78,7 @@ def parallel_sample(
     that it does not matter which batch it sits in. The result is that of `sample`, up to `tolerance`, after at most N
     rounds; on one CPU that takes longer, because nothing is idle there.
 
-    Memory between rounds, in states per sample: at most (2 memory + 3) window + 2, and what the table's own rows use of
+    Memory between rounds, in states per sample: at most (2 memory + 2) window + 2, and what the table's own rows use of
     the past (one-step tables: nothing); N + 1 more with `keep_states`. The network sees `batch_size` rows at once.
 
     Args:

@@ -104,11 +104,14 @@ class SolverTable:
             raise ValueError(f"start is {start}: the frozen states of a table of {n} rows are 0 to {n - 1}")
         blocks = torch.stack([self.state_coef, self.output_coef, self.noise_coef], dim=1).detach()
         rows = blocks.clone()
-        for back in range(min(order, n - start) - 1):
-            row = torch.arange(start + 1 + back, n)  # state row - back, all rows at once
-            weight = rows[row, 0, row - back]
-            rows[row, 0, row - back] = 0
-            rows[row] += weight[:, None, None] * blocks[row - back - 1]
+        if order >= n - start:  # nothing but `start` stops the substitution: one triangular system
+            rows[start:] = _substituted(rows[start:], start)
+        else:
+            for back in range(order - 1):
+                row = torch.arange(start + 1 + back, n)  # state row - back, all rows at once
+                weight = rows[row, 0, row - back]
+                rows[row, 0, row - back] = 0
+                rows[row] += weight[:, None, None] * blocks[row - back - 1]
         state_coef, output_coef, noise_coef = (block.contiguous() for block in rows.unbind(1))
         return replace(
             self,
@@ -206,6 +209,16 @@ def propagate(table: SolverTable, nodes: tuple[Tensor, Tensor] | None = None) ->
         states[i + 1] = state_coef[i] @ states[:n] + output_coef[i] @ outputs
         states[i + 1, 2:] += noise_coef[i]
     return states[:, 0], states[:, 1:].norm(dim=1)
+
+
+def _substituted(rows: Tensor, start: int) -> Tensor:
+    """Rows start to N - 1, (N - start, 3, N), without the states after `start`."""
+    known, count = rows.clone(), len(rows)
+    known[:, 0, start + 1 :] = 0
+    matrix = torch.eye(count, dtype=rows.dtype)
+    matrix[:, :-1] -= rows[:, 0, start + 1 :]
+    solved = torch.linalg.solve_triangular(matrix, known.flatten(1), upper=False, unitriangular=True)
+    return solved.reshape(rows.shape)
 
 
 def _last_use(support: Tensor) -> list[int]:

@@ -47,7 +47,7 @@ def test_equals_the_sequential_sampler_for_every_prediction_type(prediction_type
     assert error < 1e-10
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 9),
     order=st.integers(1, 9),
@@ -231,6 +231,6 @@ def test_memory_is_bounded_by_window_and_memory():
             options = {"window": 6, "memory": 3, "tolerance": 1e-12}
             table = euler_table(VP, rows, noisy=0.3)
             parallel_sample(mixing_denoiser(VP), table, start_noise([0], SHAPE, torch.float64), seeds=[0], **options)
-            assert max(held) <= (2 * 3 + 2) * 6 + 2
+            assert max(held) <= (2 * options["memory"] + 2) * options["window"] + 2
     finally:
         _Run.advance = original
