@@ -100,7 +100,7 @@ class SearchData(lightning.LightningDataModule):
 
     def __init__(
         self,
-        trajectories: str | list[str] | None,
+        trajectories: str | list[str] | None = None,
         num_trajectories: int | None = None,
         num_val: int = 32,
         batch_size: int | None = None,

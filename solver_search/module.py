@@ -47,6 +47,7 @@ class SolverSearch(lightning.LightningModule):
         train_timesteps: whether the timesteps told to the network move.
         finish: `data` or `end`, for the paper's parametrisation, see `PaperParameters`.
         guidance_scale: of the denoiser; [lowest, highest] searches one table for a range.
+        usable_guidance: [lowest, highest] scale the artifacts may be used at; default: what they were searched at.
         teacher: solver of fresh trajectories; default ddim:100, or euler:100 for a flow schedule.
         micro_batch: samples that go through the network at once.
         tangent_chunk: forward-mode tangents that do, each of `micro_batch` samples.
@@ -75,6 +76,7 @@ class SolverSearch(lightning.LightningModule):
         train_timesteps: bool = True,
         finish: str = "data",
         guidance_scale: float | list[float] = 1.0,
+        usable_guidance: list[float] | None = None,
         teacher: str | None = None,
         micro_batch: int = 32,
         tangent_chunk: int | None = 16,
@@ -85,7 +87,7 @@ class SolverSearch(lightning.LightningModule):
         self.starts = [start] if isinstance(start, str) else list(start)
         _check_options(self.nfe, output, optimizer, learning_rate, steps)
         self.automatic_optimization = False
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.usable_guidance = guidance_scale, usable_guidance
         network = load_denoiser(denoiser) if isinstance(denoiser, str) else denoiser
         self.denoiser = _guided(network.eval().requires_grad_(False), guidance_scale)
         self.output, self.warm_start = output, warm_start
@@ -146,7 +148,7 @@ class SolverSearch(lightning.LightningModule):
             return
         stage = self.stage
         assert stage is not None
-        before = self._theta.clone()
+        before = self._theta
         loss, after = self._lm(teacher) if self.optimizer_name == "lm" else self._first_order(teacher)
         if not (torch.isfinite(torch.tensor(loss)) and bool(torch.isfinite(after).all())):
             self._stop(loss, before, after)
@@ -187,7 +189,7 @@ class SolverSearch(lightning.LightningModule):
         self.log("val/loss", loss / max(count, 1))
         if count and loss / count < self.stage.best_loss:
             self.stage.best_loss, self.stage.best_rmse = loss / count, rmse
-            self.stage.best_theta = self._theta.clone()
+            self.stage.best_theta = self._theta
             save_table(self, self.stage)
 
     def on_train_end(self) -> None:
@@ -228,7 +230,7 @@ class SolverSearch(lightning.LightningModule):
     def _theta(self) -> Tensor:
         """The numbers of the current stage, (K,) on the CPU."""
         assert self.stage is not None
-        return self.theta.detach()[: self.stage.parameters.size].cpu()
+        return self.theta.detach()[: self.stage.parameters.size].cpu().clone()
 
     def _set_theta(self, theta: Tensor) -> None:
         with torch.no_grad():

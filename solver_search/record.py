@@ -20,7 +20,7 @@ def save_table(search: Any, stage: Any) -> Path | None:
         return None
     path = Path(search.output.replace("{nfe}", str(stage.nfe)))
     if search.global_rank == 0:
-        scale = search.guidance_scale
+        scale = search.usable_guidance or search.guidance_scale
         theta = search._theta if stage.best_theta is None else stage.best_theta
         save_solver(
             stage.parameters.table(theta).detach(),

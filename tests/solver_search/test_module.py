@@ -12,6 +12,7 @@ from denoisers import with_guidance
 from solver_search.data import SearchData
 from solver_search.losses import SearchLoss
 from solver_search.module import SolverSearch
+from solver_search.parameters import PaperParameters
 from solvers import NoiseSchedule, load_solver, named_solver, sample, sample_trace, start_noise
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 
@@ -106,6 +107,16 @@ def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, optimizer):
     for nfe in (2, 3):
         _same(second.table(nfe), whole.table(nfe))
     assert second.objective.evaluations == whole.objective.evaluations
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adam"])
+def test_first_order_searches_go_down(cache, optimizer):
+    for start in ("paper", "ddim"):
+        options = {"optimizer": optimizer, "steps": 30, "learning_rate": 0.02}
+        search = SolverSearch(TwoPoints(SCHEDULE), nfe=4, start=start, **options)
+        before = PaperParameters(SCHEDULE, 4)
+        _fit(search, SearchData(cache, num_val=0))
+        assert _rmse(search.table(4), search.denoiser) < 0.8 * _rmse(before.table(before.initial()), search.denoiser)
 
 
 def test_resuming_a_finished_run_ends_at_once(cache, tmp_path):
