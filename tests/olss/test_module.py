@@ -73,7 +73,7 @@ def test_equals_the_plain_fit(tmp_path, cache, path):
     for nfe, table in tables(tmp_path).items():
         indices = table.info["config"]["indices"]
         plain = fit_on_student(Toy(), teacher(), [fitted], indices).table(teacher())
-        close(table, plain, 1e-9)
+        close(table, plain, 1e-7)  # log_snr: coefficients of 2e6, condition number 1e8
         assert torch.equal(table.alpha, teacher().alpha[[*indices, 20]])
         assert len(indices) == nfe
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import jacrev
@@ -72,7 +74,7 @@ def test_rows_keep_to_their_nodes(schedule):
 
 
 def test_free_numbers_and_the_last_rows_of_few_steps():
-    for nfe, weights in {1: 0, 2: 1, 4: 4, 5: 5, 6: 6 + 2, 7: 21, 10: 45}.items():
+    for nfe, weights in {1: 0, 2: 1, 4: 3, 5: 5, 6: 6 + 2, 7: 21, 10: 45}.items():
         assert PaperParameters(NoiseSchedule.flow(), nfe).size == nfe + weights
     parameters = PaperParameters(NoiseSchedule.flow(), 5)
     used = parameters.table(parameters.initial()).output_support
@@ -132,8 +134,10 @@ def test_every_free_number_moves_the_table():
 def test_gradients_match_finite_differences(kind, name, noise):
     schedule = SCHEDULES[name]
     parameters = PaperParameters(schedule, 3, reduce_last_rows=False)
-    if kind == "free":
+    if kind == "free":  # begins inside the range, so that finite differences stay in it
         parameters = _free(parameters.table(parameters.initial()), schedule)
+        start = replace(parameters.start, timesteps=parameters.start.timesteps.clamp(max=schedule.t_max - 100))
+        parameters = _free(start, schedule)
     denoiser = TwoPoints(schedule)
     theta = parameters.project(_theta(parameters, 0.05)).requires_grad_()
     assert torch.autograd.gradcheck(
