@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CONDITION_LIMIT = 1e8
-_CHUNK = 2**14  # rows factored at a time: enough for fast matrix products, little memory
+_CHUNK = 2**12  # rows factored at a time: enough for fast matrix products, little memory
 _RCOND = 1e-14  # singular values below this, relative to the largest, are rounding errors
 
 
@@ -37,9 +37,10 @@ class Factor:
     def add(self, columns: Sequence[Tensor]) -> None:
         """Append rows, given as equally shaped tensors, one per column; every element is a row."""
         flat = [column.reshape(-1) for column in columns]
+        self.r = self.r.to(flat[0].device)
         for start in range(0, len(flat[0]), _CHUNK):
-            block = torch.stack([column[start : start + _CHUNK] for column in flat], 1)
-            self.r = _triangle(torch.cat([self.r.to(block.device), block.double()]))
+            block = torch.stack([column[start : start + _CHUNK] for column in flat]).double()
+            self.r = _triangle(torch.cat([self.r.T, block], 1).T)  # column by column, as LAPACK wants it
         self.num_rows += len(flat[0])
 
     def merge(self, factors: Tensor, num_rows: int) -> None:

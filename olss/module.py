@@ -104,6 +104,8 @@ class OLSS(lightning.LightningModule):
         check_teacher(self.teacher)
         for nfe in self.nfes:
             check_nfe(nfe, self.teacher.nfe)
+        if self.trainer.max_epochs == -1:
+            self.trainer.fit_loop.max_epochs = self._num_epochs
         if not self.fits and self.basis == "student" and self.path not in ("greedy", "search"):
             self.fits = {nfe: Fit(self._plain_path(nfe)) for nfe in self.nfes}
 
@@ -162,6 +164,12 @@ class OLSS(lightning.LightningModule):
         state = checkpoint["olss"]
         self.fits = {nfe: Fit(**fit) for nfe, fit in state["fits"].items()}
         self.validation = dict(state["validation"])
+
+    @property
+    def _num_epochs(self) -> int:
+        """One for the teacher's factor, if it is needed, and one per row of the longest student."""
+        rows = max(self.nfes) if self.basis == "student" else 0
+        return rows + (self.basis == "teacher" or self.path in ("greedy", "search"))
 
     @property
     def _done(self) -> bool:
