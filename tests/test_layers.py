@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["solvers"],
-    ["denoisers", "export"],
+    ["denoisers"],
     ["parataa", "data", "evaluation"],
     ["training"],
-    ["base", "olss", "solver_search", "timestep_tuner", "slam"],
+    ["base", "olss", "solver_search", "timestep_tuner"],
     ["train", "sample", "demo"],
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
@@ -50,7 +50,7 @@ def test_sample_imports_no_method():
 
 def test_every_package_is_a_package():
     for package in LEVEL:
-        assert (ROOT / f"{package}.py").exists() or (ROOT / package / "__init__.py").exists() or package == "export"
+        assert (ROOT / f"{package}.py").exists() or (ROOT / package / "__init__.py").exists()
 
 
 def test_a_forbidden_import_is_seen(tmp_path):
