@@ -217,6 +217,7 @@ class OLSS(lightning.LightningModule):
             self.global_rank,
             self.trainer.world_size,
             lambda scores: self.all_gather(scores.to(self.device)).reshape(-1, len(scores)).sum(0).cpu(),
+            progress=self.global_rank == 0 and self.trainer.progress_bar_callback is not None,
         )
         return search.best(nfe, [greedy], self.search_rounds)[0]
 

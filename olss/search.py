@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.shards import Trajectories
 from olss.path import log_snr_path, power_path, uniform_path
@@ -30,6 +31,7 @@ class PathSearch:
         ridge: see `olss.fit.solve`.
         rank, world_size: each process scores its share of the candidates.
         share: sums a tensor over processes.
+        progress: show a progress bar over the candidates.
     """
 
     denoiser: Callable
@@ -40,6 +42,7 @@ class PathSearch:
     rank: int = 0
     world_size: int = 1
     share: Callable[[Tensor], Tensor] = _alone
+    progress: bool = False
 
     def best(self, nfe: int, more: Sequence[Sequence[int]] = (), rounds: int = 1) -> tuple[list[int], float]:
         """The best path found: of several shapes, then by local moves of single points.
@@ -65,7 +68,8 @@ class PathSearch:
     def scores(self, paths: Sequence[list[int]], known: Run | None = None) -> list[float]:
         """Errors of paths, each computed by one process."""
         found = torch.zeros(len(paths), dtype=torch.float64)
-        for index in range(self.rank, len(paths), self.world_size):
+        mine = range(self.rank, len(paths), self.world_size)
+        for index in tqdm(mine, f"paths of {len(paths[0])} evaluations", disable=not self.progress, leave=False):
             found[index] = self._score(self._run(paths[index], known))
         return self.share(found).tolist()
 
