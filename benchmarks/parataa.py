@@ -20,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from denoisers import class_labels, load_denoiser
-from parataa import ParallelStats, parallel_sample
+from parataa import parallel_sample
 from solvers import SolverTable, sample, sample_trace, start_noise
 from solvers.files import atomic_write
 from solvers.named import named_solver
@@ -158,7 +158,7 @@ def rounds_to(errors: list[float]) -> list[int | None]:
 
 
 def _warm_starts(denoiser: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds with the shipped stopping rule from the sequential trajectory of a neighbour, and from nothing."""
+    """Rounds to the thresholds from the sequential trajectory of a neighbour, and from nothing."""
     table = named_solver(f"ddim:{options.steps}", denoiser.schedule)
     seeds = list(range(options.baseline_seeds))
     noise, labels = (
@@ -174,18 +174,23 @@ def _warm_starts(denoiser: nn.Module, options: argparse.Namespace) -> dict[str, 
     for name, (model, condition, other, changed) in cases.items():
         with torch.no_grad():
             states = torch.stack(sample_trace(model, table, noise, condition).states)
-        found[name] = {
-            start: _rounds(other, table, noise, changed, warm_start=warm)
-            for start, warm in (("cold", None), ("warm", states))
-        }
+            reference = sample(other, table, noise, changed)
+        found[name] = {"neighbour": float((states[-1] - reference).norm() / reference.norm())}
+        for start, warm in (("cold", None), ("warm", states)):
+            errors: list[float] = []
+            parallel_sample(
+                other,
+                table,
+                noise,
+                changed,
+                warm_start=warm,
+                callback=lambda _, images, to=reference, errors=errors: errors.append(
+                    float((images - to).norm() / to.norm())
+                ),
+            )
+            found[name][start] = {"rounds": rounds_to(errors), "until_settled": len(errors), "errors": errors}
         print(f"warm start, {name}: {found[name]}", flush=True)
     return found
-
-
-def _rounds(denoiser: nn.Module, table: SolverTable, noise: Tensor, condition: Tensor | None, **settings: Any) -> float:
-    """Mean rounds of a sample."""
-    stats: ParallelStats = parallel_sample(denoiser, table, noise, condition, **settings)[1]
-    return sum(stats.sample_rounds) / len(stats.sample_rounds)
 
 
 def _wall_clock(report: dict[str, Any], denoiser: nn.Module, options: argparse.Namespace) -> dict[str, float]:

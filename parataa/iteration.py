@@ -63,6 +63,19 @@ class Iterate:
     history: History | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a round went, in root mean squares over a sample's elements.
+
+    Args:
+        residual: first-order residuals of the window's rows before the round, (rows,).
+        moved: how far the newest state moved, or would have moved in a plain step if that is farther, ().
+    """
+
+    residual: Tensor
+    moved: Tensor
+
+
 def init(equations: Equations, first: Tensor, draw: Draw, guess: Tensor | None = None) -> Iterate:
     """Begin at state 0, (*shape), with a guess of the states, (N+1, *shape), or copies of state 0."""
     return _refill(equations, Iterate(0, first[None].clone()), draw, guess)
@@ -75,7 +88,7 @@ def step(
     acceleration: Acceleration,
     draw: Draw,
     guess: Tensor | None = None,
-) -> tuple[Iterate, Tensor]:
+) -> tuple[Iterate, Progress]:
     """One round: finish rows from the noise end on, improve the others, slide the window.
 
     A row is finished when its first-order residual is small and all rows before it are finished. The first unfinished
@@ -89,19 +102,20 @@ def step(
         draw: a row's noise, (*shape).
         guess: states of rows that enter the window, (N+1, *shape); by default copies of the newest state.
     Returns:
-        The next iterate, and the root mean square first-order residuals of the window's rows.
+        The next iterate, and how far the round went.
     """
     now = equations.at(iterate.start)
     shifted = outputs - _each(now.slope, outputs) * iterate.states[:-1]
     exact = _combine(now.plain, now, iterate, outputs)
     plain = _combine(now.reaching, now, iterate, shifted)
-    size = (exact - iterate.states[1:]).flatten(1).square().mean(1).sqrt()
+    size = _rms(exact - iterate.states[1:])
     finished = int((size <= now.tolerance).long().cumprod(0).sum())
     improved, history = _improve(iterate, plain, acceleration)
     states = torch.cat([iterate.states[: finished + 1], exact[finished : finished + 1], improved[finished + 1 :]])
     following = replace(iterate, states=states, history=history)
     following = _slide(equations, following, outputs, min(finished + 1, len(size)))
-    return _refill(equations, following, draw, guess), size
+    moves = torch.stack([states[-1], plain[-1]]) - iterate.states[-1]
+    return _refill(equations, following, draw, guess), Progress(size, _rms(moves).max())
 
 
 def terminate(equations: Equations, iterate: Iterate) -> bool:
@@ -198,3 +212,8 @@ def _refill(equations: Equations, iterate: Iterate, draw: Draw, guess: Tensor | 
 def _each(values: Tensor, like: Tensor) -> Tensor:
     """(rows,) shaped to broadcast over (rows, *shape)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _rms(values: Tensor) -> Tensor:
+    """Root mean square of each row, (rows,)."""
+    return values.flatten(1).square().mean(1).sqrt()

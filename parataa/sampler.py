@@ -1,5 +1,6 @@
 """parallel_sample: all rows of a solver table at once, instead of one after the other."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.distributed import ProcessGroup
 from denoisers.conditions import condition_tensors
 from parataa.equations import Equations
 from parataa.evaluate import Evaluator
-from parataa.iteration import Draw, Iterate, init, step, terminate
+from parataa.iteration import Draw, Iterate, Progress, init, step, terminate
 from parataa.processes import check_same
 from parataa.settings import Settings, check_inputs, check_settings
 from solvers.sampler import Denoiser, StepNoise, noise_source
@@ -97,8 +98,9 @@ def parallel_sample(
         tolerance: a row is finished when its first-order residual (root mean square) is at most tolerance * alpha / N
             at its node and all rows before it are finished; about the relative error of the result.
         noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
-        early_stop: end a sample when its final state settled, rounds before all rows are finished: it moved by at most
-            `tolerance` (root mean square) in a round, and no first-order residual exceeds tolerance * order / N.
+        early_stop: end a sample when its final state settled, rounds before all rows are finished: going on as in the
+            last two rounds it would move by at most `tolerance` (root mean square), and no first-order residual exceeds
+            tolerance * order / N.
         max_rounds: most rounds, by default N, which always suffice.
         step_noise: fresh unit noises, (N, batch, *shape), or a function of the row that returns (batch, *shape), the
             same at every call.
@@ -175,6 +177,7 @@ class _Run:
         self.rounds = self._evaluations = 0
         self._sample_rounds, self._reasons = [0] * len(start), ["max_rounds"] * len(start)
         self._residuals: list[Tensor] = []
+        self._moved = [0.0] * len(start)
         self._states = start.expand(table.nfe + 1, *start.shape).clone() if keep_states else None
 
     def advance(self, outputs: list[Tensor]) -> None:
@@ -187,33 +190,36 @@ class _Run:
 
     def _step(self, sample: int, output: Tensor) -> None:
         old, rule = self.iterates[sample], self._settings.acceleration
-        new, size = step(self.equations, old, output, rule, self._draws[sample], self._guesses[sample])
+        new, progress = step(self.equations, old, output, rule, self._draws[sample], self._guesses[sample])
         self.iterates[sample] = new
         self._sample_rounds[sample] = self.rounds
-        self._residuals[-1][sample] = size.max()
+        self._residuals[-1][sample] = progress.residual.max()
         if self._states is not None:
             self._states[new.start : new.start + len(new.states), sample] = new.states
         if terminate(self.equations, new):
             self._finish(sample, "finished")
-        elif self._is_settled(old, new, size):
+        elif self._is_settled(sample, old.start, progress):
             self._finish(sample, "settled")
 
     def _finish(self, sample: int, reason: str) -> None:
         self._reasons[sample] = reason
         self.active.remove(sample)
 
-    def _is_settled(self, old: Iterate, new: Iterate, residual: Tensor) -> bool:
-        """Whether the window is at the end, the final state hardly moved, and no row is far from its equation.
+    def _is_settled(self, sample: int, start: int, progress: Progress) -> bool:
+        """Whether the final state is as good as at its end.
 
-        A final state of low order hears of distant rows late, so that their residuals must be smaller.
+        Moves that shrink by a factor q from round to round still add up to q / (1 - q) times the last one. A final
+        state of low order hears of distant rows late, so that their residuals must be smaller.
         """
         settings, table = self._settings, self.equations.table
-        if not settings.early_stop or self.equations.stop(old.start) < table.nfe:
+        if not settings.early_stop or self.equations.stop(start) < table.nfe:
             return False
         size = torch.hypot(table.alpha, table.sigma)
-        moved = (new.states[-1] - old.states[-1]).square().mean().sqrt() / float(size[-1])
-        worst = (residual / size[old.start + 1 :].to(residual)).max() * table.nfe / settings.order
-        return bool(torch.maximum(moved, worst) <= settings.tolerance)
+        moved, before = float(progress.moved / size[-1]), self._moved[sample]
+        self._moved[sample] = moved
+        ahead = moved * max(1.0, moved / (before - moved)) if moved < before else math.inf
+        worst = float((progress.residual / size[start + 1 :].to(progress.residual)).max()) * table.nfe / settings.order
+        return max(ahead, worst) <= settings.tolerance
 
     def images(self) -> Tensor:
         """The newest state of each sample, (batch, *shape): the final one once the window reaches it."""
