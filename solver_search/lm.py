@@ -52,6 +52,7 @@ def linearize(
     condition: Any = None,
     chunk: int | None = None,
     evaluations: Evaluations | None = None,
+    tangent_denoiser: Any = None,
 ) -> Linearization:
     """States of a run and their derivatives by theta.
 
@@ -65,12 +66,13 @@ def linearize(
         condition: of the denoiser.
         chunk: tangents that go through the network at once; default all.
         evaluations: counts what is spent.
+        tangent_denoiser: the same network in lower precision, for the derivatives alone.
     """
     table, jacobian = _table_jacobian(parameters, theta)
     dtype = torch.promote_types(noise.dtype, torch.float32)
     d_time, d_state, d_output = (value.to(noise.device, dtype) for value in jacobian[:3])
     moves = [[(block[:, i] != 0).reshape(len(theta), -1).any(1) for block in jacobian[:3]] for i in range(table.nfe)]
-    call = row_call(denoiser, table)
+    calls = [row_call(network or denoiser, table) for network in (denoiser, tangent_denoiser)]
     weights = [coef.to(noise.device, dtype) for coef in (table.state_coef, table.output_coef)]
     supports = [support.tolist() for support in (table.state_support, table.output_support)]
     values = [[noise.to(dtype) * table.start_scale], []]
@@ -78,12 +80,13 @@ def linearize(
     reached = torch.zeros(len(theta), dtype=torch.bool)
     for i in range(table.nfe):
         live = reached | moves[i][0]
-        output, tangent = _evaluate(call, i, table, values[0][i], tangents[0][i], condition, d_time[:, i], live, chunk)
+        output, tangent = _evaluate(
+            calls, i, table.timesteps[i], values[0][i], tangents[0][i], condition, d_time[:, i], live, chunk
+        )
         values[1].append(output.to(dtype))
         tangents[1].append(tangent)
         if evaluations is not None:
-            passes = -(-int(live.sum()) // (chunk or len(theta))) or 1
-            evaluations.forward += len(noise) * passes
+            evaluations.forward += len(noise) * (1 + -(-int(live.sum()) // (chunk or len(theta))))
             evaluations.tangent += len(noise) * int(live.sum())
         reached = live | moves[i][1] | moves[i][2]
         state, change = torch.zeros_like(values[0][0]), values[0][0].new_zeros(len(theta), *noise.shape)
@@ -98,23 +101,24 @@ def linearize(
     return Linearization(table, (jacobian[3], jacobian[4]), values[0], tangents[0])
 
 
-def _evaluate(call, row, table, state, tangent, condition, d_time, live, chunk) -> tuple[Tensor, Tensor | None]:
+def _evaluate(calls, row, timestep, state, tangent, condition, d_time, live, chunk) -> tuple[Tensor, Tensor | None]:
     """Output of a row and its tangents; those of numbers that are not `live` are zero."""
-    timestep = table.timesteps[row].to(state)
+    timestep = timestep.to(state)
 
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        return call(x, t, condition, row).to(state.dtype)
+    def run(call: Callable) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, t: call(x, t, condition, row).to(state.dtype)
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad():
+        output = run(calls[0])(state, timestep)
         picked = live.nonzero().flatten().to(state.device)
         if not len(picked):
-            return run(state, timestep), None
+            return output, None
         d_state = state.new_zeros(len(picked), *state.shape) if tangent is None else tangent[picked]
-        push = vmap(lambda *direction: jvp(run, (state, timestep), direction), out_dims=(None, 0))
+        push = vmap(lambda *direction: jvp(run(calls[1]), (state, timestep), direction)[1])
         size = chunk or len(picked)
-        parts = [push(*part) for part in zip(d_state.split(size), d_time[picked].split(size))]
-    change = torch.cat([part[1] for part in parts])
-    return parts[0][0], state.new_zeros(len(live), *state.shape).index_copy_(0, picked, change)
+        with sdpa_kernel(SDPBackend.MATH):
+            parts = [push(*part) for part in zip(d_state.split(size), d_time[picked].split(size))]
+    return output, state.new_zeros(len(live), *state.shape).index_copy_(0, picked, torch.cat(parts))
 
 
 def _table_jacobian(parameters: Parameters, theta: Tensor) -> tuple[SolverTable, list[Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers import class_labels, concatenate_conditions, condition_to, index_condition
+from denoisers import class_labels, concatenate_conditions, condition_to, index_condition, with_precision
 from denoisers.protocol import DenoiserWrapper, drop_learned_variance
 from solver_search.lm import Damping, Evaluations, NormalEquations, StepResult, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, TeacherPath, total
@@ -27,6 +27,9 @@ class Objective:
         micro_batch: samples that go through the network at once.
         chunk: tangents that do, each with `micro_batch` samples.
         checkpointing: recompute the network's activations in the backward pass.
+        tangent_precision: `bf16` runs the network of the derivatives under autocast; residuals stay as they are.
+        curvature_samples: the Gauss-Newton matrix comes from the first so many samples of a batch, the gradient from
+            all by backpropagation: K tangents a sample cost more than a backward pass. Default: both from all.
         reduce: sums a float64 tensor over all processes.
     Raises:
         ValueError: a feature loss without an extractor.
@@ -36,8 +39,10 @@ class Objective:
     loss: SearchLoss
     extractor: nn.Module | None = None
     micro_batch: int = 32
-    chunk: int | None = 16
+    chunk: int | None = 4
     checkpointing: bool = False
+    tangent_precision: str = "float32"
+    curvature_samples: int | None = None
     reduce: Callable[[Tensor], Tensor] = lambda value: value
     evaluations: Evaluations = field(default_factory=Evaluations)
 
@@ -76,10 +81,19 @@ class Objective:
 
     def equations(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> NormalEquations:
         """Gauss-Newton's quadratic at theta."""
-        size = len(theta)
+        size, tangent_denoiser = len(theta), with_precision(self.denoiser, self.tangent_precision)
 
         def flat(part: TeacherPath) -> Tensor:
-            run = linearize(self.denoiser, parameters, theta, part.noise, part.condition, self.chunk, self.evaluations)
+            run = linearize(
+                self.denoiser,
+                parameters,
+                theta,
+                part.noise,
+                part.condition,
+                self.chunk,
+                self.evaluations,
+                tangent_denoiser,
+            )
             found = normal_equations(run, self.loss, part, self.extractor)
             loss = torch.tensor([found.loss], dtype=torch.float64)
             return torch.cat([found.matrix.flatten(), found.gradient, loss])
@@ -92,13 +106,20 @@ class Objective:
         self, parameters: Parameters, theta: Tensor, teacher: TeacherPath, damping: Damping
     ) -> tuple[StepResult, float]:
         """One Levenberg-Marquardt step on a batch, and the loss before it."""
-        equations = self.equations(parameters, theta, teacher)
+        equations = self._quadratic(parameters, theta, teacher)
         if not torch.isfinite(torch.tensor(equations.loss)):
             return StepResult(theta, damping, equations.loss, False), equations.loss
         step = lm_step(
             equations, theta, lambda trial: self.value(parameters, trial, teacher), parameters.project, damping
         )
         return step, equations.loss
+
+    def _quadratic(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> NormalEquations:
+        if self.curvature_samples is None or self.curvature_samples >= len(teacher):
+            return self.equations(parameters, theta, teacher)
+        matrix = self.equations(parameters, theta, _some(teacher, slice(self.curvature_samples))).matrix
+        loss, gradient = self.gradient(parameters, theta, teacher)
+        return NormalEquations(matrix, gradient / 2, loss)
 
     def example_condition(self, device: torch.device) -> Any:
         """A condition of one sample, as batches have it."""
@@ -125,9 +146,12 @@ class Objective:
 
     def _parts(self, teacher: TeacherPath) -> Iterator[TeacherPath]:
         for first in range(0, len(teacher), self.micro_batch):
-            part = slice(first, first + self.micro_batch)
-            condition = index_condition(teacher.condition, part)
-            yield replace(teacher, states=teacher.states[part], noise=teacher.noise[part], condition=condition)
+            yield _some(teacher, slice(first, first + self.micro_batch))
+
+
+def _some(teacher: TeacherPath, part: slice) -> TeacherPath:
+    condition = index_condition(teacher.condition, part)
+    return replace(teacher, states=teacher.states[part], noise=teacher.noise[part], condition=condition)
 
 
 class VariableGuidance(DenoiserWrapper):
