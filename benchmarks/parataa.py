@@ -241,9 +241,15 @@ def _summary(report: dict[str, Any], options: argparse.Namespace) -> dict[str, A
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    """curves.json, and curves.png of the first table."""
+    """report.json, report.md, and curves.png of the first table."""
     with atomic_write(folder / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n")
+    lines = ["| solver, method | 1e-1 | 1e-2 | 1e-3 | error after each round |", "|---|---|---|---|---|"]
+    for label, errors in report["curves"].items():
+        counts = " | ".join(str(count or "-") for count in rounds_to(errors))
+        lines.append(f"| {label} | {counts} | {' '.join(f'{error:.1e}' for error in errors)} |")
+    with atomic_write(folder / "report.md") as path:
+        path.write_text("\n".join(lines) + "\n")
     import matplotlib
 
     matplotlib.use("Agg")
