@@ -6,6 +6,7 @@ A folder holds `config.json` (network, noise schedule, hash, how it was trained)
 import hashlib
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,25 @@ FORMAT_VERSION = 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 
-def save_denoiser(denoiser: DiT, folder: str | Path, training: dict[str, Any] | None = None) -> str:
+def save_denoiser(
+    denoiser: DiT,
+    folder: str | Path,
+    training: dict[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> str:
     """Write a checkpoint folder.
 
     Args:
         denoiser: the network; its weights are rounded to bf16.
         folder: created if missing; an earlier checkpoint in it is replaced.
         training: JSON types that say how it was trained, kept as they are.
+        weights: what to save instead of the network's own weights, by the same names.
     Returns:
         The weight hash of the network as it will be loaded, see `weight_hash`.
     """
     folder = Path(folder)
-    weights = {name: value.detach().cpu().bfloat16().contiguous() for name, value in denoiser.state_dict().items()}
+    weights = denoiser.state_dict() if weights is None else weights
+    weights = {name: value.detach().cpu().bfloat16().contiguous() for name, value in weights.items()}
     with atomic_write(folder / WEIGHTS_NAME) as path:
         save_file(weights, path)
     digest = hash_weights(weights)

@@ -1,7 +1,10 @@
 """DiT: the diffusion transformer whose parameters are named as in the public DiT and SiT checkpoints."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import Attention, Mlp, PatchEmbed
@@ -33,6 +36,7 @@ class DiT(nn.Module):
             `sit`: as in the official SiT code, time 0 is noise, 1 is data and the output is data - noise; timestep
             and output are translated from and to the flow schedule's.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        gamma: a student of SLAM, which also takes gamma; see `denoisers.gamma.Student`.
     Raises:
         ValueError: sizes that do not divide, an unknown convention, or `sit` without a flow schedule.
     Source: arXiv 2212.09748 (adaLN-Zero); arXiv 2401.08740 for the `sit` convention.
@@ -52,6 +56,7 @@ class DiT(nn.Module):
         learn_sigma: bool = False,
         convention: str = "scheduler",
         gradient_checkpointing: bool = False,
+        gamma: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads)
@@ -71,6 +76,7 @@ class DiT(nn.Module):
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
             "convention": convention,
+            **({"gamma": True} if gamma else {}),  # absent elsewhere, as in checkpoints from before there were students
         }
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -78,6 +84,8 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        if gamma:
+            self.gamma_embedding = GammaEmbedder(hidden_size)
         self._initialize()
 
     @property
@@ -85,13 +93,16 @@ class DiT(nn.Module):
         """Name and shape of every parameter."""
         return {name: tuple(value.shape) for name, value in self.state_dict().items()}
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
         """The network's output at a state.
 
         Args:
             x: (batch, *sample_shape).
             timestep: float, scalar or (batch,), in the schedule's units, may be fractional.
             condition: class labels, int64 (batch,), `num_classes` for unconditional; None: all unconditional.
+            gamma: of a student, (batch,) in [0, 1]; None stands for 1, where its embedding vanishes.
         Returns:
             (batch, *sample_shape), of the schedule's prediction type.
         """
@@ -100,6 +111,8 @@ class DiT(nn.Module):
         if condition is None:
             condition = torch.full((len(x),), self.num_classes, device=x.device)
         context = self.t_embedder(timestep.expand(len(x))) + self.y_embedder(condition)
+        if gamma is not None:
+            context = context + self.gamma_embedding(gamma)
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             tokens = self._run(block, tokens, context)
@@ -111,6 +124,20 @@ class DiT(nn.Module):
     def null_condition(self, condition: Tensor) -> Tensor:
         """The null class for every sample of `condition`, for classifier-free guidance."""
         return torch.full_like(condition, self.num_classes)
+
+    def with_gamma(self) -> "DiT":
+        """A student that starts from these weights, see `denoisers.gamma.Student`; float32, in training mode."""
+        student = DiT(self.schedule, **self.config | {"gamma": True})
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith("gamma_embedding")}
+        student.load_state_dict(weights, strict=False)
+        return student.to(self.pos_embed.device).train()
+
+    def save(self, folder: str | Path, training: dict[str, Any], weights: Mapping[str, Tensor]) -> tuple[Path, str]:
+        """Write a checkpoint folder with these weights, see `denoisers.gamma.Student`."""
+        from denoisers.checkpoint import WEIGHTS_NAME, save_denoiser
+
+        digest = save_denoiser(self, folder, training, weights)
+        return Path(folder) / WEIGHTS_NAME, digest
 
     def _run(self, block: nn.Module, tokens: Tensor, context: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -128,7 +155,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
@@ -136,6 +164,8 @@ class DiT(nn.Module):
         for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        if "gamma" in self.config:
+            nn.init.zeros_(self.gamma_embedding.mlp[2].weight)
 
 
 class DiTBlock(nn.Module):
@@ -196,6 +226,21 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Labels (batch,) -> (batch, hidden)."""
         return self.embedding_table(labels)
+
+
+class GammaEmbedder(nn.Module):
+    """Sines of 1 - gamma, then an MLP without biases: zero at gamma = 1, whatever the weights."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        first = nn.Linear(num_frequencies, hidden_size, bias=False)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size, bias=False))
+
+    def forward(self, gamma: Tensor) -> Tensor:
+        """Gammas (batch,) in [0, 1] -> (batch, hidden)."""
+        sines = sinusoids(100 * (1 - gamma), self.num_frequencies)[:, self.num_frequencies :]
+        return self.mlp(sines.to(self.mlp[0].weight.dtype))
 
 
 def sinusoids(timestep: Tensor, num_frequencies: int, max_period: float = 10000.0) -> Tensor:
