@@ -1,6 +1,5 @@
 """Train a DiT to predict noise (VP schedules) or velocity (rectified flow)."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from evaluation.pictures import image_grid
 from solvers.named import named_solver
 from solvers.prediction import per_sample, to_output
 from training.ema import averaged_network
+from training.rates import warmup_stable_decay
 
 TIME_SAMPLING = ("uniform", "logit_normal")
 
@@ -130,10 +130,7 @@ class BaseModel(lightning.LightningModule):
     def rate(self, step: int) -> float:
         """Learning rate at a step over the peak: warm-up, stable, then linearly to zero at the last step."""
         total = self.trainer.estimated_stepping_batches
-        if step < self.warmup_steps or not math.isfinite(total):
-            return min(1.0, (step + 1) / max(1, self.warmup_steps))
-        decay = max(1.0, self.decay_fraction * (total - self.warmup_steps))
-        return min(1.0, max(0.0, (total - step) / decay))
+        return warmup_stable_decay(step, total, self.warmup_steps, self.decay_fraction)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.loader import EpochBatchSampler, ResumableLoader
+from denoisers import check_labels
 
 SOURCES = ("shards", "cifar10", "digits")
 
@@ -94,6 +96,27 @@ class ImageData(lightning.LightningDataModule):
         if stage in ("fit", "validate") and self._val is None:
             images, labels, maximum = self._load(train=False)
             self._val = ImageArray(images[: self.val_images], labels[: self.val_images], maximum=maximum)
+
+    def check(self, denoiser: Any) -> None:
+        """Refuse training images that a denoiser does not take, after set-up.
+
+        Raises:
+            ValueError: images of another shape, or labels beyond its classes.
+        """
+        assert self._train is not None
+        found, wanted = tuple(self._train.images.shape[1:]), tuple(denoiser.sample_shape)
+        if found != wanted:
+            raise ValueError(
+                f"the training data have shape {found}, the denoiser takes {wanted}: give data of its size"
+            )
+        if getattr(denoiser, "num_classes", None):
+            check_labels(denoiser, self._train.labels)
+
+    def origin(self) -> dict[str, Any]:
+        """What an artifact says about the data: `data`, and the teacher's `seeds` where it made them."""
+        from data.sampled import describe_samples
+
+        return describe_samples(self.data_dir) if self.source == "shards" else {"data": self.source}
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches; resumes at the exact batch."""

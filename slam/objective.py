@@ -1,0 +1,87 @@
+"""The two predictions that SLAM compares, for a batch: on the line, and at the teacher's next point."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slam.lines import Points, consistency_weights, ddim_weights, line_node, line_weights, weighted
+from solvers.schedule import NoiseSchedule
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a batch of sub-paths needs, one number per sample: timesteps, gamma, and pairs of weights.
+
+    `forward` of (data, noise) in x_s; `step` of (x_s, teacher's output) in x_e; `line` of (x_s, x_e) in x_g; `student`
+    of (x_g, output) in f_g; `target` of (x_e, output) in f_e.
+    """
+
+    start: Tensor
+    end: Tensor
+    gamma: Tensor
+    forward: Pair
+    step: Pair
+    line: Pair
+    student: Pair
+    target: Pair
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, points: Points, gamma: Tensor, noise_level: str = "paper") -> "Weights":
+        """Weights of sub-paths (batch,) at gamma (batch,), float64.
+
+        Raises:
+            ValueError: epsilon outputs at a start without any data (zero terminal signal-to-noise ratio).
+        """
+        node = line_node(schedule.kind, points, gamma, noise_level)
+        return cls(
+            points.start,
+            points.end,
+            gamma,
+            forward=(points.alpha_start, points.sigma_start),
+            step=ddim_weights(schedule.prediction_type, points),
+            line=line_weights(schedule.kind, points, gamma),
+            student=consistency_weights(schedule, points.start, *node),
+            target=consistency_weights(schedule, points.end, points.alpha_end, points.sigma_end),
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Weights":
+        """The same on a device, in one transfer."""
+        rows = [getattr(self, field.name) for field in fields(self)]
+        flat = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
+        moved = iter(torch.stack(flat).to(dtype).to(device, non_blocking=True).unbind())
+        return Weights(*((next(moved), next(moved)) if isinstance(row, tuple) else next(moved) for row in rows))
+
+
+def predictions(
+    student: Callable[..., Tensor],
+    target: Callable[..., Tensor],
+    teacher: Callable[..., Tensor],
+    weights: Weights,
+    data: Tensor,
+    noise: Tensor,
+    condition: Any,
+    told: bool = True,
+) -> Pair:
+    """(f_g, f_e): the student's prediction on the line, and the target's at the teacher's next point, no gradient.
+
+    Args:
+        student: called with gamma where `told`.
+        target: called without.
+        teacher: guided.
+        weights: of the batch, on the device.
+        data, noise: (batch, *shape).
+        condition: of all three.
+        told: whether the student is told gamma; not for plain consistency distillation, where it is 1.
+    """
+    state = weighted(weights.forward, data, noise)
+    with torch.no_grad():
+        end = weighted(weights.step, state, teacher(state, weights.start, condition))
+        aim = weighted(weights.target, end, target(end, weights.end, condition))
+    point = weighted(weights.line, state, end)
+    options = {"gamma": weights.gamma} if told else {}
+    return weighted(weights.student, point, student(point, weights.start, condition, **options)), aim
