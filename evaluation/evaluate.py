@@ -34,7 +34,7 @@ def shipped_measure(num_images: int, shape: Sequence[int], metrics: Sequence[str
 def evaluate_table(
     denoiser: Any,
     table: SolverTable,
-    reference: SolverTable | None = None,
+    reference: SolverTable | torch.Tensor | None = None,
     *,
     num_images: int = 256,
     seed: int = 0,
@@ -50,7 +50,8 @@ def evaluate_table(
     Args:
         denoiser: the network, with `sample_shape`.
         table: the solver.
-        reference: solver that RMSE and PSNR are measured against; without one they are left out.
+        reference: solver that RMSE and PSNR are measured against, or what `reference_images` gave of it; without one
+            they are left out.
         num_images: images in total, at least one per process.
         seed: of the first image.
         batch_size: images per network call.
@@ -64,22 +65,36 @@ def evaluate_table(
     """
     seeds = range(seed, seed + num_images)
     check_disjoint(seeds, fitted_seeds)
-    rank, world_size = _process()
-    if num_images < world_size:
-        raise ValueError(f"{num_images} images for {world_size} processes: evaluate at least one per process")
+    share = _share(seeds)
     measure = measure or shipped_measure(num_images, denoiser.sample_shape)
-    share = seeds[rank::world_size]
     device = device_of(denoiser)
     images = generate(denoiser, table, share, batch_size=batch_size).to(device)
     found: dict[str, Any] = {"nfe": float(table.nfe), "num_images": float(num_images)}
     if reference is not None:
-        target = generate(reference_denoiser or denoiser, reference, share, batch_size=batch_size).to(device)
+        if isinstance(reference, SolverTable):
+            reference = generate(reference_denoiser or denoiser, reference, share, batch_size=batch_size)
         error = ReferenceError().to(device)
-        error.update(images, target)
+        error.update(images, reference.to(device))
         found |= error.compute()
     if measure.extractor is not None:
         found |= _distances(images, measure, measure.extractor.to(device), batch_size)
     return {name: float(value) for name, value in found.items()}
+
+
+def reference_images(
+    denoiser: Any, table: SolverTable, num_images: int, seed: int, batch_size: int = 64, progress: str | None = None
+) -> torch.Tensor:
+    """This process's share of a solver's images, as `evaluate_table` compares them with those of other tables.
+
+    Args:
+        denoiser, table: the reference.
+        num_images, seed, batch_size: as in `evaluate_table`.
+        progress: text of a progress bar; none by default.
+    Raises:
+        ValueError: fewer images than processes.
+    """
+    share = _share(range(seed, seed + num_images))
+    return generate(denoiser, table, share, batch_size=batch_size, progress=progress)
 
 
 def _distances(images: torch.Tensor, measure: Measure, extractor: Extractor, batch_size: int) -> dict[str, Any]:
@@ -101,7 +116,11 @@ def _distances(images: torch.Tensor, measure: Measure, extractor: Extractor, bat
     return dict(metrics.compute()) | ({} if score is None else {"inception_score": score.compute()})
 
 
-def _process() -> tuple[int, int]:
+def _share(seeds: range) -> range:
+    """Seeds of this process."""
     group = torch.distributed
     running = group.is_available() and group.is_initialized()
-    return (group.get_rank(), group.get_world_size()) if running else (0, 1)
+    rank, world_size = (group.get_rank(), group.get_world_size()) if running else (0, 1)
+    if len(seeds) < world_size:
+        raise ValueError(f"{len(seeds)} images for {world_size} processes: evaluate at least one per process")
+    return seeds[rank::world_size]

@@ -230,7 +230,7 @@ def _solver(entry: "Entry", names: Mapping[str, str]) -> str:
     facts += ["stochastic"] * row["stochastic"]
     rows = list(range(table.nfe))
     series = [Series("told to the network", rows, table.timesteps.tolist(), 0, dots=table.nfe <= 40)]
-    original = table.info.get("original_timesteps")
+    original = table.info.get("fitted_on", {}).get("original_timesteps")
     if original is not None:
         series.append(Series("before tuning", rows, torch.as_tensor(original).tolist(), None, dashed=True))
     ticks = list(range(0, table.nfe, max(1, table.nfe // 8)))

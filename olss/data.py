@@ -1,15 +1,15 @@
 """Batches of cached trajectories for OLSS, in equal number on every process."""
 
-import lightning
 from torch.utils.data import DataLoader, Dataset
 
 from data.shards import Trajectories
 from data.trajectories import TrajectoryCache
+from training.testing import TableData
 
 Unit = tuple[str, Trajectories | None]
 
 
-class FitTrajectories(lightning.LightningDataModule):
+class FitTrajectories(TableData):
     """The first trajectories of a cache for fitting, the last ones held out.
 
     Args:

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from data.shards import Trajectories
+from data.shards import Trajectories, seed_ranges
 from denoisers import load_denoiser
 from olss.data import FitTrajectories, Unit
 from olss.fit import Factor
@@ -28,11 +27,12 @@ from olss.student import (
     teacher_columns,
 )
 from solvers.table import SolverTable
+from training.testing import Evaluation, TableModule
 
 PATHS = ("uniform", "log_snr", "greedy", "search")
 
 
-class OLSS(lightning.LightningModule):
+class OLSS(TableModule):
     """Learns solvers of few evaluations from a teacher's cached trajectories, by least squares.
 
     The student basis takes one epoch per row; the teacher basis and the greedy path take one epoch before, which
@@ -51,6 +51,7 @@ class OLSS(lightning.LightningModule):
         search_trajectories: trajectories that `search` fits each candidate on.
         search_rounds: rounds of local moves of `search`.
         guidance_scale: guidance of a denoiser given by its path; must be that of the trajectories.
+        evaluation: what `train.py test` measures.
     Raises:
         ValueError: an option out of its range, or a denoiser that cannot be loaded; when training starts: trajectories
             of another denoiser or of a stochastic teacher.
@@ -68,8 +69,10 @@ class OLSS(lightning.LightningModule):
         search_trajectories: int = 64,
         search_rounds: int = 1,
         guidance_scale: float = 1.0,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
+        self.evaluation = evaluation
         _check_options(basis, path, ridge, nfe)
         self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
         self.output, self.nfes = Path(output), sorted({nfe} if isinstance(nfe, int) else set(nfe))
@@ -96,6 +99,18 @@ class OLSS(lightning.LightningModule):
     def table(self, nfe: int) -> SolverTable:
         """A finished student as a solver table."""
         return self.fits[nfe].table(self.teacher)
+
+    def current_tables(self) -> dict[str, SolverTable]:
+        """The finished students."""
+        return {f"olss-{nfe}": self.table(nfe) for nfe, fit in self.fits.items() if fit.complete}
+
+    def artifact_paths(self) -> dict[str, Path]:
+        """olss-<nfe>.json."""
+        return {f"olss-{nfe}": self.output / f"olss-{nfe}.json" for nfe in self.nfes}
+
+    def used_seeds(self) -> list[list[int]]:
+        """Those of the trajectories."""
+        return seed_ranges(sorted(self.data.cache.seeds))
 
     def on_fit_start(self) -> None:
         """Check the trajectories; take up the paths that need nothing of them."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from data.loader import EpochBatchSampler, ResumableLoader
 from data.trajectories import FIRST_SEED, TrajectoryCache
 from denoisers import concatenate_conditions, condition_to, index_condition
+from training.testing import TableData
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _FreshSeeds(Dataset):
         return Samples(None, seeds, None, None)
 
 
-class SearchData(lightning.LightningDataModule):
+class SearchData(TableData):
     """Batches of teacher trajectories for a search.
 
     Args:

@@ -1,8 +1,8 @@
 """Solver search with Lightning: one run searches a list of evaluation counts and writes an artifact for each."""
 
+from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from solver_search.record import log_samples, log_table, save_table, upload
 from solver_search.stage import Stage, begin_stage
 from solvers import SolverTable, resolve_solver
 from solvers.artifact import table_from_dict, table_to_dict
+from training.testing import Evaluation, TableModule
 
 OPTIMIZERS = ("lm", "lion", "adam")
 
 
-class SolverSearch(lightning.LightningModule):
+class SolverSearch(TableModule):
     """Searches solver tables that end where a slow teacher ends.
 
     Each count of `nfe` is a stage of `steps` optimiser steps. Only the numbers of the table are trained; the network
@@ -54,6 +55,7 @@ class SolverSearch(lightning.LightningModule):
         tangent_precision: `bf16` computes the derivatives under autocast, which is two to three times as fast.
         curvature_samples: samples of a batch that the Gauss-Newton matrix comes from; the gradient comes from all.
         gradient_checkpointing: recompute each evaluation's activations in the backward pass.
+        evaluation: what `train.py test` measures.
     Raises:
         ValueError: an option out of its range, a start or a cache that does not fit.
     Source: arXiv 2505.21114; the second-order search is this project's.
@@ -85,8 +87,10 @@ class SolverSearch(lightning.LightningModule):
         tangent_precision: str = "float32",
         curvature_samples: int | None = None,
         gradient_checkpointing: bool = False,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
+        self.evaluation = evaluation
         self.nfe = [nfe] if isinstance(nfe, int) else list(nfe)
         self.starts = [start] if isinstance(start, str) else list(start)
         _check_options(self.nfe, output, optimizer, learning_rate, steps)
@@ -127,6 +131,20 @@ class SolverSearch(lightning.LightningModule):
         if self.stage is None or nfe not in (None, self.stage.nfe):
             raise ValueError(f"there is no table of {nfe} evaluations yet: finished are {sorted(self.finished)}")
         return self.stage.parameters.table(self._theta).detach()
+
+    def current_tables(self) -> dict[str, SolverTable]:
+        """The finished tables and the one that is searched."""
+        current = {} if self.stage is None else {f"solver-search-{self.stage.nfe}": self.table()}
+        return current | {f"solver-search-{nfe}": table for nfe, table in self.finished.items()}
+
+    def artifact_paths(self) -> dict[str, Path]:
+        """One for each number of evaluations."""
+        names = [(nfe, (self.output or "").replace("{nfe}", str(nfe))) for nfe in self.nfe]
+        return {f"solver-search-{nfe}": Path(name) for nfe, name in names if name}
+
+    def used_seeds(self) -> list[list[int]]:
+        """Those of the trajectories."""
+        return self.trainer.datamodule.seed_ranges()
 
     def setup(self, stage: str) -> None:
         """Refuse trajectories of another model or guidance, or of too few steps, before any work."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,9 +18,10 @@ from data.trajectories import FIRST_SEED, TrajectoryCache
 from denoisers import check_labels, concatenate_conditions, condition_to, index_condition
 from solvers import SolverTable, start_noise
 from timestep_tuner.objective import Examples
+from training.testing import TableData
 
 
-class TunerData(lightning.LightningDataModule):
+class TunerData(TableData):
     """Clean samples with fresh noise, or a teacher's trajectories.
 
     Give either `trajectories` or `images`. Of a cache of trajectories the noise objective uses the end points, which

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -16,9 +15,10 @@ from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Evaluations, Exampl
 from timestep_tuner.ratios import Ratios
 from timestep_tuner.record import log_tuned, save_tuned
 from timestep_tuner.stage import Stage
+from training.testing import Evaluation, TableModule
 
 
-class TimestepTuner(lightning.LightningModule):
+class TimestepTuner(TableModule):
     """Tunes what each solver of a list tells the network at every evaluation; nothing else of the solver changes.
 
     Solvers are tuned one after the other. The parallel strategy tunes all rows of a solver at once, in `steps` steps
@@ -36,6 +36,7 @@ class TimestepTuner(lightning.LightningModule):
         decay: last share of the steps over which the rate falls linearly to zero; 0 keeps it.
         free_last: also tune the last row.
         guidance_scale: uncond + guidance_scale (cond - uncond).
+        evaluation: what `train.py test` measures.
     Raises:
         ValueError: an option out of its range; a solver that does not fit; on set-up: data that do not.
     Source: arXiv 2310.09469: sequential, learning rate 2e-3, 500 steps, no decay.
@@ -55,8 +56,10 @@ class TimestepTuner(lightning.LightningModule):
         decay: float = 0.5,
         free_last: bool = False,
         guidance_scale: float = 1.0,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
+        self.evaluation = evaluation
         self.solvers = [solvers] if isinstance(solvers, str) else list(solvers)
         self.names = [solver_name(solver) for solver in self.solvers]
         _check_options(self.names, output, objective, strategy, learning_rate, steps, decay)
@@ -84,6 +87,19 @@ class TimestepTuner(lightning.LightningModule):
         finished = index < len(self.finished)
         ratio = torch.tensor(self.finished[index], dtype=torch.float64) if finished else self._ratio(ratios)
         return ratios.table(ratio).detach()
+
+    def current_tables(self) -> dict[str, SolverTable]:
+        """The finished solvers and the one that is tuned."""
+        known = len(self.finished) + (self.stage is not None)
+        return {self.names[index]: self.table(index) for index in range(known)}
+
+    def artifact_paths(self) -> dict[str, Path]:
+        """One for each solver."""
+        return {name: Path(self.output.replace("{name}", name)) for name in self.names if self.output}
+
+    def used_seeds(self) -> list[list[int]]:
+        """Those of the samples and their noises."""
+        return self.trainer.datamodule.seed_ranges()
 
     def setup(self, stage: str) -> None:
         """Refuse data of another kind."""

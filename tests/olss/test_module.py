@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.trajectories import TrajectoryCache, generate_trajectories
+from evaluation.evaluate import evaluate_table
 from olss.data import FitTrajectories
 from olss.module import OLSS
 from olss.student import fit_on_student, fit_on_teacher, teacher_factor
 from solvers import NoiseSchedule, load_solver, sample
 from tests.olss.toy import SEEDS, Toy, teacher
+from training.testing import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,18 @@ def test_two_processes_find_the_same_table(tmp_path, cache, options):
         equal(tables(tmp_path / "one"), tables(tmp_path / name), 1e-8)
         first, second = (tables(tmp_path / which)[5].info["validation"]["rmse"] for which in ("one", name))
         assert abs(first - second) < 1e-10
+
+
+def test_test_measures_the_students(tmp_path, cache):
+    options = Evaluation(num_images=8, metrics=["rmse"], reference="ddim:20")
+    module = fit(tmp_path, cache, nfe=[3, 5], evaluation=options)
+    found = trainer(tmp_path).test(module, datamodule=FitTrajectories(cache, holdout=4), verbose=False)[0]
+    for nfe in (3, 5):
+        same = evaluate_table(Toy(), tables(tmp_path)[nfe], teacher(), num_images=8)
+        assert found[f"test/olss-{nfe}/rmse"] == pytest.approx(same["rmse"], rel=1e-4)
+    fresh = OLSS(Toy(), str(tmp_path), nfe=[3, 5], evaluation=options)
+    again = trainer(tmp_path).test(fresh, datamodule=FitTrajectories(cache, holdout=4), verbose=False)[0]
+    assert again == pytest.approx(found, rel=1e-6)
 
 
 def test_resumes_to_the_same_table(tmp_path, cache):

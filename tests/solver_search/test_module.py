@@ -9,12 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.trajectories import generate_trajectories
 from denoisers import with_guidance
+from evaluation.evaluate import evaluate_table
 from solver_search.data import SearchData
 from solver_search.losses import SearchLoss
 from solver_search.module import SolverSearch
 from solver_search.parameters import PaperParameters
 from solvers import NoiseSchedule, load_solver, named_solver, sample, sample_trace, start_noise
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
+from training.testing import Evaluation
 
 FIRST = 2**31
 SCHEDULE = NoiseSchedule.linear()
@@ -76,6 +78,20 @@ def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds
         assert info["fitted_on"]["evaluations"]["tangent"] > 0
         assert 0 < info["validation"]["rmse"] < start
     assert _rmse(search.table(4), denoiser) < _rmse(search.table(3), denoiser)
+
+
+def test_test_measures_the_tables_of_a_checkpoint(cache, tmp_path):
+    denoiser, data = TwoPoints(SCHEDULE), SearchData(cache, num_val=4)
+    options = {"nfe": [3, 4], "steps": 2, "evaluation": Evaluation(8, metrics=["rmse"], reference="ddim:12")}
+    search = SolverSearch(denoiser, **options)
+    _fit(search, data, folder=tmp_path)
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    found = trainer.test(
+        SolverSearch(denoiser, **options), datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )[0]
+    for nfe in (3, 4):
+        same = evaluate_table(denoiser, search.table(nfe), named_solver("ddim:12", SCHEDULE), num_images=8)
+        assert found[f"test/solver-search-{nfe}/rmse"] == pytest.approx(same["rmse"], rel=1e-6)
 
 
 def test_start_with_the_lowest_loss_goes_on(cache):

@@ -13,10 +13,12 @@ from PIL import Image
 
 from data.trajectories import FIRST_SEED, generate_trajectories
 from denoisers import with_guidance
+from evaluation.evaluate import evaluate_table
 from solvers import NoiseSchedule, TableScheduler, load_solver, named_solver
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 from timestep_tuner.data import TunerData
 from timestep_tuner.module import TimestepTuner, solver_name
+from training.testing import Evaluation
 
 SCHEDULE = NoiseSchedule.linear()
 COUNT = 32
@@ -54,6 +56,16 @@ def fit(tuner, source, folder=None, ckpt_path=None, **options):
 
 def make(denoiser=None, solvers="ddim:4", **options) -> TimestepTuner:
     return TimestepTuner(denoiser or TwoPoints(SCHEDULE), solvers, **{"steps": 20, "learning_rate": 0.03} | options)
+
+
+def test_test_measures_the_tuned_tables(cache, tmp_path):
+    options = Evaluation(8, metrics=["rmse"], reference="ddim:16")
+    tuner = make(solvers=["ddim:4", "unipc:3"], steps=2, evaluation=options)
+    trainer = fit(tuner, data(cache))
+    found = trainer.test(tuner, datamodule=data(cache), verbose=False)[0]
+    for index, name in enumerate(("ddim-4", "unipc-3")):
+        same = evaluate_table(tuner.denoiser, tuner.table(index), named_solver("ddim:16", SCHEDULE), num_images=8)
+        assert found[f"test/{name}/rmse"] == pytest.approx(same["rmse"], rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["parallel", "sequential"])

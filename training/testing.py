@@ -1,0 +1,123 @@
+"""`train.py test`: figures of a method's current tables, by the code of `sample.py compare`."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
+from solvers import SolverTable, load_solver, resolve_solver
+from training.record import log_table
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `train.py test` measures.
+
+    Args:
+        num_images: images per table; they have seeds `seed`, `seed` + 1, ...
+        seed: of the first image.
+        batch_size: images per network call.
+        metrics: some of `evaluation.rows.METRICS`; default: what can be measured offline of so many images.
+        reference: solver that RMSE and PSNR are measured against, name:steps or an artifact's path; default: the
+            teacher's 100 steps.
+    Raises:
+        ValueError: no images, or a batch of none.
+    """
+
+    num_images: int = 256
+    seed: int = 0
+    batch_size: int = 64
+    metrics: list[str] | None = None
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.batch_size < 1:
+            raise ValueError(f"num_images {self.num_images} and batch_size {self.batch_size} must be at least 1")
+
+
+class TableModule(lightning.LightningModule):
+    """A module whose result is one or several solver tables.
+
+    `train.py test --ckpt_path ...` measures the tables as they are in the checkpoint, `train.py test` alone the
+    artifacts that the run has written.
+    """
+
+    denoiser: Any
+    evaluation: Evaluation
+
+    @abstractmethod
+    def current_tables(self) -> dict[str, SolverTable]:
+        """Tables in memory by name; none before a fit."""
+
+    @abstractmethod
+    def artifact_paths(self) -> dict[str, Path]:
+        """Where the artifacts are written, by name."""
+
+    @abstractmethod
+    def used_seeds(self) -> Sequence[Sequence[int]]:
+        """Half-open ranges of the seeds of the data at hand."""
+
+    @property
+    def default_reference(self) -> str:
+        """The teacher: 100 steps of DDIM, or of Euler for a flow model."""
+        return "euler:100" if self.denoiser.schedule.kind == "flow" else "ddim:100"
+
+    def tables_to_test(self) -> list[str]:
+        """Names of the tables.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self._tested = self.current_tables() or self._written()
+        if not self._tested:
+            where = ", ".join(map(str, self.artifact_paths().values())) or "(no output)"
+            raise ValueError(f"there is no table to test: give --ckpt_path, or fit first; no artifact at {where}")
+        return list(self._tested)
+
+    def on_test_start(self) -> None:
+        """The reference's images, once for all tables."""
+        options, shape = self.evaluation, self.denoiser.sample_shape
+        self._measure = shipped_measure(options.num_images, shape, options.metrics)
+        name = options.reference or self.default_reference
+        table = resolve_solver(name, self.denoiser.schedule, denoiser=self.denoiser)
+        shown = name if self.global_rank == 0 and self.trainer.progress_bar_callback else None
+        self._target: Tensor = reference_images(
+            self.denoiser, table, options.num_images, options.seed, options.batch_size, progress=shown
+        )
+
+    def test_step(self, batch: str, batch_idx: int) -> None:
+        """Figures of one table; every process samples its share of the images."""
+        options, table = self.evaluation, self._tested[batch]
+        found = evaluate_table(
+            self.denoiser,
+            table,
+            self._target,
+            num_images=options.num_images,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            measure=self._measure,
+            fitted_seeds=[*table.info.get("fitted_on", {}).get("seeds", []), *self.used_seeds()],
+        )
+        self.log_dict({f"test/{batch}/{name}": value for name, value in found.items()}, batch_size=1)
+        log_table(self.logger, f"test/{batch}", table)
+
+    def _written(self) -> dict[str, SolverTable]:
+        found = {name: path for name, path in self.artifact_paths().items() if path.exists()}
+        if found:
+            rank_zero_info(f"testing the artifacts {', '.join(map(str, found.values()))}")
+        return {name: load_solver(path, denoiser=self.denoiser) for name, path in found.items()}
+
+
+class TableData(lightning.LightningDataModule):
+    """Data of a `TableModule`: what it tests are its tables, on noises of their own."""
+
+    def test_dataloader(self) -> list[str]:
+        """One unit for each table."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return module.tables_to_test()
