@@ -1,0 +1,274 @@
+"""SLAM with Lightning: distil a student that needs one to eight evaluations."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from data.loader import seed_of
+from denoisers import condition_length
+from slam.lines import NOISE_LEVELS, huber, l2, teacher_points
+from slam.networks import follow, load_teacher, make_student, make_target, shard
+from slam.objective import Weights, predictions
+from slam.record import export, log_samples, upload_student
+from slam.tables import student_table
+from solvers import SolverTable
+from training.ema import averaged_network
+from training.rates import warmup_stable_decay
+from training.record import upload_solver
+
+METHODS = ("slam", "consistency")
+LOSSES = ("huber", "l2")
+
+
+class SLAM(lightning.LightningModule):
+    """Trains a student to map every point between two neighbouring teacher points to the same data.
+
+    Points, gammas and noises of a batch depend only on (seed, epoch, batch, rank), so a resumed run equals an
+    uninterrupted one. The student, the target and the optimiser are in checkpoints, the teacher is not.
+
+    Args:
+        teacher: the network, or a path for `load_denoiser`; its class must offer students (denoisers/gamma.py).
+        output: folder for student/ and slam-<steps>.json.
+        method: `slam`, or `consistency`: gamma is 1 always, plain consistency distillation.
+        guidance_scale: of the teacher, uncond + guidance_scale (cond - uncond); the student needs none.
+        teacher_points: steps of the teacher's DDIM (flow: Euler) between noise and data.
+        teacher_dtype: number format of the teacher's weights; default: as they are.
+        noise_level: sigma on the line, `paper` or `shared`, see `slam.lines.line_node`.
+        loss: `huber` or `l2`.
+        huber_c: where the Huber loss turns from quadratic to linear.
+        target_decay: of the target, an exponential moving average of the student.
+        learning_rate: peak learning rate of AdamW.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: the last part of the steps over which the rate falls linearly to zero.
+        betas: AdamW's decay rates.
+        weight_decay: AdamW's weight decay.
+        lora_rank: train adapters of this rank instead of all weights.
+        gradient_checkpointing: recompute the student's blocks in the backward pass.
+        steps: numbers of evaluations that artifacts are written for.
+        export_every: steps between exports during training; 0: at the end only.
+        sample_every: steps between pictures of 1, 2 and 4 evaluations in the logger; 0 for none.
+        upload_student: also upload the student to W&B, at the end.
+        seed: seed of points, gammas and noises.
+    Raises:
+        ValueError: an option out of its range, a teacher that cannot be distilled; on set-up: data that do not fit.
+    Source: arXiv 2404.13903: learning rate 8e-6, target decay 0.95, Huber with c = 0.001 on Stable Diffusion.
+    """
+
+    def __init__(
+        self,
+        teacher: str | nn.Module,
+        output: str | None = None,
+        method: str = "slam",
+        guidance_scale: float = 1.0,
+        teacher_points: int = 50,
+        teacher_dtype: str | None = None,
+        noise_level: str = "paper",
+        loss: str = "huber",
+        huber_c: float = 0.001,
+        target_decay: float = 0.95,
+        learning_rate: float = 8e-6,
+        warmup_steps: int = 0,
+        decay_fraction: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        lora_rank: int | None = None,
+        gradient_checkpointing: bool = False,
+        steps: list[int] = [1, 2, 4, 8],  # noqa: B006 - only read
+        export_every: int = 0,
+        sample_every: int = 500,
+        upload_student: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_options(method, noise_level, loss, huber_c, target_decay, decay_fraction, steps)
+        network = load_teacher(teacher, guidance_scale, teacher_dtype)
+        self.schedule = network.schedule
+        self.points, self.num_points = _points(network, teacher_points, noise_level), teacher_points
+        self.tables = {count: student_table(self.schedule, count, teacher_points) for count in sorted(set(steps))}
+        self.student = make_student(network, lora_rank, gradient_checkpointing, method == "slam")
+        self.target = make_target(self.student)
+        object.__setattr__(self, "teacher", network)  # no submodule: not in checkpoints, and keeps its dtype
+        self.guidance_scale = float(getattr(network, "guidance_scale", 1.0))
+        self.output, self.method, self.noise_level, self.seed = output, method, noise_level, seed
+        self.loss, self.huber_c, self.target_decay = loss, huber_c, target_decay
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.warmup_steps, self.decay_fraction, self.lora_rank = warmup_steps, decay_fraction, lora_rank
+        self.export_every, self.sample_every, self.upload_student = export_every, sample_every, upload_student
+        self.images, self.seconds, self._since = 0, 0.0, time.perf_counter()
+
+    def table(self, num_steps: int) -> SolverTable:
+        """The student's sampler of `num_steps` evaluations, one of those exported."""
+        return self.tables[num_steps]
+
+    def configure_model(self) -> None:
+        """Shard all three networks where the strategy has a mesh (ModelParallelStrategy)."""
+        if self.device_mesh is not None and not getattr(self, "_sharded", False):
+            mesh = self.device_mesh["data_parallel"]
+            for network in (self.student, self.target, self.teacher):
+                shard(network, mesh)
+            self._sharded = True
+
+    def setup(self, stage: str) -> None:
+        """Bring the teacher to this process's device; refuse data of another kind before training."""
+        self.teacher.to(self.trainer.strategy.root_device)
+        check = getattr(getattr(self.trainer, "datamodule", None), "check", None)
+        if stage == "fit" and check is not None:
+            check(self.teacher)
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> Tensor:
+        """Loss of a batch (data, condition)."""
+        data, condition = batch
+        _check_batch(data, condition, self.teacher.sample_shape)
+        noise = torch.randn(
+            data.shape, generator=self._generator("noise", batch_idx, self.device), device=self.device, dtype=data.dtype
+        )
+        weights = self._weights(len(data), batch_idx).to(self.device, data.dtype)
+        told = self.method == "slam"
+        networks = self.student, self.target, self.teacher
+        found, aim = predictions(*networks, weights, data, noise, condition, told)
+        difference = found.float() - aim.float() if found.dtype != torch.float64 else found - aim
+        loss = huber(difference, self.huber_c) if self.loss == "huber" else l2(difference)
+        self.images += len(data) * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        """A step of the student, then of the target."""
+        super().optimizer_step(*args, **options)
+        follow(self.target, self.student, self.target_decay)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """After an optimiser's step: throughput, pictures, export."""
+        step = self.global_step
+        if (self.trainer.fit_loop.total_batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        if step % self.trainer.log_every_n_steps == 0:
+            self._tick()
+            self.log("train/images_per_second", self.images / self.seconds, prog_bar=True)
+        if self.sample_every and step % self.sample_every == 0:
+            log_samples(self, [count for count in self.tables if count <= 4])
+        if self.export_every and step % self.export_every == 0 and step < self.trainer.estimated_stepping_batches:
+            self.export()
+
+    def on_train_end(self) -> None:
+        """Write the student and its artifacts."""
+        paths = self.export()
+        for path in paths:
+            upload_solver(self.logger, path)
+        if paths and self.upload_student:
+            upload_student(self.logger, Path(str(self.output)))
+
+    def export(self) -> list[Path]:
+        """Write student/ and the artifacts, where there is an output; a collective operation."""
+        self._tick()
+        if self.output is None:
+            return []
+        paths = export(self)
+        rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {self.output}")
+        return paths
+
+    def sampled_network(self) -> Any:
+        """What is exported and shown: the EMA callback's average of the student if there is one, else the target."""
+        return averaged_network(self.trainer, self.target)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on what is trained, with a rate per step."""
+        optimizer = torch.optim.AdamW(
+            [value for value in self.student.parameters() if value.requires_grad],
+            lr=self.learning_rate,
+            betas=tuple(self.betas),
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step over the peak."""
+        total = self.trainer.estimated_stepping_batches if self.decay_fraction else float("inf")
+        return warmup_stable_decay(step, total, self.warmup_steps, self.decay_fraction)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm; Lightning itself refuses to with a fused optimizer."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was spent."""
+        self._tick()
+        checkpoint["slam"] = {"images": self.images, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on there."""
+        self.images, self.seconds = checkpoint["slam"]["images"], checkpoint["slam"]["seconds"]
+
+    def _weights(self, batch: int, batch_idx: int) -> Weights:
+        """Random points, and gammas (1 for plain consistency distillation)."""
+        generator = self._generator("line", batch_idx, torch.device("cpu"))
+        index = torch.randint(self.num_points, (batch,), generator=generator)
+        gamma = torch.rand(batch, generator=generator, dtype=torch.float64)
+        if self.method == "consistency":
+            gamma = torch.ones_like(gamma)
+        return Weights.of(self.schedule, self.points[index], gamma, self.noise_level)
+
+    def _generator(self, what: str, batch_idx: int, device: torch.device) -> torch.Generator:
+        seed = seed_of(what, self.current_epoch, batch_idx, self.seed, self.global_rank)
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+
+def _points(teacher: Any, count: int, noise_level: str) -> Any:
+    points = teacher_points(teacher.schedule, count)
+    try:
+        Weights.of(teacher.schedule, points, torch.ones_like(points.start), noise_level)
+    except ValueError as error:
+        raise ValueError(f"this teacher cannot be distilled: {error}") from error
+    return points
+
+
+def _check_batch(data: Tensor, condition: Any, shape: tuple[int, ...]) -> None:
+    if tuple(data.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"the training data have shape {tuple(data.shape[1:])}, the teacher takes {tuple(shape)}: give data of its "
+            "size, latents of its autoencoder for a latent model"
+        )
+    if condition_length(condition) not in (None, len(data)):
+        raise ValueError(f"{len(data)} samples have {condition_length(condition)} conditions: each needs one")
+
+
+def _check_options(
+    method: str,
+    noise_level: str,
+    loss: str,
+    huber_c: float,
+    target_decay: float,
+    decay_fraction: float,
+    steps: list[int],
+) -> None:
+    for name, value, allowed in (
+        ("method", method, METHODS),
+        ("noise_level", noise_level, NOISE_LEVELS),
+        ("loss", loss, LOSSES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(allowed)}")
+    if huber_c <= 0:
+        raise ValueError(f"huber_c {huber_c} must be positive")
+    if not 0 <= target_decay < 1 or not 0 <= decay_fraction <= 1:
+        raise ValueError(f"target_decay {target_decay} must lie in [0, 1), decay_fraction {decay_fraction} in [0, 1]")
+    if not steps:
+        raise ValueError("steps is empty: give the numbers of evaluations to export, such as 1, 2, 4, 8")

@@ -1,0 +1,89 @@
+"""The networks of a run: the teacher in its own number format, the student, and its average, the target."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from denoisers import load_denoiser, map_condition, with_guidance
+from denoisers.gamma import with_gamma
+from denoisers.protocol import DenoiserWrapper
+from slam.lora import add_lora
+from solvers.schedule import NoiseSchedule
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class OwnDtype(DenoiserWrapper):
+    """A frozen denoiser whose weights keep their number format, outside autocast's and the run's choice."""
+
+    def __init__(self, denoiser: nn.Module, dtype: torch.dtype | None = None) -> None:
+        super().__init__(denoiser.to(dtype) if dtype else denoiser)
+        floats = (value.dtype for value in denoiser.parameters() if value.is_floating_point())
+        self.own = dtype or next(floats, torch.get_default_dtype())
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
+        """The output in the dtype of the state, (batch, *sample_shape)."""
+        condition = map_condition(lambda value: value.to(self.own) if value.is_floating_point() else value, condition)
+        return self.denoiser(x.to(self.own), timestep, condition, **options).to(x.dtype)
+
+
+def load_teacher(teacher: str | nn.Module, guidance_scale: float, dtype: str | None) -> nn.Module:
+    """A teacher, guided, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: an unknown dtype, a teacher without noise schedule, or guidance that it does not have.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown teacher_dtype {dtype!r}: use one of {', '.join(DTYPES)}, or null for its own")
+    network = load_denoiser(teacher) if isinstance(teacher, str) else teacher
+    if not isinstance(getattr(network, "schedule", None), NoiseSchedule):
+        raise ValueError(f"the teacher {type(network).__name__} has no `schedule`: give it a solvers.NoiseSchedule")
+    own = OwnDtype(network, getattr(torch, dtype) if dtype else None)
+    return with_guidance(own.eval().requires_grad_(False), guidance_scale)
+
+
+def make_student(teacher: nn.Module, lora_rank: int | None, gradient_checkpointing: bool, told: bool) -> Any:
+    """A student with the teacher's weights; its embedding of gamma is frozen where it is not told gamma.
+
+    Raises:
+        ValueError: a teacher that offers no student, or a rank below 1.
+    """
+    student = with_gamma(teacher)
+    student.gradient_checkpointing = gradient_checkpointing
+    if lora_rank is not None:
+        add_lora(student, lora_rank)
+    student.gamma_embedding.requires_grad_(told)
+    return student
+
+
+def make_target(student: Any) -> Any:
+    """A frozen copy of the student."""
+    target = copy.deepcopy(student).eval().requires_grad_(False)
+    target.gradient_checkpointing = False
+    return target
+
+
+@torch.no_grad()
+def follow(target: nn.Module, student: nn.Module, decay: float) -> None:
+    """target = decay target + (1 - decay) student, in what is trained; on each process's own shard."""
+    pairs = zip(target.parameters(), student.parameters())
+    trained = [(_local(mean), _local(value)) for mean, value in pairs if value.requires_grad]
+    means, values = (list(column) for column in zip(*trained))
+    torch._foreach_lerp_(means, values, 1 - decay)
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2: each block and the rest of a network over the processes of a mesh."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in getattr(network, "blocks", []):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
