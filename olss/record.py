@@ -45,6 +45,7 @@ def save_student(module: Any, nfe: int) -> Path:
             "teacher": manifest["solver"],
             "teacher_steps": module.teacher.nfe,
             "precision": teacher["precision"],
+            "seconds": module.fitting_seconds,
         },
         validation={
             "rmse": module.validation[nfe],

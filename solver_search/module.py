@@ -12,13 +12,15 @@ from data.trajectories import run_teacher
 from denoisers import class_labels, load_denoiser, with_guidance
 from solver_search.data import Samples, SearchData
 from solver_search.lion import Lion
+from solver_search.lm import Evaluations
 from solver_search.losses import SearchLoss, TeacherPath
 from solver_search.memory import describe
 from solver_search.objective import Objective, VariableGuidance
-from solver_search.record import log_samples, log_table, save_table, upload
+from solver_search.record import log_samples, save_table
 from solver_search.stage import Stage, begin_stage
 from solvers import SolverTable, resolve_solver
 from solvers.artifact import table_from_dict, table_to_dict
+from training.record import log_table, upload_solver
 from training.testing import Evaluation, TableModule
 
 OPTIMIZERS = ("lm", "lion", "adam")
@@ -189,7 +191,7 @@ class SolverSearch(TableModule):
             | {"evaluations": float(self.objective.evaluations.total)},
             prog_bar=True,
         )
-        log_table(self.logger, self.table(), f"nfe {stage.nfe}, step {stage.step}")
+        log_table(self.logger, "table", self.table(), f"nfe {stage.nfe}, step {stage.step}")
         if stage.done and stage.nfe == self.nfe[-1]:
             self.trainer.should_stop = True
 
@@ -296,6 +298,8 @@ class SolverSearch(TableModule):
         if not todo:
             self.trainer.should_stop = True
             return False
+        self.objective.evaluations = Evaluations()
+        self.restart_clock()
         self.stage, theta = begin_stage(self, todo[0], teacher)
         self._set_theta(theta)
         self.optimizers().optimizer.state.clear()
@@ -308,7 +312,9 @@ class SolverSearch(TableModule):
         if stage.best_theta is not None:
             self._set_theta(stage.best_theta)
         self.finished[stage.nfe] = self.table()
-        upload(self.logger, save_table(self, stage))
+        path = save_table(self, stage)
+        if path is not None:
+            upload_solver(self.logger, path)
 
     def _stop(self, loss: float, good: Tensor, found: Tensor) -> None:
         """End the run at a loss that is not finite, the last good table saved."""

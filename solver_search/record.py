@@ -38,15 +38,6 @@ def save_table(search: Any, stage: Any) -> Path | None:
 
 
 @rank_zero_only
-def log_table(logger: Any, table: Any, title: str) -> None:
-    """A picture of the coefficients and timesteps, where the logger takes pictures."""
-    if hasattr(logger, "log_image"):
-        from evaluation.pictures import draw_table
-
-        logger.log_image("table", [draw_table(table, title)])
-
-
-@rank_zero_only
 def log_samples(search: Any, teacher: Any) -> None:
     """Up to 16 images of the current table above the teacher's, where the logger takes pictures."""
     if not hasattr(search.logger, "log_image"):
@@ -61,18 +52,6 @@ def log_samples(search: Any, teacher: Any) -> None:
     search.logger.log_image("samples", [image_grid(rows, min(count, len(images)))])
 
 
-@rank_zero_only
-def upload(logger: Any, path: Path | None) -> None:
-    """The artifact as a W&B artifact, where the logger is W&B's."""
-    if path is None or not hasattr(logger, "log_image"):
-        return
-    import wandb
-
-    artifact = wandb.Artifact(f"solver-{path.stem}", type="solver")
-    artifact.add_file(str(path))
-    logger.experiment.log_artifact(artifact)
-
-
 def _fitted_on(search: Any) -> dict[str, Any]:
     data = search.trainer.datamodule
     spent = search.objective.evaluations
@@ -81,6 +60,7 @@ def _fitted_on(search: Any) -> dict[str, Any]:
         "seeds": data.seed_ranges(),
         "trajectories": [Path(folder).name for folder in data.folders],
         "evaluations": {"forward": spent.forward, "backward": spent.backward, "tangent": spent.tangent},
+        "seconds": search.fitting_seconds,
     }
 
 

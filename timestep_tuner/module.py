@@ -176,6 +176,7 @@ class TimestepTuner(TableModule):
     def _begin(self) -> None:
         """Start with the next solver, at ratio 1."""
         objective = self.objectives[len(self.finished)]
+        self.restart_clock()
         with torch.no_grad():
             self.ratio.fill_(1)
         self._forget_momentum()

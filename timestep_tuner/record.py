@@ -25,7 +25,7 @@ def save_tuned(tuner: Any, index: int, stage: Stage, spent: Evaluations) -> Path
             guidance_scale=tuner.guidance_scale,
             denoiser_name=getattr(tuner.denoiser, "name", None),
             weight_hash=getattr(tuner.denoiser, "weight_hash", None),
-            fitted_on=_fitted_on(tuner, index) | {"evaluations": vars(spent)},
+            fitted_on=_fitted_on(tuner, index) | {"evaluations": vars(spent), "seconds": tuner.fitting_seconds},
             validation={
                 "objective": tuner.kind,
                 "before": sum(stage.before),

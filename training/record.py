@@ -9,12 +9,12 @@ from solvers.table import SolverTable
 
 
 @rank_zero_only
-def log_table(logger: Any, name: str, table: SolverTable) -> None:
-    """A picture of coefficients and timesteps, where the logger takes pictures."""
+def log_table(logger: Any, name: str, table: SolverTable, title: str | None = None) -> None:
+    """A picture of coefficients and timesteps, where the logger takes pictures; its title is the name by default."""
     if hasattr(logger, "log_image"):
         from evaluation.pictures import draw_table
 
-        logger.log_image(name, [draw_table(table, name)])
+        logger.log_image(name, [draw_table(table, title or name)])
 
 
 @rank_zero_only

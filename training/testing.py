@@ -1,5 +1,6 @@
 """`train.py test`: figures of a method's current tables, by the code of `sample.py compare`."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,19 @@ class TableModule(lightning.LightningModule):
     @abstractmethod
     def used_seeds(self) -> Sequence[Sequence[int]]:
         """Half-open ranges of the seeds of the data at hand."""
+
+    @property
+    def fitting_seconds(self) -> float:
+        """Seconds since training began in this process, or since `restart_clock`; for `fitted_on` of artifacts."""
+        return round(time.perf_counter() - self._began, 1)
+
+    def restart_clock(self) -> None:
+        """The work on another table begins."""
+        self._began = time.perf_counter()
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self.restart_clock()
 
     @property
     def default_reference(self) -> str:
