@@ -5,7 +5,8 @@
     python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json
     python sample.py export   checkpoints/solvers/cifar10-dit/olss-8.json --to diffusers --output scheduler
 
-A solver is an artifact's path, or `name:steps` for a tabulated diffusers scheduler.
+A solver is an artifact's path, or `name:steps` for a tabulated diffusers scheduler; in a comparison, SOLVER+parataa
+is the same solver in parallel rounds.
 """
 
 import json
@@ -182,6 +183,12 @@ def _sampler(name: str, preview: Path | None) -> Iterator[tuple[Callable, dict]]
         yield run, record
 
 
+def _parallel_sample(*arguments, **options):
+    from parataa import parallel_sample
+
+    return parallel_sample(*arguments, **options)
+
+
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -267,10 +274,12 @@ def main(args: Sequence[str] | None = None) -> None:
     subcommands = parser.add_subcommands(dest="command")
     for name, command in commands.items():
         part = Parser(description=(command.__doc__ or "").splitlines()[0])
-        part.add_function_arguments(command, as_positional=name in ("inspect", "export"))
+        part.add_function_arguments(command, as_positional=name in ("inspect", "export"), skip={"samplers"})
         subcommands.add_subcommand(name, part)
     values = parser.parse_args(_lists_joined(sys.argv[1:] if args is None else args))
     options = values[values.command].as_dict()
+    if values.command == "compare":
+        options["samplers"] = {"parataa": _parallel_sample}
     guarded(commands[values.command], **options)
 
 

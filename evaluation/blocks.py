@@ -22,11 +22,14 @@ TRACED = 8
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images (n, *shape), the states of the first few of them (N+1, k, *shape) or None, and seconds it took."""
+    """Images (n, *shape), the states of the first few of them (N+1, k, *shape) or None, and what all of them took:
+    seconds, and of a parallel sampler rounds and network evaluations."""
 
     images: Tensor
     trace: Tensor | None
     seconds: float
+    rounds: int | None = None
+    evaluations: int | None = None
 
 
 def blocks_of(num_samples: int) -> list[range]:
@@ -46,6 +49,13 @@ def draw(contender: Contender, seeds: range, batch_size: int, traced: int, step:
     Raises:
         ValueError: images that are not finite.
     """
+    run = _sequential if contender.sampler is None else _with_rounds
+    taken = run(contender, seeds, batch_size, traced, step)
+    require_finite(taken.images, f"images of {contender.name}")
+    return taken
+
+
+def _sequential(contender: Contender, seeds: range, batch_size: int, traced: int, step: Callable[[int], None]) -> Drawn:
     states: list[Tensor] = []
     seconds = 0.0
 
@@ -66,8 +76,31 @@ def draw(contender: Contender, seeds: range, batch_size: int, traced: int, step:
         return images
 
     images = generate(contender.denoiser, contender.table, seeds, batch_size=batch_size, sampler=sampler)
-    require_finite(images, f"images of {contender.name}")
     return Drawn(images, torch.stack(states) if states else None, seconds)
+
+
+def _with_rounds(
+    contender: Contender, seeds: range, batch_size: int, traced: int, step: Callable[[int], None]
+) -> Drawn:
+    """By the contender's own sampler."""
+    traces: list[Tensor] = []
+    seconds, rounds, evaluations = 0.0, 0, 0
+
+    def sampler(denoiser, table, noise, condition, *, seeds, callback):
+        nonlocal seconds, rounds, evaluations
+        keep = traced if not traces else 0
+        begin = time.perf_counter()
+        images, stats = contender.sampler(denoiser, table, noise, condition, seeds=seeds, keep_states=keep > 0)
+        images = images.cpu()
+        seconds += time.perf_counter() - begin
+        rounds, evaluations = rounds + sum(stats.sample_rounds), evaluations + stats.evaluations
+        if keep:
+            traces.append(stats.states[:, :keep].float().cpu())
+        step(table.nfe * len(images))
+        return images
+
+    images = generate(contender.denoiser, contender.table, seeds, batch_size=batch_size, sampler=sampler)
+    return Drawn(images, traces[0] if traces else None, seconds, rounds, evaluations)
 
 
 class ReferenceImages:

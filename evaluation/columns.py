@@ -15,6 +15,8 @@ COLUMNS = {
     "rmse": "RMSE",
     "psnr": "PSNR (dB)",
     "end_noise_level": "end noise",
+    "rounds": "rounds",
+    "evaluations": "evaluations",
     "seconds": "s / image",
     "fitting_seconds": "fitting s",
 }
@@ -28,16 +30,20 @@ HINTS = {
     "rmse": "to the reference solver from the same noise; 95 % interval",
     "psnr": "to the reference solver, range 2",
     "end_noise_level": "sigma / alpha left in the image",
+    "rounds": "network calls one after the other, per image",
+    "evaluations": "network evaluations per image, side by side ones included",
     "seconds": "sampling time per image",
     "fitting_seconds": "time the solver's fit took, once",
 }
 
 
 def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns that hold a value in some row; guidance only where it differs."""
+    """Columns that hold a value in some row; guidance only where it differs, rounds only of parallel samplers."""
     used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     constant = len({row["guidance"] for row in rows}) == 1
     silent = {"end_noise_level"} if all(row["end_noise_level"] < 1e-4 for row in rows) else set()
+    if all(row.get("rounds", row["nfe"]) == row["nfe"] for row in rows):
+        silent |= {"rounds", "evaluations"}
     return [name for name in used if name not in silent and not (name == "guidance" and constant)]
 
 

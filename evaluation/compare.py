@@ -1,5 +1,6 @@
 """`sample.py compare`: solvers side by side on the same noises. Imports what it needs only when called."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 
@@ -19,6 +20,7 @@ def compare(
     bootstrap: int = 200,
     cache: str = "runs/cache/reference",
     wandb: bool = False,
+    samplers: Mapping[str, Callable] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare solvers: report.json, report.md, report.html and comparison.png. A killed comparison continues.
 
@@ -27,7 +29,7 @@ def compare(
 
     Args:
         denoiser: checkpoint folder.
-        solvers: artifacts' paths or name:steps.
+        solvers: artifacts' paths or name:steps; SOLVER+parataa runs it in parallel rounds.
         reference: the solver that RMSE and PSNR are measured against.
         output: folder to write; it may hold an unfinished run of this comparison, or one with fewer solvers.
         num_samples: number of images per solver.
@@ -41,6 +43,7 @@ def compare(
         bootstrap: number of resamplings for the 95 % intervals; 0 leaves them out.
         cache: folder that keeps the reference solver's images.
         wandb: also log the table and the pictures to W&B (offline when not logged in).
+        samplers: other samplers than the sequential one, by name, see `evaluation.contenders.Contender`.
     Returns:
         The rows of report.json: the reference, then the solvers, per guidance scale.
     Raises:
@@ -66,4 +69,5 @@ def compare(
         bootstrap=bootstrap,
         cache=cache,
         log_to_wandb=wandb,
+        samplers=samplers,
     )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from solvers.files import atomic_write
 SETTINGS_NAME = "comparison.json"
 WRITTEN = ("rows", "report.json", "report.md", "report.html", "comparison.png")
 SHOWN = 16
+TOTALS = ("seconds", "rounds", "evaluations")  # of all images of a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +48,13 @@ def compare_paths(
     metrics: Sequence[str] | None,
     extractor: str,
     statistics: str | None,
+    samplers: Mapping[str, Callable] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """See `evaluation.compare.compare`."""
     device = _device()
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
-    groups = load_groups(denoiser, solvers, reference, scales, precision, device)
+    groups = load_groups(denoiser, solvers, reference, scales, precision, device, samplers)
     wants_features = metrics is None or set(metrics) - {"rmse"}
     network = _load_extractor(extractor, metrics is not None, device) if wants_features else None
     data = find_statistics(statistics, network, extractor) if network is not None else None
@@ -172,6 +174,9 @@ class Run:
             "squared_errors": squared_errors(drawn.images, target),
             "seconds": torch.tensor(drawn.seconds, dtype=torch.float64),
         }
+        for name in ("rounds", "evaluations"):
+            if getattr(drawn, name) is not None:
+                values[name] = torch.tensor(getattr(drawn, name), dtype=torch.float64)
         if self.measure.extractor is not None:
             device = next(self.measure.extractor.parameters()).device
             parts = [self.measure.extractor(part.to(device)) for part in drawn.images.split(self.batch_size)]
@@ -214,11 +219,12 @@ class Run:
         return Entry(contender, row, images, None if is_reference else errors)
 
     def _read(self, contender: Contender) -> dict[str, Tensor]:
-        """All blocks of a contender joined; seconds added up."""
+        """All blocks of a contender joined, totals added up."""
         parts = [read_tensors(self._path(contender, block)) for block in blocks_of(self.num_samples)]
         first = {name: parts[0][name] for name in ("images", "trace")}
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0].keys() - {*first, "seconds"}}
-        return {**first, **joined, "seconds": torch.stack([part["seconds"] for part in parts]).sum()}
+        totals = {name: torch.stack([part[name] for part in parts]).sum() for name in TOTALS if name in parts[0]}
+        others = parts[0].keys() - {*first, *totals}
+        return {**first, **totals, **{name: torch.cat([part[name] for part in parts]) for name in others}}
 
     def _path(self, contender: Contender, block: range) -> Path:
         return self.output / "rows" / _key(contender) / f"{block.start:07d}.safetensors"

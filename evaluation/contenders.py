@@ -1,7 +1,7 @@
 """What is compared: a solver table on a network, and what a user's list of solvers stands for."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +24,17 @@ class Contender:
         table: the solver.
         denoiser: the network, a student's own where it has one; it carries `schedule` and `sample_shape`.
         guidance_scale: the scale its images stand for: the network's own, or what a student was distilled from.
+        sampler: runs the table instead of `sample`; takes (denoiser, table, noise, condition, seeds=, keep_states=) and
+            returns images and an object with `sample_rounds`, `evaluations` and `states`, as `parallel_sample` does.
+        sampler_name: its name.
     """
 
     name: str
     table: SolverTable
     denoiser: Any
     guidance_scale: float = 1.0
+    sampler: Callable | None = None
+    sampler_name: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -39,6 +44,7 @@ class Contender:
             digest.update(getattr(self.table, name).detach().contiguous().numpy().tobytes())
         own_scale = float(getattr(self.denoiser, "guidance_scale", 1.0))
         digest.update(f"{self.table.start_scale!r} {own_scale!r} {network_hash(self.denoiser)}".encode())
+        digest.update(self.sampler_name.encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -74,10 +80,12 @@ def load_groups(
     guidance_scale: Sequence[float] | None = None,
     precision: str = "float32",
     device: torch.device | None = None,
+    samplers: Mapping[str, Callable] | None = None,
 ) -> list[Group]:
     """Load what a command line names, a group per guidance scale.
 
-    An artifact appears at the scales it was made for, a `name:steps` at all of them.
+    An artifact appears at the scales it was made for, a `name:steps` at all of them. `SOLVER+NAME` is the solver run
+    by the sampler of that name.
 
     Args:
         denoiser: path of the network.
@@ -86,6 +94,7 @@ def load_groups(
         guidance_scale: scales; default: the one the artifacts were made for, else 1.
         precision: of the networks.
         device: of the networks.
+        samplers: other samplers than the sequential one, by name; see `Contender`.
     Raises:
         ValueError: no solver, the same one twice, an unknown one, one that fits none of the scales or not the
             network, or artifacts of different scales when none was given.
@@ -95,7 +104,10 @@ def load_groups(
         raise ValueError("no solvers to compare: give at least one artifact's path or name:steps")
     if len(set(solvers)) < len(solvers):
         raise ValueError(f"a solver is named twice in {', '.join(solvers)}: name each once")
-    made_for = {solver: _made_for(solver) for solver in solvers if solver.endswith(".json")}
+    samplers = samplers or {}
+    made_for = {
+        solver: _made_for(path) for solver in solvers if (path := _split(solver, samplers)[0]).endswith(".json")
+    }
     scales = list(guidance_scale) if guidance_scale else _common_scale(made_for)
     for solver, allowed in made_for.items():
         if not any(guidance_fits(allowed, scale) for scale in scales):
@@ -106,7 +118,7 @@ def load_groups(
     for scale in scales:
         model = load_denoiser(denoiser, guidance_scale=scale, precision=precision, device=device)
         chosen = [name for name in solvers if name not in made_for or guidance_fits(made_for[name], scale)]
-        contenders = tuple(_load(name, model, scale, precision, device) for name in chosen)
+        contenders = tuple(_load(name, model, scale, precision, device, samplers) for name in chosen)
         groups.append(Group(_load(reference, model, scale, precision, device), contenders))
     return groups
 
@@ -137,13 +149,28 @@ def check_disjoint(seeds: range, fitted: Sequence[Sequence[int]], name: str = "t
             )
 
 
-def _load(name: str, model: Any, scale: float, precision: str, device: torch.device | None) -> Contender:
-    if not name.endswith(".json"):
-        return Contender(name, resolve_solver(name, model.schedule), model, scale)
-    weights = student_path(load_solver(name))
+def _load(
+    name: str,
+    model: Any,
+    scale: float,
+    precision: str,
+    device: torch.device | None,
+    samplers: Mapping[str, Callable] | None = None,
+) -> Contender:
+    solver, chosen = _split(name, samplers or {})
+    sampler = {"sampler": (samplers or {})[chosen], "sampler_name": chosen} if chosen else {}
+    if not solver.endswith(".json"):
+        return Contender(name, resolve_solver(solver, model.schedule), model, scale, **sampler)
+    weights = student_path(load_solver(solver))
     if weights is not None:
         model = load_denoiser(weights.parent, precision=precision, device=device)
-    return Contender(name, load_solver(name, model), model, scale)
+    return Contender(name, load_solver(solver, model), model, scale, **sampler)
+
+
+def _split(name: str, samplers: Mapping[str, Callable]) -> tuple[str, str]:
+    """(solver, sampler) of SOLVER+SAMPLER; the sampler is empty where none is named."""
+    solver, plus, sampler = name.rpartition("+")
+    return (solver, sampler) if plus and sampler in samplers else (name, "")
 
 
 def _made_for(path: str) -> Any:

@@ -108,7 +108,8 @@ def make_row(
 
     Args:
         contender: the solver.
-        values: `squared_errors` (n,), `seconds`, and with an extractor `features` (n, d), `scores` (n, classes).
+        values: `squared_errors` (n,), `seconds`, with an extractor `features` (n, d), `scores` (n, classes), and of a
+            parallel sampler `rounds` and `evaluations` of all images.
         measure: what to measure.
         repeats: resamplings for intervals, 0 for none.
         is_reference: whether errors are measured against this one.
@@ -125,12 +126,21 @@ def make_row(
         **_errors(values["squared_errors"], counts),
         **_distances(values, measure, counts),
         "end_noise_level": contender.end_noise_level,
+        "rounds": _per_image(values, "rounds", contender),
+        "evaluations": _per_image(values, "evaluations", contender),
         "seconds": float(values["seconds"]) / count,
         "fitting_seconds": fitted.get("seconds"),
         "unused_evaluations": len(contender.table.unused_evaluations()),
         "stochastic": contender.table.is_stochastic,
         "is_reference": is_reference,
     }
+
+
+def _per_image(values: Mapping[str, Tensor], name: str, contender: Contender) -> float:
+    """Of a sequential sampler: one round and one evaluation for each row."""
+    if name not in values:
+        return float(contender.table.nfe)
+    return float(values[name]) / len(values["squared_errors"])
 
 
 def _errors(squared: Tensor, counts: Tensor | None) -> dict[str, Any]:

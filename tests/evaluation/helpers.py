@@ -33,13 +33,13 @@ class Mixture(nn.Module):
         if self.fail_after is not None and self.calls >= self.fail_after:
             raise KeyboardInterrupt
         self.calls += 1
-        alpha, sigma = (value.to(x.dtype) for value in self.schedule.alpha_sigma(timestep.double()))
+        alpha, sigma = (value.to(x.dtype).reshape(-1, 1) for value in self.schedule.alpha_sigma(timestep.double()))
         variance = sigma**2 + 0.04 * alpha**2
-        flat, centres = x.flatten(1), alpha * self.images.flatten(1)
-        weights = (-(flat[:, None] - centres).square().sum(-1) / (2 * variance)).softmax(-1)
-        data = (weights @ self.images.flatten(1)).view_as(x)
-        data = data + 0.04 * alpha / variance * (x - alpha * data)
-        return (x - alpha * data) / sigma * (float("nan") if self.gives_nan else 1)
+        flat, images = x.flatten(1), self.images.flatten(1)
+        distances = (flat[:, None] - alpha[..., None] * images).square().sum(-1)
+        data = (-distances / (2 * variance)).softmax(-1) @ images
+        data = data + 0.04 * alpha / variance * (flat - alpha * data)
+        return ((flat - alpha * data) / sigma).view_as(x) * (float("nan") if self.gives_nan else 1)
 
 
 class Pooled(nn.Module):

@@ -57,6 +57,23 @@ def test_artifacts_and_names_side_by_side(folder, tmp_path):
     assert "takes images (3, 32, 32), the model makes (1, 8, 8)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_the_command_line_runs_solvers_in_parallel_rounds(folder, tmp_path):
+    one = str(folder / "one.json")
+    options = ["--reference", "ddim:6", "--num_samples", "4", "--cache", str(tmp_path / "cache")]
+    solvers = [one, one + "+parataa", "ddim:6+parataa"]
+    output = tmp_path / "out"
+    sample.main(
+        ["compare", "--denoiser", str(folder / "model"), "--solvers", *solvers, *options, "--output", str(output)]
+    )
+    rows = json.loads((output / "report.json").read_text())
+    assert [row["solver"] for row in rows] == ["ddim:6", *solvers]
+    assert rows[2]["rmse"] == pytest.approx(rows[1]["rmse"], rel=0.05)
+    assert rows[3]["rmse"] < 0.05
+    assert rows[3]["rounds"] <= 6 < rows[3]["evaluations"]
+    with pytest.raises(SystemExit):
+        sample.main(["compare", "--denoiser", str(folder / "model"), "--solvers", "ddim:6+newton", *options])
+
+
 def test_each_artifact_runs_at_its_scales(folder):
     paths = [str(folder / name) for name in ("one.json", "range.json", "student.json")]
     groups = load_groups(str(folder / "model"), [*paths, "ddim:3"], "ddim:6", [1.0, 1.5])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from evaluation.comparison import compare_groups
 from evaluation.contenders import Contender, Group, check_seeds, display_names
 from evaluation.distances import Gaussian, frechet_distance, kernel_distance
 from evaluation.rows import choose_metrics, trajectory_error
+from parataa import parallel_sample
 from solvers import sample, sample_trace, start_noise
 from solvers.named import named_solver
 from tests.evaluation.helpers import Mixture, extractor, group, in_processes, statistics
@@ -43,6 +45,31 @@ def same(found, expected):
         assert {n: v for n, v in one.items() if n not in numbers} == {
             n: v for n, v in other.items() if n not in numbers
         }
+
+
+def test_a_parallel_sampler_has_the_images_of_the_sequential_one_and_counts_its_rounds(tmp_path):
+    denoiser = Mixture()
+    table = named_solver("ddim:12", denoiser.schedule)
+    parallel = Contender("ddim:12+parataa", table, denoiser, 1.0, partial(parallel_sample, tolerance=1e-5), "parataa")
+    both = replace(group(denoiser, ["ddim:3"]), contenders=(group(denoiser, ["ddim:3"]).contenders[0], parallel))
+
+    def compared():
+        return compare_groups([both], tmp_path / "out", num_samples=20, cache=tmp_path / "cache", batch_size=4)
+
+    rows = compared()
+    assert [row["rounds"] for row in rows[:2]] == [row["evaluations"] for row in rows[:2]] == [12, 3]
+    assert rows[2]["rmse"] < 1e-4
+    expected = [parallel_sample(denoiser, table, *noises(denoiser, k), tolerance=1e-5)[1] for k in range(20)]
+    assert rows[2]["rounds"] == pytest.approx(sum(stats.rounds for stats in expected) / 20)
+    assert rows[2]["evaluations"] == pytest.approx(sum(stats.evaluations for stats in expected) / 20)
+    assert rows[2]["rounds"] < 12 < rows[2]["evaluations"]
+    shown = (tmp_path / "out" / "report.md").read_text()
+    assert "| rounds | evaluations |" in shown
+    same(compared(), rows)
+
+
+def noises(denoiser, seed):
+    return start_noise([seed], denoiser.sample_shape), class_labels(denoiser, [seed])
 
 
 def test_figures_are_those_of_plain_sampling(tmp_path):
