@@ -13,10 +13,11 @@ from data.loader import seed_of
 from denoisers import condition_length
 from slam.lines import NOISE_LEVELS, huber, l2, teacher_points
 from slam.networks import follow, load_teacher, make_student, make_target, shard
-from slam.objective import Weights, predictions
+from slam.objective import WEIGHTINGS, Weights, predictions
 from slam.record import export, log_samples, upload_student
 from slam.tables import student_table
 from solvers import SolverTable
+from solvers.prediction import per_sample
 from training.ema import averaged_network
 from training.rates import warmup_stable_decay
 from training.record import upload_solver
@@ -39,6 +40,7 @@ class SLAM(lightning.LightningModule):
         teacher_points: steps of the teacher's DDIM (flow: Euler) between noise and data.
         teacher_dtype: number format of the teacher's weights; default: as they are.
         noise_level: sigma on the line, `paper` or `shared`, see `slam.lines.line_node`.
+        weighting: of the difference before the loss, `uniform` or `snr`, see `slam.objective.Weights.of`.
         loss: `huber` or `l2`.
         huber_c: where the Huber loss turns from quadratic to linear.
         target_decay: of the target, an exponential moving average of the student.
@@ -68,6 +70,7 @@ class SLAM(lightning.LightningModule):
         teacher_points: int = 50,
         teacher_dtype: str | None = None,
         noise_level: str = "paper",
+        weighting: str = "uniform",
         loss: str = "huber",
         huber_c: float = 0.001,
         target_decay: float = 0.95,
@@ -85,7 +88,7 @@ class SLAM(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_options(method, noise_level, loss, huber_c, target_decay, decay_fraction, steps)
+        _check_options(method, noise_level, weighting, loss, huber_c, target_decay, decay_fraction, steps)
         network = load_teacher(teacher, guidance_scale, teacher_dtype)
         self.schedule = network.schedule
         self.points, self.num_points = _points(network, teacher_points, noise_level), teacher_points
@@ -94,7 +97,8 @@ class SLAM(lightning.LightningModule):
         self.target = make_target(self.student)
         object.__setattr__(self, "teacher", network)  # no submodule: not in checkpoints, and keeps its dtype
         self.guidance_scale = float(getattr(network, "guidance_scale", 1.0))
-        self.output, self.method, self.noise_level, self.seed = output, method, noise_level, seed
+        self.output, self.method, self.seed = output, method, seed
+        self.noise_level, self.weighting = noise_level, weighting
         self.loss, self.huber_c, self.target_decay = loss, huber_c, target_decay
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.warmup_steps, self.decay_fraction, self.lora_rank = warmup_steps, decay_fraction, lora_rank
@@ -135,7 +139,7 @@ class SLAM(lightning.LightningModule):
         told = self.method == "slam"
         networks = self.student, self.target, self.teacher
         found, aim = predictions(*networks, weights, data, noise, condition, told)
-        difference = found.float() - aim.float() if found.dtype != torch.float64 else found - aim
+        difference = per_sample(weights.loss, found) * (found - aim)
         loss = huber(difference, self.huber_c) if self.loss == "huber" else l2(difference)
         self.images += len(data) * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
@@ -220,7 +224,7 @@ class SLAM(lightning.LightningModule):
         gamma = torch.rand(batch, generator=generator, dtype=torch.float64)
         if self.method == "consistency":
             gamma = torch.ones_like(gamma)
-        return Weights.of(self.schedule, self.points[index], gamma, self.noise_level)
+        return Weights.of(self.schedule, self.points[index], gamma, self.noise_level, self.weighting)
 
     def _generator(self, what: str, batch_idx: int, device: torch.device) -> torch.Generator:
         seed = seed_of(what, self.current_epoch, batch_idx, self.seed, self.global_rank)
@@ -253,6 +257,7 @@ def _check_batch(data: Tensor, condition: Any, shape: tuple[int, ...]) -> None:
 def _check_options(
     method: str,
     noise_level: str,
+    weighting: str,
     loss: str,
     huber_c: float,
     target_decay: float,
@@ -262,6 +267,7 @@ def _check_options(
     for name, value, allowed in (
         ("method", method, METHODS),
         ("noise_level", noise_level, NOISE_LEVELS),
+        ("weighting", weighting, WEIGHTINGS),
         ("loss", loss, LOSSES),
     ):
         if value not in allowed:

@@ -11,6 +11,7 @@ from slam.lines import Points, consistency_weights, ddim_weights, line_node, lin
 from solvers.schedule import NoiseSchedule
 
 Pair = tuple[Tensor, Tensor]
+WEIGHTINGS = ("uniform", "snr")
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,13 @@ class Weights:
     """What a batch of sub-paths needs, one number per sample: timesteps, gamma, and pairs of weights.
 
     `forward` of (data, noise) in x_s; `step` of (x_s, teacher's output) in x_e; `line` of (x_s, x_e) in x_g; `student`
-    of (x_g, output) in f_g; `target` of (x_e, output) in f_e.
+    of (x_g, output) in f_g; `target` of (x_e, output) in f_e; `loss` of f_g - f_e.
     """
 
     start: Tensor
     end: Tensor
     gamma: Tensor
+    loss: Tensor
     forward: Pair
     step: Pair
     line: Pair
@@ -31,9 +33,23 @@ class Weights:
     target: Pair
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, points: Points, gamma: Tensor, noise_level: str = "paper") -> "Weights":
+    def of(
+        cls,
+        schedule: NoiseSchedule,
+        points: Points,
+        gamma: Tensor,
+        noise_level: str = "paper",
+        weighting: str = "uniform",
+    ) -> "Weights":
         """Weights of sub-paths (batch,) at gamma (batch,), float64.
 
+        Args:
+            schedule: of the networks.
+            points: the sub-paths.
+            gamma: in [0, 1].
+            noise_level: see `line_node`.
+            weighting: of the difference before the loss: `uniform`: 1; `snr`: min(1, alpha_s / sigma_s), so that data
+                read off a noise prediction at alpha_s near 0, with errors of 1 / alpha_s, do not outweigh all others.
         Raises:
             ValueError: epsilon outputs at a start without any data (zero terminal signal-to-noise ratio).
         """
@@ -42,6 +58,7 @@ class Weights:
             points.start,
             points.end,
             gamma,
+            _loss_weight(weighting, points),
             forward=(points.alpha_start, points.sigma_start),
             step=ddim_weights(schedule.prediction_type, points),
             line=line_weights(schedule.kind, points, gamma),
@@ -55,6 +72,12 @@ class Weights:
         flat = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
         moved = iter(torch.stack(flat).to(dtype).to(device, non_blocking=True).unbind())
         return Weights(*((next(moved), next(moved)) if isinstance(row, tuple) else next(moved) for row in rows))
+
+
+def _loss_weight(weighting: str, points: Points) -> Tensor:
+    if weighting == "uniform":
+        return torch.ones_like(points.start)
+    return (points.alpha_start / points.sigma_start).clamp_max(1)
 
 
 def predictions(

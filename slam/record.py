@@ -55,7 +55,7 @@ def fitted_on(module: Any) -> dict[str, Any]:
 
 def config(module: Any) -> dict[str, Any]:
     """The settings that make a difference."""
-    names = ("method", "noise_level", "loss", "huber_c", "target_decay", "learning_rate", "warmup_steps")
+    names = ("method", "noise_level", "weighting", "loss", "huber_c", "target_decay", "learning_rate", "warmup_steps")
     more = ("decay_fraction", "weight_decay", "lora_rank", "seed")
     trainer = module.trainer
     return {
