@@ -23,6 +23,9 @@ $(INSTALLED): requirements.txt
 demo: $(INSTALLED)  ## learn an 8-step solver for the shipped model and compare it: runs/demo/
 	@$(BIN)/python demo.py
 
+results: $(INSTALLED)  ## every solver on both base models, hours: docs/results.md
+	@$(BIN)/python benchmarks/results.py
+
 test: $(INSTALLED)  ## the default test suite, a few minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 

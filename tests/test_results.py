@@ -1,0 +1,102 @@
+"""The script behind docs/results.md: what it compares, the tables it writes, and what it leaves alone."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import results
+from denoisers.checkpoint import save_denoiser
+from denoisers.dit import DiT
+from solvers import NoiseSchedule, save_solver
+from solvers.named import named_solver
+
+START, END = "<!-- table tiny 1 -->", "<!-- end -->"
+
+
+def row(solver, nfe, fd, **values):
+    given = {"model": "tiny", "guidance": 1.0, "solver": solver, "method": "baseline", "nfe": nfe, "num_images": 9}
+    return given | {"is_reference": False, "fd": fd, "kid": None, "rmse": fd / 10} | values
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A project with a tiny model and an artifact for guidance 1."""
+    torch.manual_seed(0)
+    network = DiT(NoiseSchedule.linear(), 8, 4, 1, 32, 1, 2)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+    weights = save_denoiser(network, tmp_path / "checkpoints" / "tiny")
+    common = {"method": "olss", "schedule": network.schedule, "weight_hash": weights}
+    solvers = tmp_path / "checkpoints" / "solvers" / "tiny"
+    save_solver(named_solver("unipc:3", network.schedule), solvers / "olss-3.json", **common)
+    save_solver(named_solver("unipc:2", network.schedule), solvers / "b" / "olss-2.json", **common, guidance_scale=1.5)
+    (tmp_path / "results.md").write_text(f"Before.\n\n{START}\nold\n{END}\n\nAfter.\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "REFERENCES", {"tiny": "ddim:6"})
+    monkeypatch.setattr(results, "BASELINES", {"tiny": ("ddim",)})
+    monkeypatch.setattr(results, "NFES", (2, 3))
+    return tmp_path
+
+
+def test_compares_what_fits_and_writes_all_files(folder):
+    known = [row("x:1", 1, 2.0, model="other", is_reference=True), row("gone:1", 1, 1.0)]
+    (folder / "results.json").write_text(json.dumps(known))
+    with (folder / "results.md").open("a") as file:
+        file.write(f"<!-- table other 1 -->\n{END}\n")
+    results.main(["--guidance", "1", "--num_samples", "4", "--json", "results.json", "--markdown", "results.md"])
+    rows = json.loads((folder / "results.json").read_text())
+    path = "checkpoints/solvers/tiny/olss-3.json"
+    assert [one["solver"] for one in rows] == ["x:1", "ddim:6", "ddim:2", "ddim:3", path]
+    assert all(one["num_images"] == 4 for one in rows[1:])
+    assert rows[-1]["rmse"] > 0
+    text = (folder / "results.md").read_text()
+    assert text.startswith("Before.\n\n<!-- table tiny 1 -->\n4 images per row; the teacher is ddim:6.")
+    assert f"| olss |  | **{rows[-1]['rmse']:.4f}** |" in text
+    assert "old" not in text
+    assert "\n\nAfter.\n" in text
+    assert (folder / "results.png").exists()
+
+
+def test_a_document_without_the_marker_is_refused_before_any_work(folder):
+    with pytest.raises(ValueError, match=r"there is no <!-- table tiny 1\.5 -->"):
+        results.main(["--json", "results.json", "--markdown", "results.md"])
+    assert not (folder / "runs").exists()
+
+
+def test_artifacts_by_guidance_scale(folder):
+    assert results.artifacts("tiny", 1.0) == ["checkpoints/solvers/tiny/olss-3.json"]
+    assert results.artifacts("tiny", 1.5) == ["checkpoints/solvers/tiny/b/olss-2.json"]
+
+
+def test_tables_mark_the_best_of_each_column_and_the_floor():
+    rows = [row("ddim:6", 6, 1.0, is_reference=True), row("ddim:2", 2, 5.0), row("ddim:3", 3, 4.0)]
+    rows.append(row("a/b/olss-2.json", 2, 3.0, fd_low=2.5, fd_high=3.5))
+    text = results.tables(rows)
+    assert "| Frechet distance | NFE 2 | NFE 3 |" in text
+    assert "| ddim | 5.00 | **4.00** |" in text
+    assert "| b/olss | **3.00** (2.50 to 3.50) |  |" in text
+    assert "| teacher, 6 evaluations | 1.00 | |" in text
+    assert "KID" not in text
+
+
+def test_picture(tmp_path):
+    rows = [
+        row("ddim:6", 6, 1.0, is_reference=True),
+        row("ddim:2", 2, 5.0),
+        row("a/olss-2.json", 2, 3.0, method="olss"),
+    ]
+    results.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [
+        ("unipc:8", "unipc"),
+        ("unipc@linspace:8", "unipc@linspace"),
+        ("checkpoints/solvers/cifar10-dit/tuned-ddim-10.json", "tuned-ddim"),
+        ("checkpoints/solvers/cifar10-dit/teacher-basis/olss-5.json", "teacher-basis/olss"),
+    ],
+)
+def test_families(solver, name):
+    assert results.family(solver) == name
