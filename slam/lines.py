@@ -39,7 +39,7 @@ def teacher_points(schedule: NoiseSchedule, num_points: int = 50) -> Points:
     start before, the first at 0.
 
     Raises:
-        ValueError: num_points outside 1 to the number of timesteps.
+        ValueError: num_points outside 1 to the number of timesteps; epsilon outputs at a start without data.
     Source: arXiv 2404.13903, section 4; the timesteps are those of arXiv 2310.04378.
     """
     most = int(schedule.t_max) + 1 if schedule.kind == "discrete_vp" else 1000
@@ -55,7 +55,13 @@ def teacher_points(schedule: NoiseSchedule, num_points: int = 50) -> Points:
         shift = schedule.parameters.get("shift", 1.0)
         time = shift * time / (1 + (shift - 1) * time)
         start, end = schedule.t_max * time[1:], schedule.t_max * time[:-1]
-    return Points(start, end, *schedule.alpha_sigma(start), *schedule.alpha_sigma(end))
+    points = Points(start, end, *schedule.alpha_sigma(start), *schedule.alpha_sigma(end))
+    if schedule.prediction_type == "epsilon" and points.alpha_start[-1] < 1e-8:
+        raise ValueError(
+            "epsilon outputs at alpha = 0 (zero terminal signal-to-noise ratio) say nothing about the data: use a "
+            "teacher with v_prediction"
+        )
+    return points
 
 
 def ddim_weights(prediction_type: str, points: Points) -> tuple[Tensor, Tensor]:

@@ -1,32 +1,34 @@
 """SLAM with Lightning: distil a student that needs one to eight evaluations."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from data.loader import seed_of
-from denoisers import condition_length
-from slam.lines import NOISE_LEVELS, huber, l2, teacher_points
-from slam.networks import follow, load_teacher, make_student, make_target, shard
+from denoisers import condition_length, load_denoiser
+from slam.lines import NOISE_LEVELS, huber, l2
+from slam.lines import teacher_points as spread_points
+from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
 from slam.objective import WEIGHTINGS, Weights, predictions
-from slam.record import export, log_samples, upload_student
+from slam.record import STUDENT_NAME, data_origin, export, log_samples, upload_student
 from slam.tables import student_table
 from solvers import SolverTable
 from solvers.prediction import per_sample
 from training.ema import averaged_network
 from training.rates import warmup_stable_decay
 from training.record import upload_solver
+from training.testing import Evaluation, TableModule
 
 METHODS = ("slam", "consistency")
 LOSSES = ("huber", "l2")
 
 
-class SLAM(lightning.LightningModule):
+class SLAM(TableModule):
     """Trains a student to map every point between two neighbouring teacher points to the same data.
 
     Points, gammas and noises of a batch depend only on (seed, epoch, batch, rank), so a resumed run equals an
@@ -56,6 +58,7 @@ class SLAM(lightning.LightningModule):
         sample_every: steps between pictures of 1, 2 and 4 evaluations in the logger; 0 for none.
         upload_student: also upload the student to W&B, at the end.
         seed: seed of points, gammas and noises.
+        evaluation: what `train.py test` measures.
     Raises:
         ValueError: an option out of its range, a teacher that cannot be distilled; on set-up: data that do not fit.
     Source: arXiv 2404.13903: learning rate 8e-6, target decay 0.95, Huber with c = 0.001 on Stable Diffusion.
@@ -86,17 +89,20 @@ class SLAM(lightning.LightningModule):
         sample_every: int = 500,
         upload_student: bool = False,
         seed: int = 0,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
+        self.evaluation = evaluation
         _check_options(method, noise_level, weighting, loss, huber_c, target_decay, decay_fraction, steps)
-        network = load_teacher(teacher, guidance_scale, teacher_dtype)
+        network = load_network(teacher)
         self.schedule = network.schedule
-        self.points, self.num_points = _points(network, teacher_points, noise_level), teacher_points
+        self.points, self.num_points = spread_points(self.schedule, teacher_points), teacher_points
         self.tables = {count: student_table(self.schedule, count, teacher_points) for count in sorted(set(steps))}
         self.student = make_student(network, lora_rank, gradient_checkpointing, method == "slam")
         self.target = make_target(self.student)
-        object.__setattr__(self, "teacher", network)  # no submodule: not in checkpoints, and keeps its dtype
-        self.guidance_scale = float(getattr(network, "guidance_scale", 1.0))
+        guided = make_teacher(network, guidance_scale, teacher_dtype)
+        object.__setattr__(self, "teacher", guided)  # no submodule: not in checkpoints, and keeps its dtype
+        self.guidance_scale = float(getattr(guided, "guidance_scale", 1.0))
         self.output, self.method, self.seed = output, method, seed
         self.noise_level, self.weighting = noise_level, weighting
         self.loss, self.huber_c, self.target_decay = loss, huber_c, target_decay
@@ -104,10 +110,44 @@ class SLAM(lightning.LightningModule):
         self.warmup_steps, self.decay_fraction, self.lora_rank = warmup_steps, decay_fraction, lora_rank
         self.export_every, self.sample_every, self.upload_student = export_every, sample_every, upload_student
         self.images, self.seconds, self._since = 0, 0.0, time.perf_counter()
+        self._exported: Any = None
 
-    def table(self, num_steps: int) -> SolverTable:
-        """The student's sampler of `num_steps` evaluations, one of those exported."""
-        return self.tables[num_steps]
+    @property
+    def denoiser(self) -> Any:
+        """What is exported, shown and tested: the EMA callback's average of the student if there is one, or the target.
+
+        Of a run that has finished, and is tested without a checkpoint, the exported student.
+        """
+        return averaged_network(self.trainer, self.target) if self._exported is None else self._exported
+
+    @property
+    def reference_denoiser(self) -> Any:
+        """The teacher."""
+        return self.teacher
+
+    @property
+    def default_reference(self) -> str:
+        """The teacher's steps."""
+        return f"{'euler' if self.schedule.kind == 'flow' else 'ddim'}:{self.num_points}"
+
+    def current_tables(self) -> dict[str, SolverTable]:
+        """The student's samplers, once it has seen an image."""
+        return {f"slam-{count}": table for count, table in self.tables.items()} if self.images else {}
+
+    def artifact_paths(self) -> dict[str, Path]:
+        """slam-<steps>.json."""
+        return {f"slam-{count}": Path(self.output) / f"slam-{count}.json" for count in self.tables if self.output}
+
+    def used_seeds(self) -> Sequence[Sequence[int]]:
+        """Those of data that the teacher made."""
+        return data_origin(self.trainer).get("seeds", [])
+
+    def test_dataloader(self) -> list[str]:
+        """One unit for each table."""
+        folder = Path(self.output or "") / STUDENT_NAME
+        if not self.images and self.output and folder.is_dir():
+            self._exported = load_denoiser(folder).to(self.device)
+        return self.tables_to_test()
 
     def configure_model(self) -> None:
         """Shard all three networks where the strategy has a mesh (ModelParallelStrategy)."""
@@ -126,6 +166,7 @@ class SLAM(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Start the clock."""
+        super().on_train_start()
         self._since = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> Tensor:
@@ -180,10 +221,6 @@ class SLAM(lightning.LightningModule):
         rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {self.output}")
         return paths
 
-    def sampled_network(self) -> Any:
-        """What is exported and shown: the EMA callback's average of the student if there is one, else the target."""
-        return averaged_network(self.trainer, self.target)
-
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on what is trained, with a rate per step."""
         optimizer = torch.optim.AdamW(
@@ -233,15 +270,6 @@ class SLAM(lightning.LightningModule):
     def _tick(self) -> None:
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
-
-
-def _points(teacher: Any, count: int, noise_level: str) -> Any:
-    points = teacher_points(teacher.schedule, count)
-    try:
-        Weights.of(teacher.schedule, points, torch.ones_like(points.start), noise_level)
-    except ValueError as error:
-        raise ValueError(f"this teacher cannot be distilled: {error}") from error
-    return points
 
 
 def _check_batch(data: Tensor, condition: Any, shape: tuple[int, ...]) -> None:

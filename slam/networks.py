@@ -31,28 +31,37 @@ class OwnDtype(DenoiserWrapper):
         return self.denoiser(x.to(self.own), timestep, condition, **options).to(x.dtype)
 
 
-def load_teacher(teacher: str | nn.Module, guidance_scale: float, dtype: str | None) -> nn.Module:
-    """A teacher, guided, frozen and in evaluation mode.
+def load_network(teacher: str | nn.Module) -> nn.Module:
+    """The teacher's network, not yet guided.
 
     Raises:
-        ValueError: an unknown dtype, a teacher without noise schedule, or guidance that it does not have.
+        ValueError: a teacher that cannot be loaded, or without noise schedule.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown teacher_dtype {dtype!r}: use one of {', '.join(DTYPES)}, or null for its own")
     network = load_denoiser(teacher) if isinstance(teacher, str) else teacher
     if not isinstance(getattr(network, "schedule", None), NoiseSchedule):
         raise ValueError(f"the teacher {type(network).__name__} has no `schedule`: give it a solvers.NoiseSchedule")
+    return network
+
+
+def make_teacher(network: nn.Module, guidance_scale: float, dtype: str | None) -> nn.Module:
+    """The network guided, frozen, in evaluation mode and in its number format; `network` itself changes its format.
+
+    Raises:
+        ValueError: an unknown dtype, or guidance that the network does not have.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown teacher_dtype {dtype!r}: use one of {', '.join(DTYPES)}, or null for its own")
     own = OwnDtype(network, getattr(torch, dtype) if dtype else None)
     return with_guidance(own.eval().requires_grad_(False), guidance_scale)
 
 
-def make_student(teacher: nn.Module, lora_rank: int | None, gradient_checkpointing: bool, told: bool) -> Any:
-    """A student with the teacher's weights; its embedding of gamma is frozen where it is not told gamma.
+def make_student(network: nn.Module, lora_rank: int | None, gradient_checkpointing: bool, told: bool) -> Any:
+    """A student with a network's weights; its embedding of gamma is frozen where it is not told gamma.
 
     Raises:
         ValueError: a teacher that offers no student, or a rank below 1.
     """
-    student = with_gamma(teacher)
+    student = with_gamma(network)
     student.gradient_checkpointing = gradient_checkpointing
     if lora_rank is not None:
         add_lora(student, lora_rank)

@@ -50,8 +50,6 @@ class Weights:
             noise_level: see `line_node`.
             weighting: of the difference before the loss: `uniform`: 1; `snr`: min(1, alpha_s / sigma_s), so that data
                 read off a noise prediction at alpha_s near 0, with errors of 1 / alpha_s, do not outweigh all others.
-        Raises:
-            ValueError: epsilon outputs at a start without any data (zero terminal signal-to-noise ratio).
         """
         node = line_node(schedule.kind, points, gamma, noise_level)
         return cls(

@@ -13,7 +13,7 @@ STUDENT_NAME = "student"
 
 def export(module: Any) -> list[Path]:
     """Write `output`/student and `output`/slam-<steps>.json, in the first process; sharded weights need all of them."""
-    weights = plain_weights(module.sampled_network())
+    weights = plain_weights(module.denoiser)
     folder = Path(module.output)
     paths = [folder / f"slam-{count}.json" for count in module.tables]
     if module.global_rank == 0:
@@ -38,7 +38,6 @@ def export(module: Any) -> list[Path]:
 
 def fitted_on(module: Any) -> dict[str, Any]:
     """Teacher, data and cost."""
-    data = getattr(module.trainer, "datamodule", None)
     teacher = module.teacher
     return {
         "teacher": getattr(teacher, "name", None),
@@ -49,8 +48,14 @@ def fitted_on(module: Any) -> dict[str, Any]:
         "iterations": module.global_step,
         "images": module.images,
         "seconds": round(module.seconds, 1),
-        **(data.origin() if hasattr(data, "origin") else {}),
+        **data_origin(module.trainer),
     }
+
+
+def data_origin(trainer: Any) -> dict[str, Any]:
+    """What the data module says about itself: `data`, and the `seeds` of what the teacher made."""
+    origin = getattr(getattr(trainer, "datamodule", None), "origin", None)
+    return {} if origin is None else origin()
 
 
 def config(module: Any) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def log_samples(module: Any, counts: list[int], num_images: int = 40) -> None:
     from evaluation.generate import generate
     from evaluation.pictures import as_images, image_grid
 
-    network = module.sampled_network()
+    network = module.denoiser
     with module.trainer.precision_plugin.forward_context():
         found = [generate(network, module.tables[count], range(num_images), batch_size=num_images) for count in counts]
     _log_images(module.logger, counts, [image_grid(as_images(network, images), columns=10) for images in found])

@@ -36,6 +36,11 @@ class EMA(Callback):
             self.network.load_state_dict(self._restored)
             self._restored = None
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the average of the checkpoint, so that it is what is tested."""
+        if self._restored is not None:
+            self.on_fit_start(trainer, pl_module)
+
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Follow the weights, once per optimiser step."""

@@ -78,6 +78,11 @@ class TableModule(lightning.LightningModule):
         self.restart_clock()
 
     @property
+    def reference_denoiser(self) -> Any:
+        """The network of the reference, where it is not the tested one: a student's teacher."""
+        return self.denoiser
+
+    @property
     def default_reference(self) -> str:
         """The teacher: 100 steps of DDIM, or of Euler for a flow model."""
         return "euler:100" if self.denoiser.schedule.kind == "flow" else "ddim:100"
@@ -99,10 +104,11 @@ class TableModule(lightning.LightningModule):
         options, shape = self.evaluation, self.denoiser.sample_shape
         self._measure = shipped_measure(options.num_images, shape, options.metrics)
         name = options.reference or self.default_reference
-        table = resolve_solver(name, self.denoiser.schedule, denoiser=self.denoiser)
+        network = self.reference_denoiser
+        table = resolve_solver(name, network.schedule, denoiser=network)
         shown = name if self.global_rank == 0 and self.trainer.progress_bar_callback else None
         self._target: Tensor = reference_images(
-            self.denoiser, table, options.num_images, options.seed, options.batch_size, progress=shown
+            network, table, options.num_images, options.seed, options.batch_size, progress=shown
         )
 
     def test_step(self, batch: str, batch_idx: int) -> None:

@@ -1,0 +1,406 @@
+"""SLAM with Lightning: what is trained, resume, processes, export, and what is refused."""
+
+import copy
+import json
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+import sample as command
+from data.images import ImageData
+from denoisers import load_denoiser
+from denoisers.dit import DiT
+from denoisers.gamma import Student, with_gamma
+from evaluation.generate import generate
+from slam.lora import plain_weights
+from slam.module import SLAM
+from slam.tables import student_table
+from solvers import NoiseSchedule, load_solver, student_path
+from training.ema import EMA
+
+NETWORK = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
+SCHEDULES = {
+    "epsilon": NoiseSchedule.linear(),
+    "v_prediction": NoiseSchedule.linear(prediction_type="v_prediction"),
+    "sample": NoiseSchedule.linear(prediction_type="sample"),
+    "flow": NoiseSchedule.flow(),
+}
+
+
+def network(schedule="epsilon", **options) -> DiT:
+    torch.manual_seed(0)
+    dit = DiT(SCHEDULES[schedule], **NETWORK | options)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return dit
+
+
+def make(schedule="epsilon", teacher=None, **options) -> SLAM:
+    defaults = {
+        "guidance_scale": 1.5,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "weighting": "snr",
+        "teacher_points": 10,
+    }
+    torch.manual_seed(1)
+    return SLAM(teacher or network(schedule), **defaults | options)
+
+
+def digits(batch_size=200, **options) -> ImageData:
+    return ImageData("digits", batch_size=batch_size, flip=False, **options)
+
+
+def trainer(folder=None, **options) -> lightning.Trainer:
+    return lightning.Trainer(
+        **{"accelerator": "cpu", "devices": 1, "max_epochs": -1, "max_steps": 3, "logger": False} | options,
+        default_root_dir=folder,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
+        use_distributed_sampler=False,
+    )
+
+
+def keep_all(folder, every=1) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+
+
+def same(one, other, tolerance=0.0):
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=tolerance, msg=name)
+
+
+def differs(one, other):
+    return any(not torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_a_student_starts_as_the_teacher():
+    teacher = network("flow", convention="sit")
+    student = with_gamma(teacher)
+    assert isinstance(student, Student)
+    x, timestep, labels = torch.randn(5, 1, 8, 8), torch.rand(5) * 999, torch.arange(5)
+    expected = teacher(x, timestep, labels)
+    assert torch.equal(student(x, timestep, labels), expected)
+    assert torch.equal(student(x, timestep, labels, gamma=torch.rand(5)), expected)
+
+
+def test_gamma_one_is_no_gamma_whatever_the_weights():
+    student = with_gamma(network())
+    torch.nn.init.normal_(student.gamma_embedding.mlp[2].weight)
+    x, timestep, labels = torch.randn(5, 1, 8, 8), torch.rand(5) * 999, torch.arange(5)
+    plain = student(x, timestep, labels)
+    assert torch.equal(student(x, timestep, labels, gamma=torch.ones(5)), plain)
+    assert not torch.allclose(student(x, timestep, labels, gamma=torch.full((5,), 0.9)), plain, atol=1e-3)
+
+
+def test_networks_without_students_are_refused():
+    with pytest.raises(ValueError, match="Linear cannot be distilled, because its network takes no gamma"):
+        with_gamma(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("method", ["slam", "consistency"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_all_prediction_types_train(schedule, method):
+    module = make(schedule, method=method, learning_rate=3e-3)
+    before = copy.deepcopy(module.student)
+    losses = Losses()
+    trainer(max_steps=30, callbacks=[losses]).fit(module, digits(100))
+    assert sum(losses.values[-5:]) < 0.8 * sum(losses.values[:5])
+    assert differs(module.student, before)
+    gamma = module.student.gamma_embedding
+    assert differs(gamma, before.gamma_embedding) == (method == "slam")
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.values.append(float(outputs["loss"]))
+
+
+def test_plain_consistency_is_slam_at_gamma_one(monkeypatch):
+    batch = torch.randn(6, 1, 8, 8), torch.arange(6)
+    found = []
+    for method in ("slam", "consistency"):
+        module = make(method=method)
+        module.trainer = trainer()
+        monkeypatch.setattr(module, "log", lambda *_, **__: None)
+        if method == "slam":
+            monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.ones(*shape, dtype=options["dtype"]))
+        found.append(module.training_step(batch, 0))
+    assert torch.equal(*found)
+    assert found[0] > 0
+
+
+def test_the_target_is_the_average_of_the_student():
+    module, record = make(target_decay=0.75), Students()
+    expected = copy.deepcopy(module.target.state_dict())
+    trainer(max_steps=6, accumulate_grad_batches=2, callbacks=[record]).fit(module, digits(60))
+    assert len(record.weights) == 6
+    for weights in record.weights:
+        for name, value in weights.items():
+            expected[name] = 0.75 * expected[name] + 0.25 * value
+    for name, value in module.target.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+
+
+class Students(Callback):
+    """The student's weights after each optimiser step."""
+
+    def __init__(self):
+        self.weights, self.step = [], 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step > self.step:
+            self.step = trainer.global_step
+            self.weights.append(copy.deepcopy(pl_module.student.state_dict()))
+
+
+@pytest.mark.parametrize("stop", [3, 10])  # inside the first epoch of eight batches, and inside the second
+def test_resume_equals_an_uninterrupted_run(tmp_path, stop):
+    whole, ema = make(output=str(tmp_path / "whole")), EMA(0.9, "student")
+    trainer(max_steps=12, callbacks=[ema, keep_all(tmp_path, stop)]).fit(whole, digits())
+    path = tmp_path / f"step={stop}.ckpt"
+    saved = torch.load(path, weights_only=True)
+    assert {name.partition(".")[0] for name in saved["state_dict"]} == {"student", "target"}
+    again, again_ema = make(output=str(tmp_path / "again")), EMA(0.9, "student")
+    torch.nn.init.normal_(again.student.gamma_embedding.mlp[0].weight)  # the checkpoint decides
+    trainer(max_steps=12, callbacks=[again_ema]).fit(again, digits(), ckpt_path=path, weights_only=True)
+    for name in ("student", "target"):
+        same(getattr(whole, name), getattr(again, name))
+    same(ema.network, again_ema.network)
+    assert whole.images == again.images == 12 * 200
+    hashes = [load_solver(tmp_path / run / "slam-4.json").info["student"]["sha256"] for run in ("whole", "again")]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.fixture
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class PerRank(SLAM):
+    """Without randomness, so that two processes can be compared with one."""
+
+    def _weights(self, batch, batch_idx):
+        from slam.objective import Weights
+
+        index = torch.arange(batch) % self.num_points
+        return Weights.of(self.schedule, self.points[index], torch.full((batch,), 0.5))
+
+    def training_step(self, batch, batch_idx):
+        data, _ = batch
+        kept, torch.randn = torch.randn, lambda *_, **__: torch.roll(data, 1, -1)
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            torch.randn = kept
+
+
+def run_equal(batch_size, **options):
+    torch.manual_seed(1)
+    module = PerRank(network("flow"), guidance_scale=1.5, teacher_points=4, steps=[1], learning_rate=1e-3)
+    run = trainer(max_steps=2, precision="64-true", **options)
+    run.fit(module, digits(batch_size))
+    return module
+
+
+@pytest.mark.usefixtures("_float64")
+def test_two_processes_equal_one_with_the_doubled_batch():
+    """Ranks take turns in the permutation: of rank 0's and 1's samples, equal indices meet equal sub-paths."""
+    pair = run_equal(8, devices=2, strategy="ddp_fork")
+    single = Interleaved.run()
+    for name in ("student", "target"):
+        same(getattr(pair, name), getattr(single, name), 1e-8)
+
+
+class Interleaved(PerRank):
+    """One process whose sub-paths repeat each index, as two ranks would have them."""
+
+    @classmethod
+    def run(cls):
+        torch.manual_seed(1)
+        module = cls(network("flow"), guidance_scale=1.5, teacher_points=4, steps=[1], learning_rate=1e-3)
+        trainer(max_steps=2, precision="64-true").fit(module, digits(16))
+        return module
+
+    def _weights(self, batch, batch_idx):
+        from slam.objective import Weights
+
+        index = (torch.arange(batch) // 2) % self.num_points
+        return Weights.of(self.schedule, self.points[index], torch.full((batch,), 0.5))
+
+
+def test_teacher_keeps_its_own_dtype():
+    module = make(teacher_dtype="bfloat16")
+    assert {value.dtype for value in module.teacher.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in module.student.parameters()} == {torch.float32}
+    trainer(max_steps=2, precision="bf16-mixed").fit(module, digits())
+    assert {value.dtype for value in module.teacher.parameters()} == {torch.bfloat16}
+    assert module.trainer.callback_metrics["train/loss"] > 0
+
+
+def test_gradient_checkpointing_changes_nothing():
+    plain, saving = make(), make(gradient_checkpointing=True)
+    assert saving.student.gradient_checkpointing
+    assert not saving.target.gradient_checkpointing
+    for module in (plain, saving):
+        trainer(max_steps=2).fit(module, digits())
+    same(plain.student, saving.student, 1e-6)
+
+
+def test_lora_trains_adapters_and_exports_ordinary_weights(tmp_path):
+    module = make(lora_rank=2, output=str(tmp_path))
+    names = {name for name, value in module.student.named_parameters() if value.requires_grad}
+    assert all("lora_" in name or name.startswith("gamma_embedding") for name in names)
+    assert any("attn.qkv.lora_A" in name for name in names)
+    trainer(max_steps=4).fit(module, digits())
+    plain = plain_weights(module.target)
+    assert set(plain) == set(with_gamma(network()).state_dict())
+    merged = with_gamma(network())
+    merged.load_state_dict(plain)
+    x, timestep, labels = torch.randn(3, 1, 8, 8), torch.tensor([900.0, 500.0, 20.0]), torch.arange(3)
+    torch.testing.assert_close(merged(x, timestep, labels), module.target(x, timestep, labels), rtol=1e-4, atol=1e-5)
+    assert differs(merged, with_gamma(network()))
+    loaded = load_denoiser(tmp_path / "student")
+    for name, value in plain.items():
+        assert torch.equal(loaded.state_dict()[name], value.bfloat16().float())
+
+
+@pytest.mark.parametrize("schedule", ["epsilon", "flow"])
+def test_exported_students_are_sampled_from_one_path(tmp_path, schedule):
+    module = make(schedule, output=str(tmp_path / "out"), export_every=2, steps=[4, 1])
+    trainer(max_steps=3).fit(module, digits())
+    path = tmp_path / "out/slam-4.json"
+    assert sorted(found.name for found in (tmp_path / "out").glob("*.json")) == ["slam-1.json", "slam-4.json"]
+    table = load_solver(path)
+    student = load_denoiser(student_path(table).parent)
+    table = load_solver(path, student)
+    assert torch.equal(table.output_coef, student_table(SCHEDULES[schedule], 4, 10).output_coef)
+    fitted, config = table.info["fitted_on"], table.info["config"]
+    assert {"method": "slam", "guidance_scale": 1.5, "iterations": 3, "images": 600, "data": "digits"}.items() <= (
+        fitted.items()
+    )
+    assert table.info["guidance_scale"] == 1.0
+    assert fitted["seconds"] > 0
+    assert (config["huber_c"], config["target_decay"]) == (0.001, 0.95)
+    assert json.loads((tmp_path / "out/student/config.json").read_text())["network"]["gamma"] is True
+    command.main(["generate", "--solver", str(path), "--num_samples", "3", "--output", str(tmp_path / "images")])
+    expected = generate(student, table, range(3))
+    import numpy as np
+
+    found = torch.from_numpy(np.load(tmp_path / "images/samples.npz")["samples"])
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_artifact_refuses_another_student(tmp_path):
+    for name, depth in (("one", 2), ("two", 1)):
+        module = make(teacher=network(depth=depth), output=str(tmp_path / name), steps=[1])
+        trainer(max_steps=1).fit(module, digits())
+    with pytest.raises(ValueError, match="it was made for weights"):
+        load_solver(tmp_path / "one/slam-1.json", load_denoiser(tmp_path / "two/student"))
+    weights = tmp_path / "one/student/model.safetensors"
+    weights.write_bytes((tmp_path / "two/student/model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="have sha256"):
+        load_solver(tmp_path / "one/slam-1.json")
+
+
+def test_test_measures_the_tables_against_the_teacher(tmp_path):
+    from training.testing import Evaluation
+
+    evaluation = Evaluation(num_images=4, metrics=["rmse"])
+    module = make("flow", output=str(tmp_path), steps=[1, 2], evaluation=evaluation)
+    trainer(max_steps=2).fit(module, digits())
+    (found,) = trainer().test(module, digits(), verbose=False)
+    assert {"test/slam-1/rmse", "test/slam-2/rmse", "test/slam-2/nfe"} <= set(found)
+    teacher = generate(module.teacher, module_reference(module), range(4))
+    student = generate(module.target, module.tables[1], range(4))
+    expected = float((student - teacher).square().mean().sqrt())
+    assert found["test/slam-1/rmse"] == pytest.approx(expected, rel=1e-4)
+    (again,) = trainer().test(
+        make("flow", output=str(tmp_path), steps=[1, 2], evaluation=evaluation), digits(), verbose=False
+    )
+    assert again["test/slam-1/rmse"] == pytest.approx(expected, rel=0.05)  # bf16 weights
+
+
+def module_reference(module):
+    from solvers import named_solver
+
+    return named_solver("euler:10", module.schedule)
+
+
+class Pictures(lightning.pytorch.loggers.CSVLogger):
+    """Takes pictures."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.images = {}
+
+    def log_image(self, key, images):
+        self.images[key] = images
+
+
+def test_pictures_losses_and_throughput_are_logged(tmp_path):
+    logger = Pictures(tmp_path)
+    trainer(max_steps=2, logger=logger, log_every_n_steps=1).fit(make(sample_every=2), digits())
+    assert set(logger.images) == {"samples/1-step", "samples/2-step", "samples/4-step"}
+    assert logger.images["samples/1-step"][0].shape == (4 * 18, 10 * 18, 3)
+    metrics = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+    assert "train/loss" in metrics
+    assert "train/images_per_second" in metrics
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "x"}, "unknown method 'x': use one of slam, consistency"),
+        ({"noise_level": "x"}, "unknown noise_level 'x'"),
+        ({"weighting": "x"}, "unknown weighting 'x'"),
+        ({"loss": "x"}, "unknown loss 'x'"),
+        ({"huber_c": 0.0}, r"huber_c 0\.0 must be positive"),
+        ({"target_decay": 1.0}, r"target_decay 1\.0 must lie in \[0, 1\)"),
+        ({"decay_fraction": 2.0}, r"decay_fraction 2\.0 in \[0, 1\]"),
+        ({"steps": []}, "steps is empty"),
+        ({"steps": [11]}, "is sampled in 1 to 10 steps, not 11"),
+        ({"teacher_points": 0}, "teacher_points is 0"),
+        ({"teacher_dtype": "int8"}, "unknown teacher_dtype 'int8'"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"teacher": torch.nn.Linear(1, 1)}, "the teacher Linear has no `schedule`"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_an_unknown_prediction_type_is_refused(tmp_path):
+    from denoisers.checkpoint import save_denoiser
+
+    save_denoiser(network(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["schedule"]["prediction_type"] = "score"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="unknown prediction type 'score'"):
+        SLAM(str(tmp_path))
+
+
+def test_data_that_do_not_fit_are_refused_before_training():
+    with pytest.raises(ValueError, match=r"shape \(1, 8, 8\), the denoiser takes \(1, 16, 16\)"):
+        trainer().fit(make(teacher=network(input_size=16)), digits())
+    with pytest.raises(ValueError, match=r"label \d is out of range"):
+        trainer().fit(make(teacher=network(num_classes=3)), digits())
+    loader = torch.utils.data.DataLoader([(torch.zeros(4, 4, 4), torch.tensor(0))], batch_size=1)
+    with pytest.raises(ValueError, match=r"shape \(4, 4, 4\), the teacher takes \(1, 8, 8\)"):
+        trainer().fit(make(), loader)
+    loader = torch.utils.data.DataLoader([(torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=int))], batch_size=None)
+    with pytest.raises(ValueError, match="2 samples have 3 conditions"):
+        trainer().fit(make(), loader)
