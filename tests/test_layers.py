@@ -11,7 +11,7 @@ LAYERS = [
     ["denoisers"],
     ["parataa", "data", "evaluation"],
     ["training"],
-    ["base", "olss", "solver_search", "timestep_tuner"],
+    ["base", "olss", "slam", "solver_search", "timestep_tuner"],
     ["train", "sample", "demo"],
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
