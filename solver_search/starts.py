@@ -1,7 +1,5 @@
 """Where a search starts: a named solver, an artifact, or the solution with one evaluation less."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -41,27 +39,6 @@ def check_start(table: SolverTable, name: str, nfe: int, schedule: NoiseSchedule
         )
     if table.is_stochastic:
         raise ValueError(f"the start {name} adds noise in its rows: start from a solver without (ddim, dpmpp, unipc)")
-
-
-def one_step_rows(table: SolverTable) -> SolverTable:
-    """The same solver with rows that move on from the newest state, as searches prefer.
-
-        state[i+1] = k state[i] + (row i - k row i-1),    k = alpha[i+1] / alpha[i]   (flow: 1),   row i in outputs
-
-    An identity, whatever the rows are: row i-1 is what state i is. A change of an early row is then carried on by
-    the later states as an integrator would carry it, where canonical rows forget it.
-    """
-    full = table.local(table.nfe)
-    blocks = [full.state_coef.clone(), full.output_coef.clone()]
-    is_flow = table.prediction_type == "flow_prediction"
-    for row in range(1, table.nfe):
-        keep = 1.0 if is_flow else float(table.alpha[row + 1] / table.alpha[row])
-        for block, rows in zip(blocks, (full.state_coef, full.output_coef)):
-            block[row] -= keep * rows[row - 1]
-        blocks[0][row, row] += keep
-    return replace(
-        full, state_coef=blocks[0], output_coef=blocks[1], state_support=None, output_support=None, info=table.info
-    )
 
 
 def split_widest(table: SolverTable, schedule: NoiseSchedule) -> SolverTable:

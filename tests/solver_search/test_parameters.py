@@ -5,7 +5,7 @@ import torch
 from torch.func import jacrev
 
 from solver_search.parameters import FreeParameters, PaperParameters
-from solver_search.starts import check_start, one_step_rows, split_widest, start_table
+from solver_search.starts import check_start, split_widest, start_table
 from solvers import NoiseSchedule, named_solver, sample, start_noise
 from tests.solver_search.toys import SHAPE, TwoPoints
 
@@ -152,17 +152,6 @@ def test_timesteps_stay_in_the_schedule():
     assert table.timesteps.tolist() == [999.0] * 4
     table = parameters.table(parameters.project(torch.full((parameters.size,), -9.0, dtype=torch.float64)))
     assert table.timesteps.tolist() == [0.0] * 4
-
-
-def test_other_rows_same_solver(noise):
-    for name in ("unipc", "dpmpp", "ddim"):
-        schedule = NoiseSchedule.linear()
-        table = named_solver(f"{name}:5", schedule)
-        rows = one_step_rows(table)
-        torch.testing.assert_close(rows.canonical().output, table.canonical().output, rtol=1e-9, atol=1e-9)
-        assert bool((rows.state_coef.diagonal() != 0).all())
-    flow = one_step_rows(named_solver("euler:4", NoiseSchedule.flow()))
-    torch.testing.assert_close(flow.state_coef, torch.eye(4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["unipc", "ddim", "flow"])
