@@ -126,6 +126,11 @@ class ImageData(lightning.LightningDataModule):
         """The first `val_images` validation images, in order."""
         return self._loader(self._val, shuffle=False)
 
+    def test_dataloader(self) -> list[str]:
+        """What a module tests that is about solver tables, not images (`training.testing.TableModule`)."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return module.tables_to_test()
+
     def _loader(self, images: ImageArray, shuffle: bool) -> ResumableLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochBatchSampler(len(images), self.batch_size, self.seed, rank, world_size, shuffle)

@@ -142,12 +142,12 @@ class SLAM(TableModule):
         """Those of data that the teacher made."""
         return data_origin(self.trainer).get("seeds", [])
 
-    def test_dataloader(self) -> list[str]:
-        """One unit for each table."""
+    def tables_to_test(self) -> list[str]:
+        """Names of the tables; of a run that is not in memory, those of its artifacts, with the exported student."""
         folder = Path(self.output or "") / STUDENT_NAME
         if not self.images and self.output and folder.is_dir():
             self._exported = load_denoiser(folder).to(self.device)
-        return self.tables_to_test()
+        return super().tables_to_test()
 
     def configure_model(self) -> None:
         """Shard all three networks where the strategy has a mesh (ModelParallelStrategy)."""
