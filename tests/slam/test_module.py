@@ -404,3 +404,40 @@ def test_data_that_do_not_fit_are_refused_before_training():
     loader = torch.utils.data.DataLoader([(torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=int))], batch_size=None)
     with pytest.raises(ValueError, match="2 samples have 3 conditions"):
         trainer().fit(make(), loader)
+
+
+def sharded_rank(rank, port, folder):
+    """One of two processes of FSDP2, as torchrun starts them."""
+    import os
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="slam",
+    )
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    module = make("flow", output=str(folder / "sharded"), steps=[1])
+    strategy = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint=False)
+    trainer(max_steps=2, strategy=strategy, devices=2).fit(module, digits(50))
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed, "fsdp"), reason="without FSDP2")
+def test_sharded_training_equals_ddp(tmp_path):
+    """ModelParallelStrategy shards student, target and teacher over two processes; the export is whole."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(sharded_rank, (port, tmp_path), nprocs=2, start_method="fork")
+    module = make("flow", output=str(tmp_path / "ddp"), steps=[1])
+    trainer(max_steps=2, strategy="ddp_fork", devices=2).fit(module, digits(50))
+    sharded, whole = (load_denoiser(tmp_path / name / "student") for name in ("sharded", "ddp"))
+    same(sharded, whole, 4e-3)  # stored in bf16
+    assert differs(whole, with_gamma(network("flow")).bfloat16().float())
