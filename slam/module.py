@@ -111,6 +111,7 @@ class SLAM(TableModule):
         self.export_every, self.sample_every, self.upload_student = export_every, sample_every, upload_student
         self.images, self.seconds, self._since = 0, 0.0, time.perf_counter()
         self._exported: Any = None
+        self._last_step = 0
 
     @property
     def denoiser(self) -> Any:
@@ -194,8 +195,9 @@ class SLAM(TableModule):
     def on_train_batch_end(self, *_: Any) -> None:
         """After an optimiser's step: throughput, pictures, export."""
         step = self.global_step
-        if (self.trainer.fit_loop.total_batch_idx + 1) % self.trainer.accumulate_grad_batches:
+        if step == self._last_step:  # gradients are still being accumulated
             return
+        self._last_step = step
         if step % self.trainer.log_every_n_steps == 0:
             self._tick()
             self.log("train/images_per_second", self.images / self.seconds, prog_bar=True)

@@ -22,8 +22,8 @@ class OwnDtype(DenoiserWrapper):
 
     def __init__(self, denoiser: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__(denoiser.to(dtype) if dtype else denoiser)
-        floats = (value.dtype for value in denoiser.parameters() if value.is_floating_point())
-        self.own = dtype or next(floats, torch.get_default_dtype())
+        floats = {value.dtype for value in denoiser.parameters() if value.is_floating_point()}
+        self.own = max(floats, key=lambda one: one.itemsize, default=torch.get_default_dtype())
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
         """The output in the dtype of the state, (batch, *sample_shape)."""

@@ -73,7 +73,7 @@ def keep_all(folder, every=1) -> ModelCheckpoint:
 
 def same(one, other, tolerance=0.0):
     for name, value in one.state_dict().items():
-        torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=tolerance, check_dtype=False, msg=name)
 
 
 def differs(one, other):
