@@ -1,7 +1,7 @@
 """What all diffusers networks have in common as denoisers: schedule, size, dtype, decoding."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -56,6 +56,21 @@ class Size:
         return self.height * self.vae_scale, self.width * self.vae_scale
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a denoiser was loaded from.
+
+    Args:
+        root: the pipeline's folder or hub name.
+        variant: of its weight files.
+        options: the other arguments of `load_diffusers`, JSON types.
+    """
+
+    root: str
+    variant: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 class DiffusersDenoiser(nn.Module):
     """A diffusers network as `denoiser(x, timestep, condition)`.
 
@@ -74,8 +89,10 @@ class DiffusersDenoiser(nn.Module):
             unknown beta schedule.
     """
 
+    network: Any
     default_size: int | None = None
     image_tokens: int | None = None
+    source: "Source | None" = None
 
     def __init__(
         self,
@@ -88,6 +105,7 @@ class DiffusersDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.name = network, name
+        self.scheduler_config = dict(getattr(scheduler, "config", scheduler))
         own = self._own_size() if height is None or width is None else (0, 0)
         sides = (own[0] if height is None else height // vae_scale, own[1] if width is None else width // vae_scale)
         self.size = Size(*sides, vae_scale)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DMod
 from torch import nn
 
 from denoisers.conditions import condition_to
-from denoisers.diffusers_base import DiffusersDenoiser
+from denoisers.diffusers_base import DiffusersDenoiser, Source
 from denoisers.diffusers_models import FAMILIES, from_network, vae_scale
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
@@ -59,10 +59,14 @@ def load_diffusers(
     scheduler = _config(DDIMScheduler, root, "scheduler")
     name = Path(str(path)).name
     denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
+    options: dict[str, Any] = {"height": height, "width": width, "dtype": dtype, "encode": encode, "decoder": decoder}
     if prompts is not None:
-        pipe = _text_pipeline(root, weights).to(device)
-        conditions = encode_prompts(pipe, read_prompts(prompts), negative_prompt, denoiser, **(encode or {}))
+        prompts = read_prompts(prompts)
+        options |= {"prompts": prompts, "negative_prompt": negative_prompt}
+        pipe = text_pipeline(root, **weights).to(device)
+        conditions = encode_prompts(pipe, prompts, negative_prompt, denoiser, **(encode or {}))
         denoiser.conditions = condition_to(conditions, "cpu")
+    denoiser.source = Source(root, variant, {key: value for key, value in options.items() if value})
     if decoder:
         denoiser.set_decoder(AutoencoderKL.from_pretrained(root, subfolder="vae", **weights).to(device))
     return denoiser
@@ -150,9 +154,9 @@ def _config(kind: Any, root: str, subfolder: str | None, required: bool = True) 
     return None
 
 
-def _text_pipeline(root: str, weights: dict[str, Any]) -> Any:
-    """The pipeline with tokenizers and text encoders alone."""
+def text_pipeline(root: str, keep: Sequence[str] = (), **weights: Any) -> Any:
+    """The pipeline with tokenizers and text encoders alone, and the components named in `keep`."""
     index = DiffusionPipeline.load_config(root)
-    keep = ("tokenizer", "text_encoder", "scheduler")
-    left_out = {name: None for name, value in index.items() if isinstance(value, list) and not name.startswith(keep)}
+    kept = ("tokenizer", "text_encoder", "scheduler", *keep)
+    left_out = {name: None for name, value in index.items() if isinstance(value, list) and not name.startswith(kept)}
     return DiffusionPipeline.from_pretrained(root, **left_out, **weights)

@@ -1,0 +1,104 @@
+"""A Stable Diffusion student as a folder that diffusers loads: its U-Net, LCMScheduler, the rest of the teacher."""
+
+import inspect
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import DiffusionPipeline, LCMScheduler
+
+from denoisers.diffusers_base import Source
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+ALONE = ("height", "width", "dtype")  # options of a network without text encoder and autoencoder
+
+
+def save_pipeline(
+    network: Any,
+    folder: str | Path,
+    scheduler: LCMScheduler,
+    source: Source | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a student's U-Net and scheduler and, where its teacher's folder is known, the rest of that pipeline.
+
+    `load_denoiser` takes the folder, or its `unet`, with the teacher's prompts and size; `StableDiffusionPipeline` and
+    `LatentConsistencyModelPipeline` take the folder where it is a whole pipeline.
+
+    Args:
+        network: the student's `UNet2DConditionModel`, in the dtype to store.
+        folder: created if missing; files of the same names are replaced, each at once.
+        scheduler: see `lcm_scheduler`.
+        source: where the teacher was loaded from.
+        beside: texts of further files beside the weights, by their names.
+    Returns:
+        The U-Net's weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        _save_parts(Path(temporary), network, scheduler, source)
+        for name, text in (beside or {}).items():
+            Path(temporary, "unet", name).write_text(text, encoding="utf-8")
+        _move(Path(temporary), folder)
+    return folder / WEIGHTS
+
+
+def lcm_scheduler(config: Mapping[str, Any], original_inference_steps: int = 50) -> LCMScheduler:
+    """diffusers' multistep consistency sampler on the schedule of another scheduler's config, without clipping.
+
+    Args:
+        config: of the teacher's scheduler.
+        original_inference_steps: number of the teacher's points that the student was distilled on.
+    """
+    known = inspect.signature(LCMScheduler).parameters.keys() - {"clip_sample", "thresholding", "timestep_scaling"}
+    kept: dict[str, Any] = {name: value for name, value in config.items() if name in known}
+    kept["original_inference_steps"] = original_inference_steps
+    return LCMScheduler(**kept)
+
+
+def _save_parts(folder: Path, network: Any, scheduler: LCMScheduler, source: Source | None) -> None:
+    pipe = None if source is None else _pipeline(network, scheduler, source)
+    if pipe is None:
+        network.save_pretrained(folder / "unet", max_shard_size="1TB")
+        scheduler.save_pretrained(folder / "scheduler")
+    else:
+        pipe.save_pretrained(folder, max_shard_size="1TB")
+    options = {} if source is None else source.options
+    if pipe is None:
+        options = {name: value for name, value in options.items() if name in ALONE}
+        _describe(folder / "unet", options)
+        _describe(folder, {"path": "unet", **options})
+    else:
+        _describe(folder / "unet", {"path": "..", **options})
+        _describe(folder, options)
+
+
+def _describe(folder: Path, options: dict[str, Any]) -> None:
+    text = yaml.safe_dump(options | {"device": "auto"}, sort_keys=False)
+    Path(folder, "denoiser.yaml").write_text(text, encoding="utf-8")
+
+
+def _pipeline(network: Any, scheduler: LCMScheduler, source: Source) -> DiffusionPipeline | None:
+    """The teacher's pipeline around the student; None where parts are missing: then this project alone can load it."""
+    try:
+        weights = {"torch_dtype": network.dtype, "variant": source.variant}
+        pipe = DiffusionPipeline.from_pretrained(source.root, unet=network, **weights)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the student is saved without the other parts of {source.root}: {reason}", stacklevel=2)
+        return None
+    pipe.register_modules(scheduler=scheduler)
+    return pipe
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move files, each at once, into the same places of another folder."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
