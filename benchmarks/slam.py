@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--teacher", default="checkpoints/cifar10-dit")
     parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--batch_size", type=int, default=64)

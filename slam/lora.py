@@ -31,7 +31,7 @@ def plain_weights(student: nn.Module) -> dict[str, Tensor]:
     weights = {name: whole(value.detach()) for name, value in student.state_dict().items()}
     for name, scale in _adapted(student):
         up, down = (weights.pop(f"{name}.lora_{part}.default.weight") for part in "BA")
-        base = {part: weights.pop(f"{name}.base_layer.{part}", None) for part in ("weight", "bias")}
+        base: dict[str, Any] = {part: weights.pop(f"{name}.base_layer.{part}", None) for part in ("weight", "bias")}
         weights[f"{name}.weight"] = base["weight"] + scale * up @ down
         if base["bias"] is not None:
             weights[f"{name}.bias"] = base["bias"]
@@ -45,6 +45,7 @@ def whole(value: Tensor) -> Tensor:
 
 def _adapted(student: nn.Module) -> Iterator[tuple[str, float]]:
     """Names and scales of layers with adapters."""
-    for name, module in student.named_modules():
+    modules: list[tuple[str, Any]] = list(student.named_modules())
+    for name, module in modules:
         if hasattr(module, "lora_A"):
             yield name, module.scaling["default"]

@@ -17,7 +17,7 @@ from slam.networks import follow, load_network, make_student, make_target, make_
 from slam.objective import WEIGHTINGS, Weights, predictions
 from slam.record import STUDENT_NAME, data_origin, export, log_samples, upload_student
 from slam.tables import student_table
-from solvers import SolverTable
+from solvers import NoiseSchedule, SolverTable
 from solvers.prediction import per_sample
 from training.ema import averaged_network
 from training.rates import warmup_stable_decay
@@ -64,6 +64,8 @@ class SLAM(TableModule):
     Source: arXiv 2404.13903: learning rate 8e-6, target decay 0.95, Huber with c = 0.001 on Stable Diffusion.
     """
 
+    teacher: Any
+
     def __init__(
         self,
         teacher: str | nn.Module,
@@ -95,7 +97,7 @@ class SLAM(TableModule):
         self.evaluation = evaluation
         _check_options(method, noise_level, weighting, loss, huber_c, target_decay, decay_fraction, steps)
         network = load_network(teacher)
-        self.schedule = network.schedule
+        self.schedule: NoiseSchedule = network.schedule
         self.points, self.num_points = spread_points(self.schedule, teacher_points), teacher_points
         self.tables = {count: student_table(self.schedule, count, teacher_points) for count in sorted(set(steps))}
         self.student = make_student(network, lora_rank, gradient_checkpointing, method == "slam")
@@ -223,12 +225,12 @@ class SLAM(TableModule):
         rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {self.output}")
         return paths
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW on what is trained, with a rate per step."""
         optimizer = torch.optim.AdamW(
             [value for value in self.student.parameters() if value.requires_grad],
             lr=self.learning_rate,
-            betas=tuple(self.betas),
+            betas=(self.betas[0], self.betas[1]),
             weight_decay=self.weight_decay,
             fused=True,
         )

@@ -31,7 +31,7 @@ class OwnDtype(DenoiserWrapper):
         return self.denoiser(x.to(self.own), timestep, condition, **options).to(x.dtype)
 
 
-def load_network(teacher: str | nn.Module) -> nn.Module:
+def load_network(teacher: str | nn.Module) -> Any:
     """The teacher's network, not yet guided.
 
     Raises:
@@ -43,7 +43,7 @@ def load_network(teacher: str | nn.Module) -> nn.Module:
     return network
 
 
-def make_teacher(network: nn.Module, guidance_scale: float, dtype: str | None) -> nn.Module:
+def make_teacher(network: nn.Module, guidance_scale: float, dtype: str | None) -> Any:
     """The network guided, frozen, in evaluation mode and in its number format; `network` itself changes its format.
 
     Raises:

@@ -1,6 +1,6 @@
 """The two predictions that SLAM compares, for a batch: on the line, and at the teacher's next point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -68,8 +68,9 @@ class Weights:
         """The same on a device, in one transfer."""
         rows = [getattr(self, field.name) for field in fields(self)]
         flat = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
-        moved = iter(torch.stack(flat).to(dtype).to(device, non_blocking=True).unbind())
-        return Weights(*((next(moved), next(moved)) if isinstance(row, tuple) else next(moved) for row in rows))
+        moved: Iterator[Any] = iter(torch.stack(flat).to(dtype).to(device, non_blocking=True).unbind())
+        found: list[Any] = [(next(moved), next(moved)) if isinstance(row, tuple) else next(moved) for row in rows]
+        return Weights(*found)
 
 
 def _loss_weight(weighting: str, points: Points) -> Tensor:
