@@ -86,20 +86,24 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def check_shard(path: Path, record: dict[str, Any]) -> None:
+def check_shard(path: Path, record: dict[str, Any], again: str = "generate the trajectories again") -> None:
     """Compare a shard with its size and checksum.
 
+    Args:
+        path: the shard.
+        record: with its `bytes` and `sha256`.
+        again: how shards are made, for the message.
     Raises:
         ValueError: it is missing, truncated or altered.
     """
-    advice = f"delete it and {record_path(path).name}, then generate the trajectories again: only it is recomputed"
+    advice = f"delete it and {record_path(path).name}, then {again}: only it is recomputed"
     if not path.is_file():
-        raise ValueError(f"trajectory shard {path} is missing: {advice}")
+        raise ValueError(f"shard {path} is missing: {advice}")
     size = path.stat().st_size
     if size != record["bytes"]:
-        raise ValueError(f"trajectory shard {path} has {size} bytes, {record['bytes']} were written: {advice}")
+        raise ValueError(f"shard {path} has {size} bytes, {record['bytes']} were written: {advice}")
     if sha256(path) != record["sha256"]:
-        raise ValueError(f"trajectory shard {path} is corrupt, its SHA-256 differs from the one written: {advice}")
+        raise ValueError(f"shard {path} is corrupt, its SHA-256 differs from the one written: {advice}")
 
 
 def read_shard(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
@@ -128,7 +132,7 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _encode(sample: Trajectories, timesteps: Tensor) -> bytes:
-    tensors = {"states": sample.states, "outputs": sample.outputs} | _flatten("condition", sample.condition)
+    tensors = {"states": sample.states, "outputs": sample.outputs} | flatten_condition("condition", sample.condition)
     tensors = {name: value[0].contiguous() for name, value in tensors.items()}
     return save(tensors | {"timesteps": timesteps.clone(), "seed": torch.tensor(sample.seeds[0])})
 
@@ -137,10 +141,12 @@ def _decode(content: bytes) -> Trajectories:
     tensors = load(content)
     leaves = {name: value[None] for name, value in tensors.items() if name.startswith("condition")}
     seeds = (int(tensors["seed"]),)
-    return Trajectories(tensors["states"][None], tensors["outputs"][None], _unflatten("condition", leaves), seeds)
+    return Trajectories(
+        tensors["states"][None], tensors["outputs"][None], unflatten_condition("condition", leaves), seeds
+    )
 
 
-def _flatten(name: str, condition: Any) -> dict[str, Tensor]:
+def flatten_condition(name: str, condition: Any) -> dict[str, Tensor]:
     """Names and tensors of nested dicts (`/key`), lists and tuples (`#index`)."""
     if condition is None:
         return {}
@@ -154,17 +160,17 @@ def _flatten(name: str, condition: Any) -> dict[str, Tensor]:
         parts = [(f"{name}#{index:03d}", value) for index, value in enumerate(condition)]
     else:
         raise ValueError(f"a condition holds {type(condition).__name__}: use tensors, dicts, lists and tuples")
-    return {leaf: tensor for part, value in parts for leaf, tensor in _flatten(part, value).items()}
+    return {leaf: tensor for part, value in parts for leaf, tensor in flatten_condition(part, value).items()}
 
 
-def _unflatten(name: str, leaves: dict[str, Tensor]) -> Any:
-    """Inverse of `_flatten`; lists come back as tuples."""
+def unflatten_condition(name: str, leaves: dict[str, Tensor]) -> Any:
+    """Inverse of `flatten_condition`; lists come back as tuples."""
     if not leaves:
         return None
     if name in leaves:
         return leaves[name]
     heads = sorted({name + leaf[len(name)] + _head(leaf[len(name) + 1 :]) for leaf in leaves})
-    parts = {head: _unflatten(head, {k: v for k, v in leaves.items() if _below(k, head)}) for head in heads}
+    parts = {head: unflatten_condition(head, {k: v for k, v in leaves.items() if _below(k, head)}) for head in heads}
     if heads[0][len(name)] == "#":
         return tuple(parts[head] for head in heads)
     return {head[len(name) + 1 :]: value for head, value in parts.items()}
