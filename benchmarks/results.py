@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.compare import compare
 from solvers import load_solver
 from solvers.artifact import guidance_fits
-from solvers.errors import SolverError
 from solvers.files import atomic_write
 from training.arguments import guarded
 
@@ -31,6 +30,7 @@ BASELINES = {
     "cifar10-dit": ("ddim", "dpmpp", "unipc", "deis", "ipndm"),
     "cifar10-sit": ("euler", "heun", "dpmpp", "unipc", "ipndm"),
 }
+PUBLISHED = {"cifar10-dit": "vp", "cifar10-sit": "flow"}
 NFES = (4, 5, 6, 8, 10)
 KEPT = ("fd", "fd_low", "fd_high", "kid", "rmse", "rmse_low", "rmse_high")
 END = "<!-- end -->"
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(REFERENCES), default=list(REFERENCES))
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 1.5])
+    parser.add_argument("--nfe", nargs="+", type=int, default=list(NFES))
     parser.add_argument("--num_samples", type=int, default=1000, help="images per row")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
@@ -66,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    named = [f"{name}:{nfe}" for name in BASELINES[model] for nfe in NFES]
+    named = [f"{name}:{nfe}" for name in BASELINES[model] for nfe in options.nfe]
     return compare(
         f"checkpoints/{model}",
-        [*named, *artifacts(model, scale)],
+        [*named, *artifacts(model, scale, options.nfe)],
         REFERENCES[model],
         output=str(options.output / f"{model}-g{scale:g}"),
         num_samples=options.num_samples,
@@ -79,18 +80,19 @@ def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dic
     )
 
 
-def artifacts(model: str, scale: float, folder: Path = Path("checkpoints")) -> list[str]:
-    """Paths of the model's artifacts that stand for a guidance scale."""
-    found = []
-    for path in sorted((folder / "solvers" / model).rglob("*.json")) + sorted(folder.glob(f"{model}-*/*.json")):
-        try:
-            info = load_solver(path).info
-        except SolverError:
-            continue  # a model's own description
-        own = info["guidance_scale"]
-        if guidance_fits(info["fitted_on"].get("guidance_scale", own) if info["student"] else own, scale):
-            found.append(str(path))
-    return found
+def artifacts(model: str, scale: float, nfes: Sequence[int], folder: Path = Path("checkpoints")) -> list[str]:
+    """Paths of the artifacts for a guidance scale: the model's own, published ones, and its students' at any NFE."""
+    own = sorted((folder / "solvers" / model).rglob("*.json"))
+    published = sorted((folder / "solvers" / "published").glob(f"{PUBLISHED[model]}-*.json"))
+    solvers = [path for path in own + published if load_solver(path).nfe in nfes]
+    students = sorted(folder.glob(f"{model}-*/slam-*.json"))
+    return [str(path) for path in solvers + students if guidance_fits(_scale(load_solver(path).info), scale)]
+
+
+def _scale(info: dict[str, Any]) -> Any:
+    """The guidance scale that images stand for; a student's is its teacher's."""
+    own = info["guidance_scale"]
+    return info["fitted_on"].get("guidance_scale", own) if info["student"] else own
 
 
 def _keep(path: Path, model: str, scale: float, rows: Sequence[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ def compare(
         denoiser: checkpoint folder.
         solvers: artifacts' paths or name:steps; SOLVER+parataa runs it in parallel rounds.
         reference: the solver that RMSE and PSNR are measured against.
-        output: folder to write; it may hold an unfinished run of this comparison, or one with fewer solvers.
+        output: folder to write; it may hold an unfinished run of this comparison, or one with fewer solvers or images.
         num_samples: number of images per solver.
         seed: seed of the first image; must be disjoint from what the artifacts were fitted on.
         batch_size: images per network call.

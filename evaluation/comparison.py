@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from evaluation.blocks import TRACED, Drawn, ReferenceImages, blocks_of, draw, read_tensors, write_tensors
+from evaluation.blocks import TRACED, Drawn, ReferenceImages, blocks_of, draw, read_count, read_tensors, write_tensors
 from evaluation.contenders import Contender, Group, check_seeds, load_groups
 from evaluation.distances import squared_errors
 from evaluation.extractors import Extractor, load_extractor
@@ -117,7 +117,7 @@ class Run:
     cache: Path
 
     def settings(self) -> dict[str, Any]:
-        """What makes it this comparison; the list of solvers may grow."""
+        """What makes it this comparison; the list of solvers and the number of images may grow."""
         measure = self.measure
         return {
             "references": {str(group.reference.guidance_scale): group.reference.key for group in self.groups},
@@ -156,7 +156,7 @@ class Run:
                     self._sample_block(group, reference, block, bar.update)
 
     def _sample_block(self, group: Group, reference: ReferenceImages, block: range, step: Any) -> None:
-        missing = [c for c in (group.reference, *group.contenders) if not self._path(c, block).is_file()]
+        missing = self._missing(group, block)
         if not missing:
             return
         target = reference.get(block, self.batch_size, step)
@@ -164,6 +164,11 @@ class Run:
         for contender in missing:
             drawn = target if contender is group.reference else self._draw(contender, seeds, step)
             write_tensors(self._path(contender, block), self._measured(drawn, target.images))
+
+    def _missing(self, group: Group, block: range) -> list[Contender]:
+        """Contenders without all images of a block."""
+        everyone = (group.reference, *group.contenders)
+        return [c for c in everyone if read_count(self._path(c, block), "squared_errors") < len(block)]
 
     def _draw(self, contender: Contender, seeds: range, step: Any) -> Drawn:
         return draw(contender, seeds, self.batch_size, TRACED if seeds[0] == self.seed else 0, step)
@@ -193,7 +198,7 @@ class Run:
         for group in self.groups:
             reference = ReferenceImages(group.reference, self.cache, self.seed, self.precision)
             for block in blocks_of(self.num_samples)[rank::world_size]:
-                missing = [c for c in (group.reference, *group.contenders) if not self._path(c, block).is_file()]
+                missing = self._missing(group, block)
                 total += sum(c.table.nfe * len(block) for c in missing if c is not group.reference)
                 total += reference.missing(block) * group.reference.table.nfe if missing else 0
         return total
@@ -243,7 +248,8 @@ def _check_free(output: Path) -> None:
 def _check_same(path: Path, settings: dict[str, Any], solvers: dict[str, str]) -> None:
     try:
         found = json.loads(path.read_text())
-        differ = [name for name, value in settings.items() if found[name] != value]
+        differ = [name for name, value in settings.items() if found[name] != value and name != "num_samples"]
+        differ += ["num_samples"] * (settings["num_samples"] < found["num_samples"])
         lost = [name for key, name in found["solvers"].items() if key not in solvers]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --output") from error

@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "REFERENCES", {"tiny": "ddim:6"})
     monkeypatch.setattr(results, "BASELINES", {"tiny": ("ddim",)})
+    monkeypatch.setattr(results, "PUBLISHED", {"tiny": "vp"})
     monkeypatch.setattr(results, "NFES", (2, 3))
     return tmp_path
 
@@ -64,8 +65,9 @@ def test_a_document_without_the_marker_is_refused_before_any_work(folder):
 
 
 def test_artifacts_by_guidance_scale(folder):
-    assert results.artifacts("tiny", 1.0) == ["checkpoints/solvers/tiny/olss-3.json"]
-    assert results.artifacts("tiny", 1.5) == ["checkpoints/solvers/tiny/b/olss-2.json"]
+    assert results.artifacts("tiny", 1.0, (2, 3)) == ["checkpoints/solvers/tiny/olss-3.json"]
+    assert results.artifacts("tiny", 1.0, (2,)) == []
+    assert results.artifacts("tiny", 1.5, (2, 3)) == ["checkpoints/solvers/tiny/b/olss-2.json"]
 
 
 def test_tables_mark_the_best_of_each_column_and_the_floor():

@@ -151,10 +151,19 @@ def test_solvers_may_be_added_but_not_dropped(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == grown
 
 
+def test_more_images_may_be_added(tmp_path):
+    run(tmp_path, num_samples=20)
+    denoiser = Mixture()
+    grown = run(tmp_path, denoiser, num_samples=28)
+    missing_calls, block_calls = (1 + 1) * 12, (2 + 1) * (3 + 4)  # the reference lacks 4 images of two blocks each
+    assert denoiser.calls == missing_calls + block_calls
+    same(grown, run(tmp_path / "fresh", num_samples=28))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 24}, "num_samples was 20, now 24"),
+        ({"num_samples": 12}, "num_samples was 20, now 12"),
         ({"seed": 5}, "seed was 0, now 5"),
         ({"precision": "bf16"}, "precision was float32, now bf16"),
         ({"statistics": statistics(1)}, "statistics was"),
