@@ -241,7 +241,7 @@ def _summary(report: dict[str, Any], options: argparse.Namespace) -> dict[str, A
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    """report.json, report.md, and curves.png of the first table."""
+    """report.json, report.md and curves.png."""
     with atomic_write(folder / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n")
     lines = ["| solver, method | 1e-1 | 1e-2 | 1e-3 | error after each round |", "|---|---|---|---|---|"]
@@ -250,21 +250,26 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         lines.append(f"| {label} | {counts} | {' '.join(f'{error:.1e}' for error in errors)} |")
     with atomic_write(folder / "report.md") as path:
         path.write_text("\n".join(lines) + "\n")
-    import matplotlib
+    draw(report, folder / "curves.png")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Error after each round of the first table: the defaults and what they are compared with."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    prefix = f"ddim:{report['steps']}, "
     for label, errors in report["curves"].items():
-        if label.startswith(f"ddim:{report['steps']},"):
-            axes.semilogy(range(1, len(errors) + 1), errors, marker=".", label=label.split(", ", 1)[1])
+        name = label.removeprefix(prefix)
+        if name != label and not name.startswith("defaults, "):
+            wide = 3 if name == "defaults" else 1.5
+            axes.semilogy(range(1, len(errors) + 1), errors, marker=".", linewidth=wide, label=name)
     axes.set(xlabel="rounds", ylabel="relative error of the final state", title=f"DDIM, {report['steps']} rows")
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
-    with atomic_write(folder / "curves.png") as path:
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 if __name__ == "__main__":
