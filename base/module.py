@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from data.loader import seed_of
@@ -17,13 +16,13 @@ from evaluation.generate import generate
 from evaluation.pictures import image_grid
 from solvers.named import named_solver
 from solvers.prediction import per_sample, to_output
+from training.adamw import AdamWModule
 from training.ema import averaged_network
-from training.rates import warmup_stable_decay
 
 TIME_SAMPLING = ("uniform", "logit_normal")
 
 
-class BaseModel(lightning.LightningModule):
+class BaseModel(AdamWModule):
     """Regression of a network's output at random nodes: E |network(alpha data + sigma noise, t, label) - target|^2.
 
     Timesteps, noises and dropped labels of a batch depend only on (seed, epoch, batch, rank), so a resumed run equals
@@ -115,29 +114,10 @@ class BaseModel(lightning.LightningModule):
             position = torch.special.ndtri(position.clamp(1e-6, 1 - 1e-6)).sigmoid()
         return position * schedule.t_max
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a rate per step."""
-        optimizer = torch.optim.AdamW(
-            [value for value in self.network.parameters() if value.requires_grad],
-            lr=self.learning_rate,
-            betas=tuple(self.betas),
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def rate(self, step: int) -> float:
-        """Learning rate at a step over the peak: warm-up, stable, then linearly to zero at the last step."""
-        total = self.trainer.estimated_stepping_batches
-        return warmup_stable_decay(step, total, self.warmup_steps, self.decay_fraction)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip the norm; Lightning itself refuses to with a fused optimizer."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+    @property
+    def trained(self) -> nn.Module:
+        """The network."""
+        return self.network
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Log samples of the averaged weights, always from the same noises."""

@@ -19,8 +19,8 @@ from slam.record import STUDENT_NAME, data_origin, export, log_samples, upload_s
 from slam.tables import student_table
 from solvers import NoiseSchedule, SolverTable
 from solvers.prediction import per_sample
+from training.adamw import AdamWModule
 from training.ema import averaged_network
-from training.rates import warmup_stable_decay
 from training.record import upload_solver
 from training.testing import Evaluation, TableModule
 
@@ -28,7 +28,7 @@ METHODS = ("slam", "consistency")
 LOSSES = ("huber", "l2")
 
 
-class SLAM(TableModule):
+class SLAM(AdamWModule, TableModule):
     """Trains a student to map every point between two neighbouring teacher points to the same data.
 
     Points, gammas and noises of a batch depend only on (seed, epoch, batch, rank), so a resumed run equals an
@@ -216,6 +216,11 @@ class SLAM(TableModule):
         if paths and self.upload_student:
             upload_student(self.logger, Path(str(self.output)))
 
+    @property
+    def trained(self) -> nn.Module:
+        """The student."""
+        return self.student
+
     def export(self) -> list[Path]:
         """Write student/ and the artifacts, where there is an output; a collective operation."""
         self._tick()
@@ -224,30 +229,6 @@ class SLAM(TableModule):
         paths = export(self)
         rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {self.output}")
         return paths
-
-    def configure_optimizers(self) -> Any:
-        """AdamW on what is trained, with a rate per step."""
-        optimizer = torch.optim.AdamW(
-            [value for value in self.student.parameters() if value.requires_grad],
-            lr=self.learning_rate,
-            betas=(self.betas[0], self.betas[1]),
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def rate(self, step: int) -> float:
-        """Learning rate at a step over the peak."""
-        total = self.trainer.estimated_stepping_batches if self.decay_fraction else float("inf")
-        return warmup_stable_decay(step, total, self.warmup_steps, self.decay_fraction)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip the norm; Lightning itself refuses to with a fused optimizer."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was spent."""
