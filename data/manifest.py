@@ -25,7 +25,7 @@ def describe_teacher(denoiser: Callable, table: SolverTable, dtype: torch.dtype)
         "schedule": denoiser.schedule.to_dict(),
         "sample_shape": list(denoiser.sample_shape),
         "dtype": str(dtype).removeprefix("torch."),
-        "precision": _precision(dtype),
+        "precision": precision(dtype),
         "table": table_to_dict(table),
     }
 
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """What the network computes in, as far as the caller's autocast says."""
     if torch.is_autocast_enabled("cuda"):
         return f"autocast {torch.get_autocast_dtype('cuda')}".replace("torch.", "")

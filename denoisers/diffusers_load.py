@@ -52,11 +52,11 @@ def load_diffusers(
         ValueError: an unknown family or dtype, missing files, or a hub name that cannot be reached.
     """
     _check_dtype(dtype)
-    root, component = _locate(path)
+    root, component = locate(path)
     weights = {"torch_dtype": getattr(torch, dtype), "variant": variant}
     network = _load_network(root, component, weights)
-    scale = vae_scale(_config(AutoencoderKL, root, "vae", required=False))
-    scheduler = _config(DDIMScheduler, root, "scheduler")
+    scale = vae_scale(read_config(AutoencoderKL, root, "vae", required=False))
+    scheduler = read_config(DDIMScheduler, root, "scheduler")
     name = Path(str(path)).name
     denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
     options: dict[str, Any] = {"height": height, "width": width, "dtype": dtype, "encode": encode, "decoder": decoder}
@@ -95,7 +95,7 @@ def load_pipeline(
         ValueError: no pipeline there, or arguments it does not take.
     """
     _check_dtype(dtype)
-    _locate(path, any_network=True)
+    locate(path, any_network=True)
     pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype), variant=variant)
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(type(pipe).__call__).parameters
@@ -109,7 +109,7 @@ def _check_dtype(dtype: str) -> None:
         raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
 
 
-def _locate(path: str | Path, any_network: bool = False) -> tuple[str, str | None]:
+def locate(path: str | Path, any_network: bool = False) -> tuple[str, str | None]:
     """(root, component): where the pipeline lies, and the network's folder in it; None when it lies in the root."""
     folder = Path(path)
     if not any_network and (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
@@ -129,8 +129,8 @@ def _locate(path: str | Path, any_network: bool = False) -> tuple[str, str | Non
 
 
 def _load_network(root: str, component: str | None, weights: dict[str, Any]) -> nn.Module:
-    subfolder = component if component and _config(UNet2DModel, root, component, required=False) else None
-    class_name = _config(UNet2DModel, root, subfolder)["_class_name"]
+    subfolder = component if component and read_config(UNet2DModel, root, component, required=False) else None
+    class_name = read_config(UNet2DModel, root, subfolder)["_class_name"]
     if class_name not in (*FAMILIES, *LEGACY):
         raise ValueError(
             f"{root} holds a {class_name}: known families are {', '.join(FAMILIES)}; record any other pipeline with "
@@ -140,7 +140,7 @@ def _load_network(root: str, component: str | None, weights: dict[str, Any]) -> 
     return getattr(diffusers, class_name).from_pretrained(root, **location, **weights)
 
 
-def _config(kind: Any, root: str, subfolder: str | None, required: bool = True) -> dict[str, Any] | None:
+def read_config(kind: Any, root: str, subfolder: str | None, required: bool = True) -> dict[str, Any] | None:
     """A component's config, from its subfolder or, as in the oldest repositories, from the root."""
     for location in ({"subfolder": subfolder}, {}) if subfolder else ({},):
         if not required and not location:

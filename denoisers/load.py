@@ -49,16 +49,24 @@ def load_denoiser(
         ValueError: a missing path, a folder of unknown kind, a damaged file, an unknown option or precision, or
             guidance for a model without null condition.
     """
-    description = _description_file(Path(path))
-    if description is not None:
-        described = _read_description(description)
-        path, device = described.pop("path"), device or described.get("device")
-        options = {key: value for key, value in described.items() if key != "device"} | options
+    described = describe(path)
+    path, device = described.pop("path"), device or described.pop("device", None)
+    options = {key: value for key, value in described.items() if key != "device"} | options
     device = _resolve_device(device)
     if options.get("family") == "pipeline":
         return _load_pipeline(path, guidance_scale, precision, device, options)
     denoiser = _load(path, options, device).to(device)
     return with_guidance(with_precision(denoiser.eval().requires_grad_(False), precision), guidance_scale)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a path for `load_denoiser` stands for: `path` and, of a `denoiser.yaml`, the options in it.
+
+    Raises:
+        ValueError: a .yaml file that is missing or describes no model.
+    """
+    file = _description_file(Path(path))
+    return {"path": path} if file is None else _read_description(file)
 
 
 def _description_file(path: Path) -> Path | None:

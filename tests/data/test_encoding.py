@@ -1,0 +1,333 @@
+"""Latents and embeddings: what the pipeline's encoders give; resume, processes, damage, other models."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from safetensors.torch import load
+
+from data.encoded import NULL_NAME, EncodedShards
+from data.encoded_data import EncodedData
+from data.encoding import EncodeImages
+from data.image_text import Damage, cover, read_image_text, split_name
+from data.teacher import TrajectoryShards
+from denoisers import load_denoiser
+from denoisers.encoders import load_encoders
+from tests.image_text import CAPTIONS, image_text_folder, picture, sample_files, write_image_text
+from tests.tiny_pipelines import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders sd, sdxl, and others that differ from sd in one part."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("sd", "sdxl"):
+        tiny_pipeline(kind).save_pretrained(folder / kind)
+    other = tiny_pipeline("sd", seed=1)
+    for name in ("vae", "text_encoder"):
+        pipe = tiny_pipeline("sd")
+        pipe.register_modules(**{name: getattr(other, name)})
+        pipe.save_pretrained(folder / f"other-{name}")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return image_text_folder(tmp_path / "images")
+
+
+def encode(model: Path, images: Path, folder: Path, trainer: dict | None = None, **options) -> EncodeImages:
+    module = EncodeImages(str(model), str(images), str(folder), **{"batch_size": 2, "dtype": "float32"} | options)
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    bars = {"enable_progress_bar": False, "use_distributed_sampler": False}
+    lightning.Trainer(**settings | bars | (trainer or {})).predict(module, TrajectoryShards(), return_predictions=False)
+    return module
+
+
+@pytest.fixture(scope="module")
+def encoded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six samples in three shards."""
+    folder = tmp_path_factory.mktemp("encoded")
+    encode(models / "sd", image_text_folder(folder / "images"), folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture
+def copied(encoded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(encoded, tmp_path / "copied"))
+
+
+def expected(pipe, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and embeddings by the pipeline's own parts."""
+    pixels = np.stack([cover(Image.open(io.BytesIO(picture(number))), (16, 16)) for number in numbers])
+    with torch.no_grad():
+        mean = pipe.vae.encode(torch.from_numpy(pixels).float() / 127.5 - 1).latent_dist.mean
+        text, _ = pipe.encode_prompt([CAPTIONS[number % 3] for number in numbers], "cpu", 1, False)
+    return mean * pipe.vae.config.scaling_factor, text
+
+
+def test_shards_hold_what_the_pipeline_s_encoders_give(encoded: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    shards = EncodedShards(encoded)
+    assert (len(shards), shards.sample_shape) == (6, (4, 8, 8))
+    order = [4, 0, 5, 1, 0]
+    latents, condition = shards.read(order)
+    wanted = [value[order] for value in expected(pipe, range(6))]
+    torch.testing.assert_close(latents, wanted[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition["encoder_hidden_states"], wanted[1], rtol=0, atol=1e-6)
+    assert latents.std() > 0.01
+    null = condition["null"]["encoder_hidden_states"]
+    _, empty = pipe.encode_prompt(["x"], "cpu", 1, True)
+    torch.testing.assert_close(null, empty.expand_as(null), rtol=0, atol=1e-6)
+
+
+def test_shards_are_webdataset_shards(encoded: Path) -> None:
+    samples = list(webdataset.WebDataset(str(encoded / "pairs-1.tar"), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == ["0003", "0004"]
+    tensors = load(samples[1]["safetensors"])
+    latents, condition = EncodedShards(encoded).read([4])
+    assert torch.equal(tensors["latents"], latents[0])
+    assert torch.equal(tensors["condition/encoder_hidden_states"], condition["encoder_hidden_states"][0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_storage_of_two_bytes_rounds_once(models: Path, images: Path, encoded: Path, tmp_path: Path, dtype) -> None:
+    encode(models / "sd", images, tmp_path / "half", dtype=dtype)
+    latents, condition = EncodedShards(tmp_path / "half").read(range(6))
+    exact, exact_condition = EncodedShards(encoded).read(range(6))
+    assert latents.dtype == torch.float32
+    assert torch.equal(latents, exact.to(getattr(torch, dtype)).float())
+    text = condition["encoder_hidden_states"]
+    assert torch.equal(text, exact_condition["encoder_hidden_states"].to(getattr(torch, dtype)))
+
+
+def test_xl_has_pooled_embeddings_and_sizes(models: Path, images: Path, tmp_path: Path) -> None:
+    encode(models / "sdxl", images, tmp_path / "xl")
+    shards, denoiser = EncodedShards(tmp_path / "xl"), load_denoiser(models / "sdxl", guidance_scale=3.0)
+    shards.check(denoiser)
+    latents, condition = shards.read([0, 5])
+    assert condition["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    assert denoiser(latents, torch.tensor(500.0), condition).isfinite().all()
+    with pytest.raises(ValueError, match=r"text embeddings of width .* the denoiser takes"):
+        shards.check(load_denoiser(models / "sd"))
+
+
+def test_goes_on_after_a_kill(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
+    """Killed in the third shard: the first two stay untouched, and the end is the same, byte for byte."""
+    folder = tmp_path / "killed"
+    child = os.fork()
+    if child == 0:
+        encoding, calls = EncodeImages.encode, []
+
+        def kill_at_the_third(self, source):
+            calls.append(source)
+            if len(calls) == 3:
+                self.writer._wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encoding(self, source)
+
+        EncodeImages.encode = kill_at_the_third
+        encode(models / "sd", images, folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with pytest.raises(ValueError, match="incomplete"):
+        EncodedShards(folder)
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    assert sorted(made) == ["pairs-0.tar", "pairs-1.tar"]
+    encode(models / "sd", images, folder)
+    assert {name: (folder / name).stat().st_mtime_ns for name in made} == made
+    for path in encoded.glob("*.tar"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    assert len(EncodedShards(folder)) == 6
+
+
+def test_two_processes_share_the_shards(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
+    encode(models / "sd", images, tmp_path / "two", {"devices": 2, "strategy": "ddp_fork"})
+    assert (tmp_path / "two" / "manifest.json").read_text() == (encoded / "manifest.json").read_text()
+    for path in encoded.glob("*.tar"):
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_run_s_folder_is_refused(models: Path, images: Path, encoded: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds shards with another dtype: found \"float32\", asked for \"float16\""):
+        encode(models / "sd", images, encoded, dtype="float16")
+    with pytest.raises(ValueError, match="holds shards with another encoders"):
+        encode(models / "other-vae", images, encoded)
+    write_image_text(images / "pairs-9.tar", {"a": sample_files(0)})
+    with pytest.raises(ValueError, match="holds shards with another sources"):
+        encode(models / "sd", images, encoded)
+
+
+def test_a_corrupt_sample_is_named_and_skipped_only_when_asked_for(models: Path, tmp_path: Path) -> None:
+    samples = {f"{k:04d}": sample_files(k) for k in range(5)}
+    samples["0001"]["png"] = samples["0001"]["png"][:60]
+    del samples["0002"]["txt"], samples["0003"]["png"]
+    write_image_text(tmp_path / "images" / "a.tar", samples)
+    with pytest.raises(ValueError, match=r"sample 0001 of shard .*a\.tar is corrupt: .*skip_corrupt: true"):
+        encode(models / "sd", tmp_path / "images", tmp_path / "out")
+    encode(models / "sd", tmp_path / "images", tmp_path / "out", skip_corrupt=True)
+    shards = EncodedShards(tmp_path / "out")
+    notes = shards.records["a.tar"]["skipped"]
+    assert [note.split()[1] for note in notes] == ["0001", "0002", "0003"]
+    assert "it has no caption (.txt), only png, json" in notes[1]
+    assert "it has no picture (.jpg, .jpeg or .png)" in notes[2]
+    assert len(shards) == 2
+    wanted, _ = expected(tiny_pipeline("sd"), range(5))
+    torch.testing.assert_close(shards.read([0, 1])[0], wanted[[0, 4]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["data", "header", "marker"])
+def test_a_damaged_shard_keeps_its_whole_samples_when_asked_to(tmp_path: Path, damage: str) -> None:
+    path = image_text_folder(tmp_path, (3,)) / "pairs-0.tar"
+    content = bytearray(path.read_bytes())
+    third = content.index(b"0002.png")
+    if damage == "header":
+        content[third : third + 4] = b"9999"
+    path.write_bytes(content[: {"data": third + 700, "marker": third, "header": len(content)}[damage]])
+    with pytest.raises(ValueError, match=r"shard .*pairs-0\.tar is corrupt"):
+        list(read_image_text(path, (16, 16), 2, Damage()))
+    skipped = Damage(skip=True)
+    batches = list(read_image_text(path, (16, 16), 2, skipped))
+    assert [key for batch in batches for key in batch.keys] == ["0000", "0001"]
+    assert len(skipped.notes) == 1
+
+
+def test_pictures_cover_the_size_and_are_cut_at_the_centre() -> None:
+    wide = np.zeros((8, 32, 3), dtype=np.uint8)
+    wide[:, 12:20] = 255
+    assert (cover(Image.fromarray(wide), (8, 8)) == 255).all()
+    for height, width in ((7, 30), (31, 5), (16, 16)):
+        assert cover(Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)), (16, 24)).shape == (3, 16, 24)
+
+
+def test_keys_and_extensions_are_webdataset_s() -> None:
+    assert split_name("a.b/0001.seg.PNG") == ("a.b/0001", "seg.png")
+    assert split_name("0001.jpg") == ("0001", "jpg")
+
+
+def data(folder: Path, model: Path | None = None, **options) -> EncodedData:
+    """Set up and checked against a model."""
+    module = EncodedData(str(folder), **{"batch_size": 2} | options)
+    module.setup("fit")
+    if model is not None:
+        module.check(load_denoiser(model))
+    return module
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_of_an_epoch_show_each_sample_once(encoded: Path, models: Path, num_workers: int) -> None:
+    module = data(encoded, models / "sd", num_workers=num_workers)
+    everything, condition = EncodedShards(encoded).read(range(6))
+    seen = []
+    for latents, given in module.train_dataloader():
+        distances = torch.cdist(latents.flatten(1), everything.flatten(1))
+        index = distances.argmin(1)
+        assert torch.equal(latents, everything[index])
+        assert torch.equal(given["encoder_hidden_states"], condition["encoder_hidden_states"][index])
+        assert given["null"]["encoder_hidden_states"].shape == given["encoder_hidden_states"].shape
+        seen += index.tolist()
+    assert sorted(seen) == list(range(6))
+    assert module.origin() == {"data": "6 pictures with captions, shards, encoded by sd"}
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_shards_of_other_encoders_are_refused(encoded: Path, models: Path, part: str) -> None:
+    with pytest.raises(ValueError, match=rf"was encoded with another {part}: weights \w{{12}} of sd, .*other-{part}"):
+        data(encoded, models / f"other-{part}")
+
+
+def test_the_dtype_of_the_model_makes_no_other_encoder(encoded: Path, models: Path) -> None:
+    EncodedShards(encoded).check(load_denoiser(models / "sd", dtype="bfloat16"))
+
+
+def test_latents_of_another_shape_are_refused(encoded: Path, models: Path) -> None:
+    with pytest.raises(ValueError, match=r"latents of shape \(4, 8, 8\), the denoiser takes \(4, 16, 16\)"):
+        EncodedShards(encoded).check(load_denoiser(models / "sd", height=32, width=32))
+
+
+def test_missing_embeddings_are_one_clear_error(copied: Path) -> None:
+    (copied / NULL_NAME).unlink()
+    with pytest.raises(ValueError, match="embeddings of the empty prompt, is missing: delete it and encode again"):
+        data(copied)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    del manifest["encoded"]["tensors"]["condition/encoder_hidden_states"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="hold no text embeddings, only latents"):
+        data(copied)
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
+def test_a_corrupt_shard_is_named_and_skipped_only_when_asked_for(copied: Path, damage: str) -> None:
+    path = copied / "pairs-1.tar"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content if damage == "altered" else content[:-512])
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(ValueError, match=r"shard .*pairs-1\.tar (has|is) .*skip_corrupt: true"):
+        data(copied)
+    module = data(copied, skip_corrupt=True)
+    assert len(module.shards) == 4
+    assert "pairs-1.tar" in module.shards.notes[0]
+    wanted, _ = expected(tiny_pipeline("sd"), range(6))
+    torch.testing.assert_close(module.shards.read([2, 3])[0], wanted[[2, 5]], rtol=0, atol=1e-6)
+
+
+def test_a_damaged_shard_is_made_again(models: Path, images: Path, copied: Path, encoded: Path) -> None:
+    (copied / "pairs-1.tar").unlink()
+    (copied / NULL_NAME).unlink()
+    encode(models / "sd", images, copied)
+    assert (copied / "pairs-1.tar").read_bytes() == (encoded / "pairs-1.tar").read_bytes()
+    assert len(data(copied).shards) == 6
+
+
+def test_refusals(models: Path, images: Path, copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no image-text shards \*\.tar\* in .*none"):
+        EncodeImages(str(models / "sd"), str(tmp_path / "none"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        EncodeImages(str(models / "sd"), str(images), str(tmp_path / "out"), dtype="int8")
+    with pytest.raises(ValueError, match="batch_size 0 and workers 4 must be at least 1"):
+        EncodeImages(str(models / "sd"), str(images), str(tmp_path / "out"), batch_size=0)
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        EncodedData(str(copied), batch_size=0)
+    with pytest.raises(ValueError, match="holds no encoded shards"):
+        EncodedShards(tmp_path / "none")
+    write_image_text(images / "pairs-0.tar.gz.tar", {"a": sample_files(0)})
+    with pytest.raises(ValueError, match="4 shards to encode with 3 names"):
+        encode(models / "sd", images, tmp_path / "out")
+    for path in copied.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no sample of .* is left"):
+        EncodedShards(copied, skip_corrupt=True)
+    (copied / "manifest.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="describes no latents and text embeddings"):
+        EncodedShards(copied)
+    (copied / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        EncodedShards(copied)
+
+
+def test_encoders_of_another_kind_or_in_part_are_refused(models: Path, tmp_path: Path) -> None:
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "sd3")
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be encoded for"):
+        load_encoders(tmp_path / "sd3")
+    shutil.copytree(models / "sd", tmp_path / "part")
+    (tmp_path / "part" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"the encoders of .*part cannot be loaded"):
+        load_encoders(tmp_path / "part")
+
+
+def test_the_size_is_that_of_the_description(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "denoiser.yaml").write_text(f"path: {models / 'sd'}\nheight: 32\nwidth: 24\n")
+    encoders = load_encoders(tmp_path)
+    assert encoders.sample_shape == load_denoiser(tmp_path).sample_shape == (4, 16, 12)
+    assert encoders.size.pixels == (32, 24)
