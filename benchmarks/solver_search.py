@@ -28,7 +28,7 @@ from solver_search.losses import SearchLoss, TeacherPath
 from solver_search.objective import Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
-from solvers import resolve_solver
+from solvers import SolverTable, resolve_solver, save_solver
 
 PAPER_LOSS = SearchLoss(endpoint=0.0, path=1.0, huber=1000.0)
 PAPER_ITERATIONS = (313, 1562)  # 10,000 and 50,000 samples in batches of 32
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=128, help="unseen seeds of the figures")
     parser.add_argument("--iterations", type=int, default=PAPER_ITERATIONS[0])
     parser.add_argument("--precision", default="bf16", choices=["float32", "bf16"], help="of training")
+    parser.add_argument("--output", help="folder that both solvers are written to, as paper-N.json and ours-N.json")
     options = parser.parse_args()
     denoiser = load_denoiser(options.denoiser)
     source, measure = Source(denoiser, options.trajectories), Objective(denoiser, SearchLoss())
@@ -122,10 +123,26 @@ def main() -> None:
     blocks = [range(k, min(k + UNSEEN_BATCH, options.unseen)) for k in range(0, options.unseen, UNSEEN_BATCH)]
     unseen = [source.run(list(block)) for block in blocks]
     figures = [rmse_over(measure, solver, unseen) for solver in (table, mine)]
+    if options.output:
+        save(denoiser, options, {"paper": table, "ours": mine})
     longest = round(spent / options.iterations * PAPER_ITERATIONS[1])
     print(f"paper {spent} evaluations, {middle - began:.0f} s; ours {cost}, {end - middle:.0f} s; {options.precision}")
     print(f"ratio to the paper's {PAPER_ITERATIONS[1]} iterations, counted: {cost / longest:.4f}")
     print(json.dumps({"evaluations_ratio": cost / spent, "rmse_paper": figures[0], "rmse_ours": figures[1]}))
+
+
+def save(denoiser, options: argparse.Namespace, tables: dict[str, SolverTable]) -> None:
+    """Artifacts, for comparisons by other measures."""
+    for name, table in tables.items():
+        save_solver(
+            table,
+            Path(options.output, f"{name}-{options.nfe}.json"),
+            method="solver_search",
+            schedule=denoiser.schedule,
+            denoiser_name=denoiser.name,
+            weight_hash=denoiser.weight_hash,
+            fitted_on={"seeds": [[FIRST_SEED, FIRST_SEED + 2**18]]},
+        )
 
 
 def rmse_over(measure: Objective, table, paths: list[TeacherPath]) -> float:
