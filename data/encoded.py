@@ -143,7 +143,7 @@ class EncodedShards:
     @cached_property
     def null(self) -> Any:
         """The condition of the empty prompt, (1, ...)."""
-        return unflatten_condition("condition", load_file(self.folder / NULL_NAME))
+        return map_condition(_float32, unflatten_condition("condition", load_file(self.folder / NULL_NAME)))
 
     def check(self, denoiser: Any) -> None:
         """Make sure that these are latents and embeddings of a denoiser's autoencoder and text encoders.
@@ -166,7 +166,10 @@ class EncodedShards:
             self._check_encoders(source.root, encoder_hashes(source))
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        """Latents (batch, *sample_shape), float32, and their condition with the null prompt, as it is stored."""
+        """Latents (batch, *sample_shape) and their condition with the null prompt.
+
+        Both are float32: autocast refuses to join tensors of another half precision than its own, as guidance does.
+        """
         index = torch.as_tensor(list(indices))
         shards = torch.searchsorted(self._bounds, index, right=True) - 1
         rows = index - self._bounds[shards]
@@ -178,8 +181,8 @@ class EncodedShards:
             {name: view[part] for name, view in self._view(shard).items()}
             for shard, part in zip(chosen.tolist(), parts)
         ]
-        tensors = {name: torch.cat([one[name] for one in read])[place] for name in read[0]}
-        latents = tensors.pop("latents").float()
+        tensors = {name: _float32(torch.cat([one[name] for one in read])[place]) for name in read[0]}
+        latents = tensors.pop("latents")
         null = map_condition(lambda value: value.expand(len(index), *value.shape[1:]), self.null)
         return latents, {**unflatten_condition("condition", tensors), "null": null}
 
@@ -231,6 +234,10 @@ class EncodedShards:
                     f"{self.folder} was encoded with another {name}: weights {str(found)[:12]} of {encoded['model']}, "
                     f"the denoiser's folder {root} has {digest[:12]}: encode with that folder and its variant"
                 )
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _check_size(path: Path, record: dict[str, Any]) -> None:

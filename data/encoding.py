@@ -99,7 +99,8 @@ class EncodeImages(lightning.LightningModule):
             conditions.append(self._stored(self.encoders.encode_prompts(batch.captions)))
         for note in damage.notes:
             print(f"left out: {note}", file=sys.stderr)
-        return EncodedSamples(keys, torch.cat(latents), concatenate_conditions(conditions), damage.notes)
+        with torch.autocast("cpu", enabled=False):  # which cannot join tensors of another half precision than its own
+            return EncodedSamples(keys, torch.cat(latents), concatenate_conditions(conditions), damage.notes)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """The writer is part of the job."""

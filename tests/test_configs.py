@@ -7,7 +7,7 @@ import pytest
 import train
 
 ROOT = Path(__file__).parent.parent
-PREDICTED = {"trajectories", "images"}
+PREDICTED = {"trajectories", "images", "encode"}
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml"))
 
 

@@ -107,7 +107,7 @@ def test_storage_of_two_bytes_rounds_once(models: Path, images: Path, encoded: P
     assert latents.dtype == torch.float32
     assert torch.equal(latents, exact.to(getattr(torch, dtype)).float())
     text = condition["encoder_hidden_states"]
-    assert torch.equal(text, exact_condition["encoder_hidden_states"].to(getattr(torch, dtype)))
+    assert torch.equal(text, exact_condition["encoder_hidden_states"].to(getattr(torch, dtype)).float())
 
 
 def test_xl_has_pooled_embeddings_and_sizes(models: Path, images: Path, tmp_path: Path) -> None:
