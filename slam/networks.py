@@ -1,6 +1,7 @@
 """The networks of a run: the teacher in its own number format, the student, and its average, the target."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ class OwnDtype(DenoiserWrapper):
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
         """The output in the dtype of the state, (batch, *sample_shape)."""
         condition = map_condition(lambda value: value.to(self.own) if value.is_floating_point() else value, condition)
-        return self.denoiser(x.to(self.own), timestep, condition, **options).to(x.dtype)
+        with self._precision(x.device.type):
+            return self.denoiser(x.to(self.own), timestep, condition, **options).to(x.dtype)
+
+    def _precision(self, device: str) -> Any:
+        """No autocast where it has another half precision: one network cannot mix the two."""
+        mixes = self.own.itemsize == 2 and self.own != torch.get_autocast_dtype(device)
+        return torch.autocast(device, enabled=False) if mixes else nullcontext()
 
 
 def load_network(teacher: str | nn.Module) -> Any:

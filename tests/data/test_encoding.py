@@ -282,6 +282,34 @@ def test_a_corrupt_shard_is_named_and_skipped_only_when_asked_for(copied: Path, 
     torch.testing.assert_close(module.shards.read([2, 3])[0], wanted[[2, 5]], rtol=0, atol=1e-6)
 
 
+class Counting(lightning.LightningModule):
+    """Trains nothing; each process notes how many samples it has."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.weight, self.folder = torch.nn.Parameter(torch.zeros(())), folder
+
+    def training_step(self, batch, batch_idx):
+        (self.folder / f"rank-{self.global_rank}").write_text(str(len(self.trainer.datamodule.shards)))
+        return self.weight * batch[0].mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_processes_leave_out_the_same_shards(copied: Path, tmp_path: Path) -> None:
+    """Each checks a share of the checksums, and is told what the others found."""
+    path = copied / "pairs-1.tar"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork", "max_steps": 1, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "use_distributed_sampler": False}
+    trainer = lightning.Trainer(**settings | quiet, enable_model_summary=False)
+    trainer.fit(Counting(tmp_path), datamodule=EncodedData(str(copied), batch_size=2, skip_corrupt=True))
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+
+
 def test_a_damaged_shard_is_made_again(models: Path, images: Path, copied: Path, encoded: Path) -> None:
     (copied / "pairs-1.tar").unlink()
     (copied / NULL_NAME).unlink()

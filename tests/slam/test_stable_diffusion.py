@@ -87,6 +87,17 @@ def test_one_path_generates(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "grid.png").is_file()
 
 
+@pytest.mark.parametrize("options", [[], ["--model.lora_rank=2"], ["--model.gradient_checkpointing=true"]])
+def test_a_teacher_in_half_precision_is_not_mixed_with_autocast_s(run: Path, tmp_path: Path, options: list) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "denoiser.yaml").write_text(yaml.safe_dump({"path": str(run / "model"), "dtype": "float16"}))
+    distil(model, run / "shards", tmp_path / "out", "--trainer.max_steps=1", *options)
+    found = load_denoiser(tmp_path / "out" / "student")
+    assert found.network.dtype == torch.float16
+    assert load_solver(tmp_path / "out" / "slam-2.json", found).nfe == 2
+
+
 def fails(capsys: pytest.CaptureFixture, action, *arguments) -> str:
     """The one line that a command ends with."""
     with pytest.raises(SystemExit) as stop:
