@@ -38,7 +38,7 @@ def push_to_hub(
     students = [table.info["student"]["path"] for table in tables.values() if table.info["student"] is not None]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files = sorted({"README.md", *tables, *students, *_configs(folder, students)})
+    files = sorted({"README.md", *tables, *students, *_beside(folder, students)})
     done = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=commit_message)
     return str(done.commit_url)
 
@@ -67,10 +67,14 @@ def model_card(tables: dict[str, SolverTable], repo_id: str) -> str:
     )
 
 
-def _configs(folder: Path, students: list[str]) -> list[str]:
-    """A student's config.json lies beside its weights."""
-    beside = [str(Path(student).with_name("config.json").as_posix()) for student in students]
-    return [name for name in beside if (folder / name).is_file()]
+def _beside(folder: Path, students: list[str]) -> list[str]:
+    """What a student needs besides its weights: config.json beside them; of a diffusers pipeline all files."""
+    found = [folder / Path(student).with_name("config.json") for student in students]
+    for student in students:
+        pipeline = (folder / student).parent.parent
+        if (pipeline / "model_index.json").is_file() and folder in pipeline.parents:
+            found += pipeline.rglob("*")
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
 
 
 def _row(table: SolverTable) -> str:

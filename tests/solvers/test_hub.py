@@ -54,6 +54,16 @@ def test_artifacts_student_and_card_are_uploaded_and_nothing_else(tmp_path, uplo
     assert 'hf_hub_download("me/solvers", "olss-2.json")' in card
 
 
+def test_a_student_that_is_a_pipeline_is_uploaded_whole(tmp_path, uploads):
+    parts = ["denoiser.yaml", "model_index.json", "scheduler/scheduler_config.json", "unet/w.safetensors", "vae/a.bin"]
+    for name in parts:
+        (tmp_path / "student" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "student" / name).write_text("{}")
+    save(tmp_path, "slam-2.json", method="slam", student="student/unet/w.safetensors")
+    push_to_hub(tmp_path, "me/solvers")
+    assert uploads[0]["allow_patterns"] == ["README.md", "slam-2.json", *(f"student/{name}" for name in parts)]
+
+
 def test_nothing_is_uploaded_from_a_folder_with_a_fault(tmp_path, uploads):
     with pytest.raises(SolverError, match="holds no solver artifact"):
         push_to_hub(tmp_path, "me/solvers")
