@@ -180,26 +180,29 @@ def _cell(row: dict[str, Any] | None, metric: str, digits: int, best: float | No
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Frechet distance against evaluations, a panel per model and guidance scale."""
+    """Frechet distance against evaluations, a panel per model and scale, cut off at three times the teacher's."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys((row["model"], row["guidance"]) for row in rows))
-    figure = Figure(figsize=(6.4 * len(groups), 4.8), layout="constrained")
+    figure = Figure(figsize=(7.2 * len(groups), 5.2), layout="constrained")
     for index, (model, scale) in enumerate(groups):
         axes = figure.add_subplot(1, len(groups), index + 1)
         mine = [row for row in rows if (row["model"], row["guidance"]) == (model, scale) and row["fd"] is not None]
-        for name in dict.fromkeys(family(row["solver"]) for row in mine if not row["is_reference"]):
-            points = sorted((row["nfe"], row["fd"]) for row in mine if family(row["solver"]) == name)
-            learned = any(row["method"] != "baseline" for row in mine if family(row["solver"]) == name)
-            axes.plot(*zip(*points), marker="o" if learned else "x", linestyle="-" if learned else ":", label=name)
-        for row in mine:
-            if row["is_reference"]:
-                axes.axhline(row["fd"], color="gray", label=f"teacher, {row['nfe']} evaluations")
+        solvers = [row for row in mine if not row["is_reference"]]
+        for color, name in enumerate(dict.fromkeys(family(row["solver"]) for row in solvers)):
+            points = sorted((row["nfe"], row["fd"], row["method"]) for row in solvers if family(row["solver"]) == name)
+            style = ("x", ":") if points[0][2] == "baseline" else ("o", "-")
+            counts, distances, _ = zip(*points)
+            axes.plot(counts, distances, *style[:1], linestyle=style[1], label=name, color=colormaps["tab20"](color))
+        for row in (row for row in mine if row["is_reference"]):
+            axes.axhline(row["fd"], color="black", linewidth=1, label=f"teacher, {row['nfe']} evaluations")
+            axes.set_ylim(0.9 * row["fd"], 3 * row["fd"])
         axes.set(xlabel="network evaluations", ylabel="Frechet distance", title=f"{model}, guidance {scale:g}")
-        axes.set_yscale("log")
+        axes.set_xticks(sorted({row["nfe"] for row in solvers}))
         axes.grid(alpha=0.3)
         if mine:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=8, ncols=2)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 

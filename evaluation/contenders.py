@@ -191,6 +191,11 @@ def _common_scale(made_for: dict[str, Any]) -> list[float]:
 
 
 def display_names(names: Sequence[str]) -> dict[str, str]:
-    """Short names for pictures: file names without folder where they stay different."""
-    short = {name: Path(name).stem if name.endswith(".json") else name for name in names}
-    return short if len(set(short.values())) == len(short) else {name: name for name in names}
+    """Short names for reports: of a path as many of its last parts as set it apart from the others."""
+    paths = {name: Path(name.replace(".json", "")) for name in names if ".json" in name}
+    found = {name: name for name in names}
+    for name, path in paths.items():
+        others = [other.parts for other in paths.values() if other != path]
+        length = next(n for n in range(1, len(path.parts) + 1) if all(part[-n:] != path.parts[-n:] for part in others))
+        found[name] = "/".join(path.parts[-length:])
+    return found

@@ -248,4 +248,6 @@ def test_trajectory_error_at_the_nodes_of_the_reference():
 
 def test_display_names_stay_different():
     assert display_names(["a/olss-8.json", "ddim:8"]) == {"a/olss-8.json": "olss-8", "ddim:8": "ddim:8"}
-    assert display_names(["a/x.json", "b/x.json"]) == {"a/x.json": "a/x.json", "b/x.json": "b/x.json"}
+    assert display_names(["a/x.json", "b/x.json"]) == {"a/x.json": "a/x", "b/x.json": "b/x"}
+    nested = ["s/x.json", "s/t/x.json", "s/t/y.json", "s/t/y.json+parataa"]
+    assert list(display_names(nested).values()) == ["s/x", "t/x", "y", "y+parataa"]
