@@ -134,20 +134,21 @@ def _section(text: str, model: str, scale: float) -> str:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for each metric: a line per solver, a column per number of evaluations; the best of a column is bold."""
+    """A table for each metric: a line per solver, a column per number of evaluations; the best of several is bold."""
     reference = next(row for row in rows if row["is_reference"])
     others = [row for row in rows if not row["is_reference"]]
     counts = sorted({row["nfe"] for row in others})
     families = list(dict.fromkeys(family(row["solver"]) for row in others))
-    found = {(family(row["solver"]), row["nfe"]): row for row in others}
+    cells_of = {(family(row["solver"]), row["nfe"]): row for row in others}
     parts = [f"{reference['num_images']} images per row; the teacher is {reference['solver']}."]
     for metric, title, digits in TABLES:
         if reference.get(metric) is None:
             continue
         lines = [f"| {title} | {' | '.join(f'NFE {count}' for count in counts)} |", "|---|" + "---:|" * len(counts)]
-        best = {count: min(_values(others, metric, count), default=None) for count in counts}
+        values = {count: _values(others, metric, count) for count in counts}
+        best = {count: min(found) if len(found) > 1 else None for count, found in values.items()}
         for name in families:
-            cells = [_cell(found.get((name, count)), metric, digits, best[count]) for count in counts]
+            cells = [_cell(cells_of.get((name, count)), metric, digits, best[count]) for count in counts]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         if metric != "rmse":
             shown = _cell(reference, metric, digits, None)
