@@ -87,6 +87,11 @@ class PromptUNet(PromptDenoiser):
             widths |= {"text_embeds": config.projection_class_embeddings_input_dim - sizes, "time_ids": 6}
         return widths
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of the U-Net, from the input to the output."""
+        return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
+
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, gamma: Tensor | None = None) -> Tensor:
         """The network's output at a state, (batch, *sample_shape); gamma (batch,) is for students, None means 1."""
         self._check_condition(condition)

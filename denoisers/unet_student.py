@@ -38,11 +38,6 @@ class PromptUNetStudent(PromptUNet):
         return self.network.time_embedding.cond_proj
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """Blocks of the U-Net, from the input to the output."""
-        return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
-
-    @property
     def gradient_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass."""
         return self.network.is_gradient_checkpointing

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from data.loader import seed_of
 from denoisers import condition_length, load_denoiser
@@ -155,7 +156,8 @@ class SLAM(AdamWModule, TableModule):
     def configure_model(self) -> None:
         """Shard all three networks where the strategy has a mesh (ModelParallelStrategy)."""
         if self.device_mesh is not None and not getattr(self, "_sharded", False):
-            mesh = self.device_mesh["data_parallel"]
+            # over all processes: the strategy's own meshes let those of a machine train apart, each on its gradients
+            mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))
             for network in (self.student, self.target, self.teacher):
                 shard(network, mesh)
             self._sharded = True

@@ -47,6 +47,7 @@ def load_network(teacher: str | nn.Module) -> Any:
     network = load_denoiser(teacher) if isinstance(teacher, str) else teacher
     if not isinstance(getattr(network, "schedule", None), NoiseSchedule):
         raise ValueError(f"the teacher {type(network).__name__} has no `schedule`: give it a solvers.NoiseSchedule")
+    getattr(network, "weight_hash", None)  # computed now, of weights that are neither cast nor sharded yet
     return network
 
 
@@ -98,7 +99,7 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
     for block in getattr(network, "blocks", []):
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else what a backward pass never visits stays whole
 
 
 def _local(value: Tensor) -> Tensor:

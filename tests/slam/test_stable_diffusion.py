@@ -1,15 +1,21 @@
 """SLAM on a tiny Stable Diffusion, from pictures with captions to a diffusers folder, by the shipped configs."""
 
+import os
 import shutil
+import socket
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import sample as command
+from data.encoded_data import EncodedData
 from denoisers import load_denoiser
+from slam.module import SLAM
 from solvers import load_solver, sample, start_noise, student_path
 from tests.image_text import image_text_folder, write_image_text
 from tests.tiny_pipelines import tiny_pipeline
@@ -96,6 +102,38 @@ def test_a_teacher_in_half_precision_is_not_mixed_with_autocast_s(run: Path, tmp
     found = load_denoiser(tmp_path / "out" / "student")
     assert found.network.dtype == torch.float16
     assert load_solver(tmp_path / "out" / "slam-2.json", found).nfe == 2
+
+
+def one_step(run: Path, output: Path, strategy) -> None:
+    """A step of two processes."""
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    more = {"logger": False, "use_distributed_sampler": False, "accelerator": "cpu", "devices": 2, "max_steps": 1}
+    module = SLAM(str(run / "model"), str(output), guidance_scale=9.0, learning_rate=1e-2, steps=[1], sample_every=0)
+    data = EncodedData(str(run / "shards"), batch_size=1)
+    lightning.Trainer(strategy=strategy, **quiet, **more).fit(module, datamodule=data)
+
+
+def sharded_rank(rank: int, port: int, run: Path, output: Path) -> None:
+    """One of two processes of FSDP2, as torchrun starts them."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="slam")
+    one_step(run, output, ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint=False))
+
+
+def test_sharded_training_equals_ddp(run: Path, tmp_path: Path) -> None:
+    """FSDP2 shards student, target and teacher over all processes; float32, so the export shows every difference."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, run, tmp_path / "sharded")
+    torch.multiprocessing.start_processes(sharded_rank, arguments, nprocs=2, start_method="fork")
+    one_step(run, tmp_path / "ddp", "ddp_fork")
+    sharded, whole = (load_denoiser(tmp_path / name / "student").state_dict() for name in ("sharded", "ddp"))
+    before = load_denoiser(run / "model").state_dict()
+    assert max((whole[name] - before[name]).abs().max() for name in before) > 1e-4
+    differ = torch.cat([(sharded[name] - whole[name]).abs().flatten() for name in whole])
+    assert (differ > 1e-5).float().mean() < 0.01  # Adam turns gradients of nothing but rounding into whole steps
 
 
 def fails(capsys: pytest.CaptureFixture, action, *arguments) -> str:
