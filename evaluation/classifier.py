@@ -47,7 +47,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (batch, num_features) of images (batch, channels, height, width) in [-1, 1]."""
-        patches = functional.gelu(self.whiten(images.contiguous(memory_format=torch.channels_last)))
+        patches = functional.gelu(self.whiten(images))
         return self.blocks(patches).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from torch.func import jacfwd
+from torch.func import jacfwd, jvp, vmap
 
 from solver_search.lion import Lion
 from solver_search.lm import Damping, Evaluations, NormalEquations, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, TeacherPath, total
+from solver_search.module import Features
 from solver_search.objective import Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
@@ -172,3 +173,15 @@ def test_lion_takes_signed_steps():
     torch.testing.assert_close(value.detach(), torch.tensor([0.36 - 0.5, -0.36 - 0.5, 0.0], dtype=torch.float64))
     with pytest.raises(ValueError, match="must be positive"):
         Lion([value], lr=0.0)
+
+
+def test_features_of_the_shipped_classifier_have_forward_mode_derivatives():
+    features, generator = Features("checkpoints/cifar10-classifier"), torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 32, generator=generator) * 1.6 - 0.8
+    directions = torch.randn(3, *images.shape, generator=generator)
+    slopes = vmap(lambda direction: jvp(features, (images,), (direction,))[1])(directions)
+    weights = torch.randn(slopes.shape[1:], generator=generator)
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((features(leaf) * weights).sum(), leaf)
+    for slope, direction in zip(slopes, directions):
+        assert (slope * weights).sum() == pytest.approx(float((gradient * direction).sum()), rel=1e-3, abs=1e-3)
