@@ -175,8 +175,12 @@ class SolverSearch(TableModule):
 
     def training_step(self, batch: Samples, batch_idx: int) -> None:
         """One step of the optimiser."""
+        if self.stage is not None and self.stage.done:
+            self._finish()
+            self.stage, self.objective.evaluations = None, Evaluations()
+            self.restart_clock()
         teacher = self._teacher_path(batch)
-        if (self.stage is None or self.stage.done) and not self._next_stage(teacher):
+        if self.stage is None and not self._next_stage(teacher):
             return
         stage = self.stage
         assert stage is not None
@@ -292,14 +296,10 @@ class SolverSearch(TableModule):
 
     def _next_stage(self, teacher: TeacherPath) -> bool:
         """Whether there is one; there is none when a finished run is resumed."""
-        if self.stage is not None:
-            self._finish()
         todo = [nfe for nfe in self.nfe if nfe not in self.finished]
         if not todo:
             self.trainer.should_stop = True
             return False
-        self.objective.evaluations = Evaluations()
-        self.restart_clock()
         self.stage, theta = begin_stage(self, todo[0], teacher)
         self._set_theta(theta)
         self.optimizers().optimizer.state.clear()
