@@ -43,7 +43,7 @@ def main() -> None:
     shared = {"num_samples": options.num_samples, "batch_size": options.batch_size, "cache": options.cache}
     shared |= {"precision": options.precision, "reference": options.reference}
     with tempfile.TemporaryDirectory() as folder:
-        compare(options.denoiser, [options.reference], output=f"{folder}/first", **shared)
+        compare(options.denoiser, compared[:1], output=f"{folder}/first", **shared)  # fills the cache
         whole = spent(lambda: compare(options.denoiser, compared, output=f"{folder}/second", **shared))
     evaluations = len(names) * sum(options.nfe) * options.num_samples
     bare = spent(lambda: network_alone(denoiser, evaluations, options.batch_size))
