@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from data.shards import check_shard, record_path
 from solvers.files import atomic_write
 
 
-class ShardWriter:
+class ShardWriter(ABC):
     """Writes shards in the background while the network works on the next one; use it as a context.
 
     Each shard is a .tar with a JSON record beside it, which comes first, so a shard that exists is complete. A subclass
@@ -30,24 +31,24 @@ class ShardWriter:
         self._pending: Future | None = None
 
     @property
+    @abstractmethod
     def num_shards(self) -> int:
         """Number of shards of all processes together."""
-        raise NotImplementedError
 
     def path(self, shard: int) -> Path:
         """File of a shard."""
         return self.folder / f"shard-{shard:05d}.tar"
 
+    @abstractmethod
     def manifest(self, shards: dict[str, Any]) -> dict[str, Any]:
         """The manifest, with the record of every shard by its name; none while shards are missing."""
-        raise NotImplementedError
 
-    def announce(self, rank: int, todo: Sequence[int]) -> None:
+    def announce(self, rank: int, todo: Sequence[int]) -> None:  # noqa: B027 - optional
         """Say what this process has to make, before anything is written."""
 
+    @abstractmethod
     def store(self, shard: int, value: Any) -> None:
         """Write a shard and its record; runs in the background."""
-        raise NotImplementedError
 
     def prepare(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Check what is there, announce what will be written, and return this process's shards to make.

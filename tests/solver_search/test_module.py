@@ -80,6 +80,16 @@ def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds
     assert _rmse(search.table(4), denoiser) < _rmse(search.table(3), denoiser)
 
 
+def test_an_artifact_counts_the_evaluations_of_its_own_stage(cache, tmp_path):
+    found = []
+    for name, nfe in (("sweep", [3, 4]), ("alone", [4])):
+        output = tmp_path / name / "s-{nfe}.json"
+        search = SolverSearch(TwoPoints(SCHEDULE), str(output), nfe=nfe, steps=2, tolerance=0.0)
+        _fit(search, SearchData(cache, num_val=4))
+        found.append(load_solver(tmp_path / name / "s-4.json").info["fitted_on"]["evaluations"])
+    assert found[0] == found[1]
+
+
 def test_test_measures_the_tables_of_a_checkpoint(cache, tmp_path):
     denoiser, data = TwoPoints(SCHEDULE), SearchData(cache, num_val=4)
     options = {"nfe": [3, 4], "steps": 2, "evaluation": Evaluation(8, metrics=["rmse"], reference="ddim:12")}
