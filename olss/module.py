@@ -172,10 +172,12 @@ class OLSS(TableModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The rows found so far."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["olss"] = {"fits": {nfe: vars(fit) for nfe, fit in self.fits.items()}, "validation": self.validation}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the rows of the checkpoint."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["olss"]
         self.fits = {nfe: Fit(**fit) for nfe, fit in state["fits"].items()}
         self.validation = dict(state["validation"])

@@ -1,6 +1,5 @@
 """SLAM with Lightning: distil a student that needs one to eight evaluations."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ class SLAM(AdamWModule, TableModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.warmup_steps, self.decay_fraction, self.lora_rank = warmup_steps, decay_fraction, lora_rank
         self.export_every, self.sample_every, self.upload_student = export_every, sample_every, upload_student
-        self.images, self.seconds, self._since = 0, 0.0, time.perf_counter()
+        self.images = 0
         self._exported: Any = None
         self._last_step = 0
 
@@ -169,11 +168,6 @@ class SLAM(AdamWModule, TableModule):
         if stage == "fit" and check is not None:
             check(self.teacher)
 
-    def on_train_start(self) -> None:
-        """Start the clock."""
-        super().on_train_start()
-        self._since = time.perf_counter()
-
     def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> Tensor:
         """Loss of a batch (data, condition)."""
         data, condition = batch
@@ -203,8 +197,7 @@ class SLAM(AdamWModule, TableModule):
             return
         self._last_step = step
         if step % self.trainer.log_every_n_steps == 0:
-            self._tick()
-            self.log("train/images_per_second", self.images / self.seconds, prog_bar=True)
+            self.log("train/images_per_second", self.images / self.clock.seconds, prog_bar=True)
         if self.sample_every and step % self.sample_every == 0:
             log_samples(self, [count for count in self.tables if count <= 4])
         if self.export_every and step % self.export_every == 0 and step < self.trainer.estimated_stepping_batches:
@@ -225,7 +218,6 @@ class SLAM(AdamWModule, TableModule):
 
     def export(self) -> list[Path]:
         """Write student/ and the artifacts, where there is an output; a collective operation."""
-        self._tick()
         if self.output is None:
             return []
         paths = export(self)
@@ -234,12 +226,13 @@ class SLAM(AdamWModule, TableModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was spent."""
-        self._tick()
-        checkpoint["slam"] = {"images": self.images, "seconds": self.seconds}
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["slam"] = {"images": self.images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on there."""
-        self.images, self.seconds = checkpoint["slam"]["images"], checkpoint["slam"]["seconds"]
+        super().on_load_checkpoint(checkpoint)
+        self.images = checkpoint["slam"]["images"]
 
     def _weights(self, batch: int, batch_idx: int) -> Weights:
         """Random points, and gammas (1 for plain consistency distillation)."""
@@ -253,10 +246,6 @@ class SLAM(AdamWModule, TableModule):
     def _generator(self, what: str, batch_idx: int, device: torch.device) -> torch.Generator:
         seed = seed_of(what, self.current_epoch, batch_idx, self.seed, self.global_rank)
         return torch.Generator(device=device).manual_seed(seed)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
 
 
 def _check_batch(data: Tensor, condition: Any, shape: tuple[int, ...]) -> None:

@@ -47,7 +47,7 @@ def fitted_on(module: Any) -> dict[str, Any]:
         "method": module.method,
         "iterations": module.global_step,
         "images": module.images,
-        "seconds": round(module.seconds, 1),
+        "seconds": module.fitting_seconds,
         **data_origin(module.trainer),
     }
 

@@ -247,6 +247,7 @@ class SolverSearch(TableModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the stage, the finished tables and the evaluations spent."""
+        super().on_save_checkpoint(checkpoint)
         spent = self.objective.evaluations
         checkpoint["search"] = {
             "stage": None if self.stage is None else self.stage.to_dict(),
@@ -256,6 +257,7 @@ class SolverSearch(TableModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the stage."""
+        super().on_load_checkpoint(checkpoint)
         saved = checkpoint["search"]
         self.finished = {nfe: table_from_dict(values) for nfe, values in saved["finished"].items()}
         self.stage = None if saved["stage"] is None else Stage.from_dict(saved["stage"], self)

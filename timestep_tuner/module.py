@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from denoisers import load_denoiser, with_guidance
 from solvers import SolverTable, resolve_solver
 from timestep_tuner.data import TunerData
+from timestep_tuner.gauss_newton import Slopes, slopes, towards
 from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Evaluations, Examples, Objective
 from timestep_tuner.ratios import Ratios
 from timestep_tuner.record import log_tuned, save_tuned
 from timestep_tuner.stage import Stage
 from training.testing import Evaluation, TableModule
 
+OPTIMIZERS = {"gauss_newton": 1.0, "adam": 0.01}  # and their default learning rates
+
 
 class TimestepTuner(TableModule):
     """Tunes what each solver of a list tells the network at every evaluation; nothing else of the solver changes.
 
-    Solvers are tuned one after the other. The parallel strategy tunes all rows of a solver at once, in `steps` steps
-    of Adam; the sequential one row after row, `steps` steps each. Timesteps that are no better on the held-out
-    samples are not kept, so a solver never ends worse than it started.
+    Solvers are tuned one after the other. The parallel strategy tunes all rows of a solver at once, in `steps` steps;
+    the sequential one row after row, `steps` steps each. Rows that are no better on the held-out samples keep their
+    timestep, so a solver never ends worse than it started.
 
     Args:
         denoiser: the network, or a path for `load_denoiser`.
@@ -31,7 +34,8 @@ class TimestepTuner(TableModule):
         output: artifact to write, `*.json`; `{name}` stands for the solver, `ddim-10` for ddim:10, or the file's name.
         objective: `noise` (the paper's) or `trajectory`.
         strategy: `parallel` or `sequential`.
-        learning_rate: of Adam, in units of the ratio.
+        optimizer: `gauss_newton`, or `adam` (the paper's).
+        learning_rate: of Adam in units of the ratio, default 0.01; of Gauss-Newton the share of its step, default 1.
         steps: optimiser steps, for a solver (parallel) or for each of its rows (sequential).
         decay: last share of the steps over which the rate falls linearly to zero; 0 keeps it.
         free_last: also tune the last row.
@@ -39,7 +43,7 @@ class TimestepTuner(TableModule):
         evaluation: what `train.py test` measures.
     Raises:
         ValueError: an option out of its range; a solver that does not fit; on set-up: data that do not.
-    Source: arXiv 2310.09469: sequential, learning rate 2e-3, 500 steps, no decay.
+    Source: arXiv 2310.09469: sequential, Adam, learning rate 2e-3, 500 steps, no decay.
     """
 
     strict_loading = False
@@ -51,8 +55,9 @@ class TimestepTuner(TableModule):
         output: str | None = None,
         objective: str = "noise",
         strategy: str = "parallel",
-        learning_rate: float = 0.01,
-        steps: int = 100,
+        optimizer: str = "gauss_newton",
+        learning_rate: float | None = None,
+        steps: int = 20,
         decay: float = 0.5,
         free_last: bool = False,
         guidance_scale: float = 1.0,
@@ -62,11 +67,12 @@ class TimestepTuner(TableModule):
         self.evaluation = evaluation
         self.solvers = [solvers] if isinstance(solvers, str) else list(solvers)
         self.names = [solver_name(solver) for solver in self.solvers]
-        _check_options(self.names, output, objective, strategy, learning_rate, steps, decay)
+        _check_options(self.names, output, objective, strategy, optimizer, learning_rate, steps, decay)
         network = load_denoiser(denoiser) if isinstance(denoiser, str) else denoiser
         self.denoiser = with_guidance(network.eval().requires_grad_(False), guidance_scale)
         self.guidance_scale = float(getattr(self.denoiser, "guidance_scale", 1.0))
-        self.output, self.strategy, self.learning_rate = output, strategy, learning_rate
+        self.learning_rate = OPTIMIZERS[optimizer] if learning_rate is None else learning_rate
+        self.output, self.strategy, self.optimizer = output, strategy, optimizer
         self.steps, self.decay, self.free_last = steps, decay, free_last
         self.objectives = [self._objective(solver, objective) for solver in self.solvers]
         self.kind = objective
@@ -109,26 +115,26 @@ class TimestepTuner(TableModule):
             )
 
     def training_step(self, batch: Examples, batch_idx: int) -> None:
-        """One step of Adam."""
+        """One step of the optimiser."""
         if len(self.finished) == len(self.solvers):  # a finished run is resumed
             self.trainer.should_stop = True
             return
         if self.stage is None:
             self._begin()
         stage, objective = self.stage, self.objectives[len(self.finished)]
-        losses = self._losses(objective, batch, stage.row)
         optimizer: Any = self.optimizers()
         optimizer.param_groups[0]["lr"] = self.learning_rate * stage.rate(self.steps, self.decay)
         optimizer.zero_grad()
-        self.manual_backward(losses.sum())
+        losses = (self._gradient if self.optimizer == "adam" else self._gauss_newton)(objective, batch, stage)
         optimizer.step()
         self._project(objective.ratios)
-        self._log(losses.detach(), stage)
+        self._log(losses, stage)
         self._advance(objective)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on the ratios."""
-        return torch.optim.Adam([self.ratio], lr=self.learning_rate)
+        """On the ratios: Adam, or plain steps along what Gauss-Newton leaves as the gradient."""
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
+        return kind([self.ratio], lr=self.learning_rate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The ratios alone: the network stays out of checkpoints."""
@@ -136,12 +142,14 @@ class TimestepTuner(TableModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the place in the list and what was found."""
+        super().on_save_checkpoint(checkpoint)
         spent = [[o.evaluations.forward, o.evaluations.backward] for o in self.objectives]
         stage = None if self.stage is None else vars(self.stage).copy()
         checkpoint["tuner"] = {"finished": self.finished, "stage": stage, "evaluations": spent}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on there."""
+        super().on_load_checkpoint(checkpoint)
         saved = checkpoint["tuner"]
         self.finished = saved["finished"]
         self.stage = None if saved["stage"] is None else Stage(**saved["stage"])
@@ -185,11 +193,31 @@ class TimestepTuner(TableModule):
             before=self.held_out(objective, self._ratio(objective.ratios)),
         )
 
-    def _losses(self, objective: Objective, batch: Examples, row: int | None) -> Tensor:
+    def _gradient(self, objective: Objective, batch: Examples, stage: Stage) -> Tensor:
+        """Losses of the rows; their gradient by backpropagation."""
         timesteps = objective.ratios.timesteps(self.ratio[: objective.ratios.size].cpu())
-        if row is None:
-            return objective.parallel(timesteps, batch)
-        return objective.sequential(timesteps, batch, row)
+        run, rows = (objective.parallel, ()) if stage.row is None else (objective.sequential, (stage.row,))
+        losses = run(timesteps, batch, *rows)
+        self.manual_backward(losses.sum())
+        return losses.detach()
+
+    def _gauss_newton(self, objective: Objective, batch: Examples, stage: Stage) -> Tensor:
+        """Losses of the rows; the way back from where they would be smallest stands for their gradient."""
+        ratio = self._ratio(objective.ratios)
+        timesteps = objective.ratios.timesteps(ratio)
+        if stage.row is None:
+            rows = objective.rows_on_data(batch, timesteps)
+        else:
+            rows = objective.rows_of_run(timesteps, batch, stage.row)
+        found = slopes(objective, rows, ratio)
+        sums = [found.square, found.gradient, found.curvature, torch.full_like(found.square, len(batch))]
+        square, gradient, curvature, samples = self.sum_over_processes(torch.stack(sums))
+        past = torch.tensor(stage.curvature or [[0.0, 0.0]] * len(square), dtype=torch.float64)
+        aim, past = towards(Slopes(found.middle, square, gradient, curvature), float(samples[0]), past)
+        stage.curvature = past.tolist()
+        self.ratio.grad = torch.zeros_like(self.ratio)
+        self.ratio.grad[rows.index] = (ratio[rows.index] - aim).to(self.ratio)
+        return square / samples
 
     def _advance(self, objective: Objective) -> None:
         """Count the step; go to the next row, or finish the solver."""
@@ -199,19 +227,16 @@ class TimestepTuner(TableModule):
         if stage.step < self.steps:
             return
         if stage.row is not None and stage.row + 1 < objective.ratios.size:
-            stage.row, stage.step = stage.row + 1, 0
+            stage.row, stage.step, stage.curvature = stage.row + 1, 0, []
             self._forget_momentum()
             return
         self._finish(objective)
 
     def _finish(self, objective: Objective) -> None:
-        """Keep the ratios if they are better, write the artifact, and stop after the last solver."""
+        """Keep what is better, write the artifact, and stop after the last solver."""
         stage, index = self.stage, len(self.finished)
         assert stage is not None
-        ratio = self._ratio(objective.ratios)
-        stage.after = self.held_out(objective, ratio)
-        if not sum(stage.after) < sum(stage.before):
-            ratio, stage.after = objective.ratios.initial(), stage.before
+        ratio = self._keep(objective, stage)
         self.finished.append(ratio.tolist())
         self.stage = None
         own = [objective.evaluations.forward, objective.evaluations.backward]
@@ -222,6 +247,21 @@ class TimestepTuner(TableModule):
         )
         log_tuned(self, index, stage, save_tuned(self, index, stage, spent))
         self.trainer.should_stop = len(self.finished) == len(self.solvers)
+
+    def _keep(self, objective: Objective, stage: Stage) -> Tensor:
+        """The ratios, 1 for rows that are better so on the held-out samples; sets the losses after."""
+        ratio, initial = self._ratio(objective.ratios), objective.ratios.initial()
+        stage.after = self.held_out(objective, ratio)
+        for row in range(len(ratio)):
+            if stage.after[row] < stage.before[row]:
+                continue
+            without = torch.where(torch.arange(len(ratio)) == row, initial, ratio)
+            losses = self.held_out(objective, without)
+            if sum(losses) < sum(stage.after):  # what a row is told also changes the rows after it
+                ratio, stage.after = without, losses
+        if not sum(stage.after) < sum(stage.before):
+            ratio, stage.after = initial, stage.before
+        return ratio
 
     def _project(self, ratios: Ratios) -> None:
         """Back into the bounds; stop at a ratio that is no number."""
@@ -264,7 +304,8 @@ def _check_options(
     output: str | None,
     objective: str,
     strategy: str,
-    learning_rate: float,
+    optimizer: str,
+    learning_rate: float | None,
     steps: int,
     decay: float,
 ) -> None:
@@ -274,7 +315,9 @@ def _check_options(
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
-    if learning_rate <= 0 or steps < 1 or not 0 <= decay <= 1:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
+    if (learning_rate is not None and learning_rate <= 0) or steps < 1 or not 0 <= decay <= 1:
         raise ValueError(f"learning_rate {learning_rate} and steps {steps} must be positive, decay {decay} in [0, 1]")
     if output is not None and (not output.endswith(".json") or (len(names) > 1 and "{name}" not in output)):
         raise ValueError(f"output {output!r} must end in .json, and contain {{name}} where several solvers are tuned")

@@ -56,6 +56,25 @@ class Evaluations:
         return self.forward + self.backward
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows to try timesteps on, and all that stays the same while they are tried.
+
+    Args:
+        index: which rows.
+        states: of rows 0, 1, ..., at least up to the last of `index`: (rows, batch, *shape).
+        history: outputs of rows 0, 1, ... for later rows; None: the outputs of the rows as they are tried.
+        aim: what the residuals are differences from, (len(index), batch, *shape).
+        examples: where the states come from.
+    """
+
+    index: list[int]
+    states: Tensor
+    history: Tensor | None
+    aim: Tensor
+    examples: Examples
+
+
 @dataclass
 class Objective:
     """Losses of the rows of a table under some timesteps.
@@ -100,29 +119,54 @@ class Objective:
 
     def parallel(self, timesteps: Tensor, examples: Examples) -> Tensor:
         """Losses of all tuned rows, (size,), from states on the data; one network call has all rows as its batch."""
-        rows = list(range(self.ratios.size))
-        return self._losses(rows, timesteps, examples, self._on_data(examples), None)
+        return squared(self.residuals(self.rows_on_data(examples), timesteps))
 
     def sequential(self, timesteps: Tensor, examples: Examples, row: int | None = None) -> Tensor:
         """Loss of one row, (1,), or of all, (size,), from the states of the solver with these timesteps."""
-        rows = list(range(self.ratios.size)) if row is None else [row]
-        states, outputs = self._run(timesteps.detach(), examples, rows[-1])
-        return self._losses(rows, timesteps, examples, states, outputs)
+        return squared(self.residuals(self.rows_of_run(timesteps, examples, row), timesteps))
 
-    def _losses(
-        self, rows: list[int], timesteps: Tensor, examples: Examples, states: Tensor, outputs: Tensor | None
-    ) -> Tensor:
-        seen, after = states[rows], [row + 1 for row in rows]
-        output = self._call(seen, timesteps[rows], rows, examples)
-        self.evaluations.backward += output.shape[0] * output.shape[1] * output.requires_grad
-        end = self._end(rows, states, output.detach() if outputs is None else outputs, output, examples)
+    @torch.no_grad()
+    def rows_on_data(self, examples: Examples, timesteps: Tensor | None = None) -> "Rows":
+        """All tuned rows, from states on the data.
+
+        Args:
+            examples: what they are tried on.
+            timesteps: (N,), of the outputs that later rows use as their history, whatever the rows themselves are told
+                when they are tried; default: what they are told then, which saves network calls.
+        """
+        index, states, history = list(range(self.ratios.size)), self._on_data(examples), None
+        if timesteps is not None and bool(self.base.output_coef.tril(-1).any()):
+            history = self._call(states, timesteps[index], index, examples)
+        return Rows(index, states, history, self._aim(states, index, examples), examples)
+
+    @torch.no_grad()
+    def rows_of_run(self, timesteps: Tensor, examples: Examples, row: int | None = None) -> "Rows":
+        """One row, or all, from the states of the solver with these timesteps."""
+        index = list(range(self.ratios.size)) if row is None else [row]
+        states, history = self._run(timesteps.detach(), examples, index[-1])
+        return Rows(index, states, history, self._aim(states, index, examples), examples)
+
+    def residuals(self, rows: "Rows", timesteps: Tensor) -> Tensor:
+        """What the losses are the squares of, (rows, batch, *shape); `timesteps` (N,)."""
+        index, after = rows.index, [row + 1 for row in rows.index]
+        output = self._call(rows.states[index], timesteps[index], index, rows.examples)
+        self._count_backward(output)
+        history = output.detach() if rows.history is None else rows.history
+        end = self._end(index, rows.states, history, output, rows.examples)
         if self.kind == "trajectory":
-            assert examples.path is not None
-            return _squared(end - _stack(examples.path.at(self.base.alpha[i], self.base.sigma[i]) for i in after))
-        with torch.no_grad():
-            before = self._noise(seen, self.base.timesteps[rows], rows, examples)
-        self.evaluations.backward += end.shape[0] * end.shape[1] * end.requires_grad
-        return _squared(self._noise(end, self._node_timesteps()[after], after, examples) - before)
+            return end - rows.aim
+        self._count_backward(end)
+        return self._noise(end, self._node_timesteps()[after], after, rows.examples) - rows.aim
+
+    def _aim(self, states: Tensor, rows: list[int], examples: Examples) -> Tensor:
+        """What the rows should lead to: (rows, batch, *shape)."""
+        if self.kind == "noise":
+            return self._noise(states[rows], self.base.timesteps[rows], rows, examples)
+        assert examples.path is not None
+        return _stack(examples.path.at(self.base.alpha[row + 1], self.base.sigma[row + 1]) for row in rows)
+
+    def _count_backward(self, output: Tensor) -> None:
+        self.evaluations.backward += output.shape[0] * output.shape[1] * output.requires_grad
 
     def _end(self, rows: list[int], states: Tensor, known: Tensor, output: Tensor, examples: Examples) -> Tensor:
         """States after `rows`: (rows, batch, *shape). `known` are the outputs of rows 0, 1, ... without gradient."""
@@ -188,6 +232,11 @@ class Objective:
         return torch.cat([self.base.timesteps, last])
 
 
+def squared(residuals: Tensor) -> Tensor:
+    """Losses: summed over elements, averaged over the batch, (rows,)."""
+    return residuals.square().flatten(2).sum(2).mean(1)
+
+
 def first_rows(table: SolverTable, timesteps: Tensor, rows: int) -> SolverTable:
     """The solver that stops after its first rows, told `timesteps`, (N,)."""
     square = {name: getattr(table, name)[:rows, :rows] for name in ("state_coef", "output_coef", "noise_coef")}
@@ -200,11 +249,6 @@ def first_rows(table: SolverTable, timesteps: Tensor, rows: int) -> SolverTable:
 def _mix(weights: Tensor, values: Tensor) -> Tensor:
     """sum_j weights[i, j] values[j]: (rows, batch, *shape)."""
     return torch.tensordot(weights.to(values), values, dims=1)
-
-
-def _squared(difference: Tensor) -> Tensor:
-    """Summed over elements, averaged over the batch: (rows,)."""
-    return difference.square().flatten(2).sum(2).mean(1)
 
 
 def _stack(values: Any) -> Tensor:

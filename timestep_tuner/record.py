@@ -86,6 +86,7 @@ def _config(tuner: Any, index: int) -> dict[str, Any]:
         "solver": tuner.names[index],
         "objective": tuner.kind,
         "strategy": tuner.strategy,
+        "optimizer": tuner.optimizer,
         "learning_rate": tuner.learning_rate,
         "steps": tuner.steps,
         "decay": tuner.decay,

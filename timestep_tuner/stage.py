@@ -13,6 +13,7 @@ class Stage:
         after: those of the tuned rows.
         step: optimiser steps taken, on this row where there is one.
         history: the ratios after every step.
+        curvature: of Gauss-Newton, see `gauss_newton.towards`.
     """
 
     row: int | None
@@ -20,6 +21,7 @@ class Stage:
     after: list[float] = field(default_factory=list)
     step: int = 0
     history: list[list[float]] = field(default_factory=list)
+    curvature: list[list[float]] = field(default_factory=list)
 
     def rate(self, steps: int, decay: float) -> float:
         """Share of the learning rate: 1, then falling linearly over the last `decay` of the steps."""

@@ -1,6 +1,5 @@
 """`train.py test`: figures of a method's current tables, by the code of `sample.py compare`."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
 from solvers import SolverTable, load_solver, resolve_solver
+from training.clock import Clock
 from training.record import log_table
 
 
@@ -52,6 +52,10 @@ class TableModule(lightning.LightningModule):
     denoiser: Any
     evaluation: Evaluation
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+
     @abstractmethod
     def current_tables(self) -> dict[str, SolverTable]:
         """Tables in memory by name; none before a fit."""
@@ -66,16 +70,24 @@ class TableModule(lightning.LightningModule):
 
     @property
     def fitting_seconds(self) -> float:
-        """Seconds since training began in this process, or since `restart_clock`; for `fitted_on` of artifacts."""
-        return round(time.perf_counter() - self._began, 1)
+        """Seconds of training, over resumes, or since `restart_clock`; for `fitted_on` of artifacts."""
+        return round(self.clock.seconds, 1)
 
     def restart_clock(self) -> None:
         """The work on another table begins."""
-        self._began = time.perf_counter()
+        self.clock = Clock()
 
     def on_train_start(self) -> None:
-        """Start the clock."""
-        self.restart_clock()
+        """Start the clock, or let it go on."""
+        self.clock.start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the time spent."""
+        checkpoint["fitting_seconds"] = self.clock.seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on from it."""
+        self.clock = Clock(checkpoint["fitting_seconds"])
 
     @property
     def reference_denoiser(self) -> Any:

@@ -17,7 +17,7 @@ from evaluation.evaluate import evaluate_table
 from solvers import NoiseSchedule, TableScheduler, load_solver, named_solver
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 from timestep_tuner.data import TunerData
-from timestep_tuner.module import TimestepTuner, solver_name
+from timestep_tuner.module import OPTIMIZERS, TimestepTuner, solver_name
 from training.testing import Evaluation
 
 SCHEDULE = NoiseSchedule.linear()
@@ -55,7 +55,8 @@ def fit(tuner, source, folder=None, ckpt_path=None, **options):
 
 
 def make(denoiser=None, solvers="ddim:4", **options) -> TimestepTuner:
-    return TimestepTuner(denoiser or TwoPoints(SCHEDULE), solvers, **{"steps": 20, "learning_rate": 0.03} | options)
+    rate = {"learning_rate": 0.03} if options.get("optimizer") == "adam" else {}
+    return TimestepTuner(denoiser or TwoPoints(SCHEDULE), solvers, **{"steps": 20} | rate | options)
 
 
 def test_test_measures_the_tuned_tables(cache, tmp_path):
@@ -68,10 +69,11 @@ def test_test_measures_the_tuned_tables(cache, tmp_path):
         assert found[f"test/{name}/rmse"] == pytest.approx(same["rmse"], rel=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["parallel", "sequential"])
 @pytest.mark.parametrize("objective", ["noise", "trajectory"])
-def test_every_solver_of_the_list_gets_better(cache, tmp_path, objective, strategy):
-    options = {"objective": objective, "strategy": strategy, "steps": 12}
+def test_every_solver_of_the_list_gets_better(cache, tmp_path, objective, strategy, optimizer):
+    options = {"objective": objective, "strategy": strategy, "optimizer": optimizer, "steps": 12}
     tuner = make(solvers=["ddim:4", "unipc:3"], output=str(tmp_path / "tuned-{name}.json"), **options)
     fit(tuner, data(cache))
     for index, (name, nfe) in enumerate((("ddim", 4), ("unipc", 3))):
@@ -99,28 +101,65 @@ def test_strategies_agree_and_parallel_costs_less(cache):
     assert tuners["parallel"].objectives[0].evaluations.total < tuners["sequential"].objectives[0].evaluations.total
 
 
-def test_evaluations_are_those_of_the_steps_and_two_checks(cache):
-    tuner = make(steps=5)
+@pytest.mark.parametrize(
+    ("optimizer", "solver", "forward", "backward"),
+    [("adam", "ddim:4", 3, 2), ("gauss_newton", "ddim:4", 5, 0), ("gauss_newton", "dpmpp:4", 6, 0)],
+)
+def test_evaluations_are_those_of_the_steps_and_two_checks(cache, optimizer, solver, forward, backward):
+    tuner = make(solvers=solver, steps=5, optimizer=optimizer)
     fit(tuner, data(cache))
+    assert (tuner.table(0).timesteps != named_solver(solver, SCHEDULE).timesteps)[:3].all()  # no third check
     spent = tuner.objectives[0].evaluations
-    assert (spent.forward, spent.backward) == (5 * 8 * 3 * 3 + 2 * 8 * 3 * 3, 5 * 8 * 2 * 3)
+    assert (spent.forward, spent.backward) == (5 * 8 * forward * 3 + 2 * 8 * 3 * 3, 5 * 8 * backward * 3)
 
 
 def test_worse_timesteps_are_not_kept(cache):
     """A rate that jumps from bound to bound ends badly, and the base table is what remains."""
-    tuner = make(learning_rate=3.0, steps=1, decay=0.0)
+    tuner = make(optimizer="adam", learning_rate=3.0, steps=1, decay=0.0)
     fit(tuner, data(cache))
     assert torch.equal(tuner.table(0).timesteps, named_solver("ddim:4", SCHEDULE).timesteps)
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+def test_a_row_that_got_worse_keeps_its_timestep(cache, strategy):
+    """Others stay tuned."""
+    tuner, base = make(strategy=strategy), named_solver("ddim:4", SCHEDULE)
+    keep = tuner._keep
+
+    def keep_spoilt(objective, stage):
+        with torch.no_grad():
+            tuner.ratio[1] = 0.3
+        return keep(objective, stage)
+
+    tuner._keep = keep_spoilt
+    fit(tuner, data(cache))
+    told = tuner.table(0).timesteps
+    assert told[1] == base.timesteps[1]
+    assert told[2] != base.timesteps[2]
+
+
+def test_gauss_newton_finds_the_minimum_of_every_row(cache):
+    """That of the losses over a grid."""
+    tuner, source = make(steps=12), data(cache)
+    fit(tuner, source)
+    ratios, grid = tuner.objectives[0].ratios, torch.linspace(0.5, 1.5, 201, dtype=torch.float64)
+    losses = torch.tensor(
+        [tuner.held_out(tuner.objectives[0], ratios.project(ratio * ratios.initial())) for ratio in grid]
+    )
+    found = tuner.held_out(tuner.objectives[0], torch.tensor(tuner.finished[0], dtype=torch.float64))
+    before, best = losses[100], losses.min(0).values
+    assert ((torch.tensor(found) - best) < 0.1 * (before - best)).all()
 
 
 def same(first, second, tolerance=0.0):
     torch.testing.assert_close(first.timesteps, second.timesteps, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["parallel", "sequential"])
-def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, strategy):
+def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, strategy, optimizer):
     def new():
-        return make(solvers=["ddim:3", "dpmpp:3"], strategy=strategy, steps=4)
+        return make(solvers=["ddim:3", "dpmpp:3"], strategy=strategy, optimizer=optimizer, steps=4)
 
     whole, first, second, last = (new() for _ in range(4))
     fit(whole, data(cache))
@@ -138,10 +177,11 @@ def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, strategy):
     same(last.table(1), whole.table(1))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["parallel", "sequential"])
-def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, strategy):
+def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, strategy, optimizer):
     def run(name, batch_size, **options):
-        tuner = make(output=str(tmp_path / f"{name}.json"), strategy=strategy, steps=3)
+        tuner = make(output=str(tmp_path / f"{name}.json"), strategy=strategy, optimizer=optimizer, steps=3)
         fit(tuner, data(cache, batch_size=batch_size), **options)
         return load_solver(tmp_path / f"{name}.json")
 
@@ -211,8 +251,8 @@ def test_images_and_arrays_of_shards(tmp_path, kind):
 def test_noise_is_fresh_in_every_epoch_and_the_same_when_held_out(cache):
     tuner, source = make(steps=8), data(cache)
     seen = []
-    original = tuner._losses
-    tuner._losses = lambda objective, batch, row: seen.append(batch.seeds) or original(objective, batch, row)
+    original = tuner._gauss_newton
+    tuner._gauss_newton = lambda objective, batch, stage: seen.append(batch.seeds) or original(objective, batch, stage)
     fit(tuner, source)
     flat = [seed for seeds in seen for seed in seeds]
     assert len(set(flat)) == len(flat) == 64
@@ -257,6 +297,8 @@ def test_refusals(cache, tmp_path):
         ({"solvers": ["ddim:4", "ddim:4"]}, "no two of the same name"),
         ({"objective": "x"}, "use one of noise, trajectory"),
         ({"strategy": "x"}, "use one of parallel, sequential"),
+        ({"optimizer": "x"}, "use one of gauss_newton, adam"),
+        ({"learning_rate": 0.0}, "must be positive"),
         ({"steps": 0}, "must be positive"),
         ({"decay": 2.0}, r"decay 2.0 in \[0, 1\]"),
         ({"output": "x.txt"}, "must end in .json"),
@@ -267,15 +309,17 @@ def test_refusals(cache, tmp_path):
 
 
 class Breaks(TwoPoints):
-    """Says nothing but NaN."""
+    """Says nothing but NaN at timesteps between the trained ones."""
 
     def forward(self, x, timestep, condition=None):
-        return super().forward(x, timestep) * (float("nan") if timestep.requires_grad else 1.0)
+        fractional = bool((timestep % 1).any())
+        return super().forward(x, timestep) * (float("nan") if fractional else 1.0)
 
 
-def test_not_a_number_stops_the_run(cache):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_not_a_number_stops_the_run(cache, optimizer):
     with pytest.raises(ValueError, match=r"the ratios of ddim:4 are .*nan"):
-        fit(make(Breaks(SCHEDULE)), data(cache))
+        fit(make(Breaks(SCHEDULE), optimizer=optimizer), data(cache))
 
 
 class Pictures(lightning.pytorch.loggers.CSVLogger):

@@ -1,0 +1,46 @@
+"""The time a fit took counts on over a resume, in every method."""
+
+import time
+
+import pytest
+from lightning.pytorch import Trainer
+
+from olss.module import OLSS
+from slam.module import SLAM
+from solver_search.module import SolverSearch
+from solvers import NoiseSchedule
+from tests.olss.toy import Toy
+from tests.slam.test_module import network
+from tests.solver_search.toys import TwoPoints
+from timestep_tuner.module import TimestepTuner
+from training.clock import Clock
+
+SCHEDULE = NoiseSchedule.linear()
+METHODS = {
+    "olss": lambda: OLSS(Toy(), "unused", nfe=[3]),
+    "solver_search": lambda: SolverSearch(TwoPoints(SCHEDULE), nfe=2),
+    "timestep_tuner": lambda: TimestepTuner(TwoPoints(SCHEDULE), "ddim:3"),
+    "slam": lambda: SLAM(network(), teacher_points=10, weighting="snr"),
+}
+
+
+def test_seconds_are_those_before_and_those_since():
+    clock = Clock(100.0)
+    time.sleep(0.02)
+    assert 100.02 <= clock.seconds < 200
+    clock.start()
+    assert clock.seconds < 100.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_fit_counts_on(method):
+    first, second = METHODS[method](), METHODS[method]()
+    second.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    checkpoint = {}
+    first.on_save_checkpoint(checkpoint)
+    assert 0 <= checkpoint["fitting_seconds"] < 100
+    second.on_load_checkpoint(checkpoint | {"fitting_seconds": 1000.0})
+    second.on_train_start()
+    assert 1000 <= second.fitting_seconds < 1100
+    second.restart_clock()
+    assert second.fitting_seconds < 100
