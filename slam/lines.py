@@ -13,6 +13,7 @@ from solvers.schedule import NoiseSchedule
 
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 NOISE_LEVELS = ("paper", "shared")
+LINE_TIMESTEPS = ("start", "node")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,25 @@ def line_node(kind: str, points: Points, gamma: Tensor, noise_level: str = "pape
         return points.alpha_start, gamma * points.sigma_start + (1 - gamma) * end
     power = end**2 + gamma**2 * (points.sigma_start**2 - end**2)
     return points.alpha_start, power.sqrt()
+
+
+def line_call(
+    schedule: NoiseSchedule, points: Points, node: tuple[Tensor, Tensor], line_timestep: str = "start"
+) -> tuple[Tensor, Tensor]:
+    """How the student is asked on the line: its timestep, and what its state is divided by, each (batch,).
+
+    Args:
+        schedule: of the networks.
+        points: ends of the lines.
+        node: of the points on them, (batch,), see `line_node`.
+        line_timestep: `start`: that of the start for all of the line, the state as it is (the paper's); `node`: that
+            of the point's own signal-to-noise ratio, the state scaled onto the schedule, so that the student starts
+            with right answers on the whole line.
+    """
+    if line_timestep == "start":
+        return points.start, torch.ones_like(points.start)
+    scale = node[0] + node[1] if schedule.kind == "flow" else torch.hypot(*node)
+    return schedule.timestep(*node), scale
 
 
 def boundary(schedule: NoiseSchedule, timestep: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from data.loader import seed_of
 from denoisers import condition_length, load_denoiser
-from slam.lines import NOISE_LEVELS, huber, l2
+from slam.lines import LINE_TIMESTEPS, NOISE_LEVELS, huber, l2
 from slam.lines import teacher_points as spread_points
 from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
 from slam.objective import WEIGHTINGS, Weights, predictions
@@ -42,6 +42,7 @@ class SLAM(AdamWModule, TableModule):
         teacher_points: steps of the teacher's DDIM (flow: Euler) between noise and data.
         teacher_dtype: number format of the teacher's weights; default: as they are.
         noise_level: sigma on the line, `paper` or `shared`, see `slam.lines.line_node`.
+        line_timestep: what the student is told on the line, `start` or `node`, see `slam.lines.line_call`.
         weighting: of the difference before the loss, `uniform` or `snr`, see `slam.objective.Weights.of`.
         loss: `huber` or `l2`.
         huber_c: where the Huber loss turns from quadratic to linear.
@@ -75,6 +76,7 @@ class SLAM(AdamWModule, TableModule):
         teacher_points: int = 50,
         teacher_dtype: str | None = None,
         noise_level: str = "paper",
+        line_timestep: str = "start",
         weighting: str = "uniform",
         loss: str = "huber",
         huber_c: float = 0.001,
@@ -95,7 +97,9 @@ class SLAM(AdamWModule, TableModule):
     ) -> None:
         super().__init__()
         self.evaluation = evaluation
-        _check_options(method, noise_level, weighting, loss, huber_c, target_decay, decay_fraction, steps)
+        _check_options(
+            method, noise_level, line_timestep, weighting, loss, huber_c, target_decay, decay_fraction, steps
+        )
         network = load_network(teacher)
         self.schedule: NoiseSchedule = network.schedule
         self.points, self.num_points = spread_points(self.schedule, teacher_points), teacher_points
@@ -106,7 +110,7 @@ class SLAM(AdamWModule, TableModule):
         object.__setattr__(self, "teacher", guided)  # no submodule: not in checkpoints, and keeps its dtype
         self.guidance_scale = float(getattr(guided, "guidance_scale", 1.0))
         self.output, self.method, self.seed = output, method, seed
-        self.noise_level, self.weighting = noise_level, weighting
+        self.noise_level, self.line_timestep, self.weighting = noise_level, line_timestep, weighting
         self.loss, self.huber_c, self.target_decay = loss, huber_c, target_decay
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.warmup_steps, self.decay_fraction, self.lora_rank = warmup_steps, decay_fraction, lora_rank
@@ -241,7 +245,9 @@ class SLAM(AdamWModule, TableModule):
         gamma = torch.rand(batch, generator=generator, dtype=torch.float64)
         if self.method == "consistency":
             gamma = torch.ones_like(gamma)
-        return Weights.of(self.schedule, self.points[index], gamma, self.noise_level, self.weighting)
+        return Weights.of(
+            self.schedule, self.points[index], gamma, self.noise_level, self.weighting, self.line_timestep
+        )
 
     def _generator(self, what: str, batch_idx: int, device: torch.device) -> torch.Generator:
         seed = seed_of(what, self.current_epoch, batch_idx, self.seed, self.global_rank)
@@ -261,6 +267,7 @@ def _check_batch(data: Tensor, condition: Any, shape: tuple[int, ...]) -> None:
 def _check_options(
     method: str,
     noise_level: str,
+    line_timestep: str,
     weighting: str,
     loss: str,
     huber_c: float,
@@ -271,6 +278,7 @@ def _check_options(
     for name, value, allowed in (
         ("method", method, METHODS),
         ("noise_level", noise_level, NOISE_LEVELS),
+        ("line_timestep", line_timestep, LINE_TIMESTEPS),
         ("weighting", weighting, WEIGHTINGS),
         ("loss", loss, LOSSES),
     ):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slam.lines import Points, consistency_weights, ddim_weights, line_node, line_weights, weighted
+from slam.lines import Points, consistency_weights, ddim_weights, line_call, line_node, line_weights, weighted
 from solvers.schedule import NoiseSchedule
 
 Pair = tuple[Tensor, Tensor]
@@ -18,12 +18,14 @@ WEIGHTINGS = ("uniform", "snr")
 class Weights:
     """What a batch of sub-paths needs, one number per sample: timesteps, gamma, and pairs of weights.
 
-    `forward` of (data, noise) in x_s; `step` of (x_s, teacher's output) in x_e; `line` of (x_s, x_e) in x_g; `student`
-    of (x_g, output) in f_g; `target` of (x_e, output) in f_e; `loss` of f_g - f_e.
+    `forward` of (data, noise) in x_s; `step` of (x_s, teacher's output) in x_e; `line` of (x_s, x_e) in x_g, scaled as
+    the student is asked; `student` of (that, output) in f_g; `target` of (x_e, output) in f_e; `loss` of f_g - f_e.
+    `told` is the student's timestep.
     """
 
     start: Tensor
     end: Tensor
+    told: Tensor
     gamma: Tensor
     loss: Tensor
     forward: Pair
@@ -40,6 +42,7 @@ class Weights:
         gamma: Tensor,
         noise_level: str = "paper",
         weighting: str = "uniform",
+        line_timestep: str = "start",
     ) -> "Weights":
         """Weights of sub-paths (batch,) at gamma (batch,), float64.
 
@@ -50,17 +53,21 @@ class Weights:
             noise_level: see `line_node`.
             weighting: of the difference before the loss: `uniform`: 1; `snr`: min(1, alpha_s / sigma_s), so that data
                 read off a noise prediction at alpha_s near 0, with errors of 1 / alpha_s, do not outweigh all others.
+            line_timestep: see `line_call`.
         """
         node = line_node(schedule.kind, points, gamma, noise_level)
+        told, scale = line_call(schedule, points, node, line_timestep)
+        on_start, on_end = line_weights(schedule.kind, points, gamma)
         return cls(
             points.start,
             points.end,
+            told,
             gamma,
             _loss_weight(weighting, points),
             forward=(points.alpha_start, points.sigma_start),
             step=ddim_weights(schedule.prediction_type, points),
-            line=line_weights(schedule.kind, points, gamma),
-            student=consistency_weights(schedule, points.start, *node),
+            line=(on_start / scale, on_end / scale),
+            student=consistency_weights(schedule, told, node[0] / scale, node[1] / scale),
             target=consistency_weights(schedule, points.end, points.alpha_end, points.sigma_end),
         )
 
@@ -106,4 +113,4 @@ def predictions(
         aim = weighted(weights.target, end, target(end, weights.end, condition))
     point = weighted(weights.line, state, end)
     options = {"gamma": weights.gamma} if told else {}
-    return weighted(weights.student, point, student(point, weights.start, condition, **options)), aim
+    return weighted(weights.student, point, student(point, weights.told, condition, **options)), aim

@@ -60,8 +60,8 @@ def data_origin(trainer: Any) -> dict[str, Any]:
 
 def config(module: Any) -> dict[str, Any]:
     """The settings that make a difference."""
-    names = ("method", "noise_level", "weighting", "loss", "huber_c", "target_decay", "learning_rate", "warmup_steps")
-    more = ("decay_fraction", "weight_decay", "lora_rank", "seed")
+    names = ("method", "noise_level", "line_timestep", "weighting", "loss", "huber_c", "target_decay")
+    more = ("learning_rate", "warmup_steps", "decay_fraction", "weight_decay", "lora_rank", "seed")
     trainer = module.trainer
     return {
         **{name: getattr(module, name) for name in names + more},

@@ -9,6 +9,7 @@ from slam.lines import (
     ddim_weights,
     huber,
     l2,
+    line_call,
     line_node,
     line_weights,
     teacher_points,
@@ -285,3 +286,48 @@ def test_a_perfect_student_is_sampled_in_one_step():
     found = sample(student, table, noise)
     teacher = sample(gaussian_denoiser(schedule, 0.3, 0.6), named_solver("euler:400", schedule), noise)
     torch.testing.assert_close(found, teacher, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_paper_tells_the_start(name):
+    schedule, points, _, _ = every(name)
+    node = line_node(schedule.kind, points, torch.rand(50, dtype=torch.float64))
+    told, scale = line_call(schedule, points, node)
+    assert torch.equal(told, points.start)
+    assert torch.equal(scale, torch.ones(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("noise_level", ["paper", "shared"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_node_of_a_point_is_one_of_the_schedule(name, noise_level):
+    """Scaled, the state is what the network knows from its training at the timestep it is told."""
+    schedule, points, _, _ = every(name)
+    node = line_node(schedule.kind, points, torch.rand(50, dtype=torch.float64), noise_level)
+    told, scale = line_call(schedule, points, node, "node")
+    alpha, sigma = schedule.alpha_sigma(told)
+    torch.testing.assert_close(alpha, node[0] / scale, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(sigma, node[1] / scale, rtol=2e-3, atol=1e-3)
+    assert ((told <= points.start + 1e-6) & (told >= points.end - 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_at_gamma_one_both_tell_the_start(name):
+    schedule, points, _, _ = every(name)
+    node = line_node(schedule.kind, points, torch.ones(50, dtype=torch.float64))
+    told, scale = line_call(schedule, points, node, "node")
+    torch.testing.assert_close(told, points.start, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(scale, torch.ones_like(scale))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_perfect_student_finds_the_data_from_its_node(name):
+    """With one data point and one noise f is c_skip x_g + c_out data, at the timestep that the student is told."""
+    schedule, points, data, noise = every(name)
+    weights = Weights.of(schedule, points, torch.rand(50, dtype=torch.float64), "shared", line_timestep="node")
+    start = weighted((points.alpha_start, points.sigma_start), data, noise)
+    end = weighted((points.alpha_end, points.sigma_end), data, noise)
+    point = weighted(weights.line, start, end)
+    node = schedule.alpha_sigma(weights.told)
+    output = to_output(schedule.prediction_type, data, noise, *(value[:, None] for value in node))
+    expected = weighted(boundary(schedule, weights.told), point, data)
+    torch.testing.assert_close(weighted(weights.student, point, output), expected, rtol=2e-3, atol=2e-3)

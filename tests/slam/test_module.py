@@ -364,6 +364,7 @@ def test_pictures_losses_and_throughput_are_logged(tmp_path):
     [
         ({"method": "x"}, "unknown method 'x': use one of slam, consistency"),
         ({"noise_level": "x"}, "unknown noise_level 'x'"),
+        ({"line_timestep": "x"}, "unknown line_timestep 'x': use one of start, node"),
         ({"weighting": "x"}, "unknown weighting 'x'"),
         ({"loss": "x"}, "unknown loss 'x'"),
         ({"huber_c": 0.0}, r"huber_c 0\.0 must be positive"),
