@@ -23,7 +23,7 @@ from data.teacher_path import TeacherPath
 from data.trajectories import Trajectories, run_teacher
 from denoisers import load_denoiser
 from solvers import SolverTable, load_solver, named_solver
-from timestep_tuner.objective import Examples, Objective
+from timestep_tuner.objective import STRATEGIES, Examples, Objective
 from timestep_tuner.ratios import Ratios
 
 HEADER = ("solver", "nfe", "strategy", "objective", "before", "after", "after / before", "evaluations")
@@ -63,9 +63,10 @@ def rows(options: argparse.Namespace) -> list[list[Any]]:
         shuffled = replace(tried, noise=tried.noise.roll(1, 0))
         for index, table in enumerate(tables):
             objective, original = objective_of(denoiser, table)
+            strategy = options.strategy or table.info["config"]["strategy"]
             batch = tried if objective.kind == "trajectory" else shuffled
             for column, timesteps in enumerate((original, table.timesteps)):
-                totals[index, column] += losses(objective, table.info["config"]["strategy"], timesteps, batch)
+                totals[index, column] += losses(objective, strategy, timesteps, batch)
     means = (totals / options.num_samples).tolist()
     return [_row(path, table, *mean) for path, table, mean in zip(options.solvers, tables, means)]
 
@@ -82,6 +83,9 @@ def main() -> None:
     parser.add_argument("--denoiser", default="checkpoints/cifar10-dit")
     parser.add_argument("--solvers", nargs="+", required=True)
     parser.add_argument("--teacher")
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, help="whose states; default: those each artifact was tuned on"
+    )
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--guidance_scale", type=float, default=1.0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from denoisers import load_denoiser, with_guidance
@@ -18,6 +18,7 @@ from timestep_tuner.record import log_tuned, save_tuned
 from timestep_tuner.stage import Stage
 from training.testing import Evaluation, TableModule
 
+LEARNED = ("olss", "solver_search")
 OPTIMIZERS = {"gauss_newton": 1.0, "adam": 0.01}  # and their default learning rates
 
 
@@ -175,6 +176,11 @@ class TimestepTuner(TableModule):
     def _objective(self, solver: str, kind: str) -> Objective:
         schedule = self.denoiser.schedule
         base = resolve_solver(solver, schedule, denoiser=self.denoiser)
+        if base.info.get("method") in LEARNED:
+            rank_zero_warn(
+                f"{solver} was learned for the timesteps it has: its rows do not aim at what the objective asks of "
+                "them, and better losses have made worse images (docs/results.md)"
+            )
         try:
             ratios = Ratios(base, (schedule.t_min, schedule.t_max), self.free_last)
             return Objective(self.denoiser, ratios, schedule, kind)

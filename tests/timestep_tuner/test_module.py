@@ -14,7 +14,7 @@ from PIL import Image
 from data.trajectories import FIRST_SEED, generate_trajectories
 from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
-from solvers import NoiseSchedule, TableScheduler, load_solver, named_solver
+from solvers import NoiseSchedule, TableScheduler, load_solver, named_solver, save_solver
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 from timestep_tuner.data import TunerData
 from timestep_tuner.module import OPTIMIZERS, TimestepTuner, solver_name
@@ -205,6 +205,13 @@ def test_guided_artifact_base(tmp_path):
     assert table.info["fitted_on"]["original_timesteps"] == first.timesteps.tolist()
     with pytest.raises(ValueError, match="guidance scale"):
         make(Labelled(SCHEDULE), str(tmp_path / "first.json"))
+
+
+def test_a_learned_base_is_warned_about(tmp_path):
+    path = tmp_path / "olss-4.json"
+    save_solver(named_solver("ddim:4", SCHEDULE), path, method="olss", schedule=SCHEDULE)
+    with pytest.warns(UserWarning, match=r"olss-4.json was learned for the timesteps it has"):
+        make(solvers=str(path))
 
 
 def test_exported_scheduler_passes_fractional_timesteps(cache, tmp_path):
