@@ -56,6 +56,7 @@ class SLAM(AdamWModule, TableModule):
         gradient_checkpointing: recompute the student's blocks in the backward pass.
         steps: numbers of evaluations that artifacts are written for.
         export_every: steps between exports during training; 0: at the end only.
+        keep_exports: leave each of those in a folder of its own, `output`/step-<step>, instead of replacing the last.
         sample_every: steps between pictures of 1, 2 and 4 evaluations in the logger; 0 for none.
         upload_student: also upload the student to W&B, at the end.
         seed: seed of points, gammas and noises.
@@ -90,6 +91,7 @@ class SLAM(AdamWModule, TableModule):
         gradient_checkpointing: bool = False,
         steps: list[int] = [1, 2, 4, 8],  # noqa: B006 - only read
         export_every: int = 0,
+        keep_exports: bool = False,
         sample_every: int = 500,
         upload_student: bool = False,
         seed: int = 0,
@@ -114,7 +116,8 @@ class SLAM(AdamWModule, TableModule):
         self.loss, self.huber_c, self.target_decay = loss, huber_c, target_decay
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.warmup_steps, self.decay_fraction, self.lora_rank = warmup_steps, decay_fraction, lora_rank
-        self.export_every, self.sample_every, self.upload_student = export_every, sample_every, upload_student
+        self.export_every, self.keep_exports = export_every, keep_exports
+        self.sample_every, self.upload_student = sample_every, upload_student
         self.images = 0
         self._exported: Any = None
         self._last_step = 0
@@ -205,7 +208,7 @@ class SLAM(AdamWModule, TableModule):
         if self.sample_every and step % self.sample_every == 0:
             log_samples(self, [count for count in self.tables if count <= 4])
         if self.export_every and step % self.export_every == 0 and step < self.trainer.estimated_stepping_batches:
-            self.export()
+            self.export(f"step-{step:06d}" if self.keep_exports else "")
 
     def on_train_end(self) -> None:
         """Write the student and its artifacts."""
@@ -220,12 +223,13 @@ class SLAM(AdamWModule, TableModule):
         """The student."""
         return self.student
 
-    def export(self) -> list[Path]:
-        """Write student/ and the artifacts, where there is an output; a collective operation."""
+    def export(self, name: str = "") -> list[Path]:
+        """Write student/ and the artifacts into a folder of the output, if there is one; a collective operation."""
         if self.output is None:
             return []
-        paths = export(self)
-        rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {self.output}")
+        folder = Path(self.output) / name
+        paths = export(self, folder)
+        rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {folder}")
         return paths
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

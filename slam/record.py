@@ -11,10 +11,9 @@ from solvers import save_solver
 STUDENT_NAME = "student"
 
 
-def export(module: Any) -> list[Path]:
-    """Write `output`/student and `output`/slam-<steps>.json, in the first process; sharded weights need all of them."""
+def export(module: Any, folder: Path) -> list[Path]:
+    """Write student/ and slam-<steps>.json into a folder, in the first process; sharded weights need all of them."""
     weights = plain_weights(module.denoiser)
-    folder = Path(module.output)
     paths = [folder / f"slam-{count}.json" for count in module.tables]
     if module.global_rank == 0:
         record = fitted_on(module)

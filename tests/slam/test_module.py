@@ -276,6 +276,17 @@ def test_lora_trains_adapters_and_exports_ordinary_weights(tmp_path):
         assert torch.equal(loaded.state_dict()[name], value.bfloat16().float())
 
 
+def test_exports_are_kept_where_asked_for(tmp_path):
+    module = make(output=str(tmp_path), export_every=1, keep_exports=True, steps=[1])
+    trainer(max_steps=3).fit(module, digits())
+    folders = [tmp_path / "step-000001", tmp_path / "step-000002", tmp_path]
+    tables = [load_solver(folder / "slam-1.json") for folder in folders]
+    assert [table.info["fitted_on"]["iterations"] for table in tables] == [1, 2, 3]
+    first, second, last = (load_denoiser(student_path(table).parent) for table in tables)
+    assert differs(first, second)
+    assert differs(second, last)
+
+
 @pytest.mark.parametrize("schedule", ["epsilon", "flow"])
 def test_exported_students_are_sampled_from_one_path(tmp_path, schedule):
     module = make(schedule, output=str(tmp_path / "out"), export_every=2, steps=[4, 1])
