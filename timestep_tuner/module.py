@@ -18,6 +18,7 @@ from timestep_tuner.record import log_tuned, save_tuned
 from timestep_tuner.stage import Stage
 from training.testing import Evaluation, TableModule
 
+HALVINGS = 6  # of the way of the ratios from 1, before they are given up
 LEARNED = ("olss", "solver_search")
 OPTIMIZERS = {"gauss_newton": 1.0, "adam": 0.01}  # and their default learning rates
 
@@ -159,14 +160,17 @@ class TimestepTuner(TableModule):
 
     def held_out(self, objective: Objective, ratio: Tensor) -> list[float]:
         """Losses of the rows on the held-out samples of all processes, from states as the strategy has them."""
-        timesteps = objective.ratios.timesteps(ratio)
-        run: Callable = objective.parallel if self.strategy == "parallel" else objective.sequential
-        total = torch.zeros(objective.ratios.size + 1, dtype=torch.float64)
+        run = objective.parallel if self.strategy == "parallel" else objective.sequential
+        return self._over_held_out(run, objective.ratios.timesteps(ratio))
+
+    def _over_held_out(self, run: Callable, timesteps: Tensor) -> list[float]:
+        """Mean of run(timesteps, examples) over the held-out samples of all processes."""
+        total: Tensor | float = 0.0
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             for batch in self.trainer.datamodule.held_out():
                 losses = run(timesteps, batch.to(self.device)).double().cpu()
-                total += torch.cat([losses, torch.ones(1, dtype=torch.float64)]) * len(batch)
-        total = self.sum_over_processes(total)
+                total = total + torch.cat([losses, torch.ones(1, dtype=torch.float64)]) * len(batch)
+        total = self.sum_over_processes(torch.as_tensor(total))
         return (total[:-1] / total[-1]).tolist()
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
@@ -255,7 +259,10 @@ class TimestepTuner(TableModule):
         self.trainer.should_stop = len(self.finished) == len(self.solvers)
 
     def _keep(self, objective: Objective, stage: Stage) -> Tensor:
-        """The ratios, 1 for rows that are better so on the held-out samples; sets the losses after."""
+        """The ratios, 1 for rows that are better so on the held-out samples; sets the losses after.
+
+        Where the teacher's images are known, the solver as a whole must end no further from them either.
+        """
         ratio, initial = self._ratio(objective.ratios), objective.ratios.initial()
         stage.after = self.held_out(objective, ratio)
         for row in range(len(ratio)):
@@ -265,9 +272,23 @@ class TimestepTuner(TableModule):
             losses = self.held_out(objective, without)
             if sum(losses) < sum(stage.after):  # what a row is told also changes the rows after it
                 ratio, stage.after = without, losses
+        if self.needs_path:
+            ratio, stage.ends = self._shortened(objective, ratio)
+            stage.after = self.held_out(objective, ratio)
         if not sum(stage.after) < sum(stage.before):
             ratio, stage.after = initial, stage.before
         return ratio
+
+    def _shortened(self, objective: Objective, ratio: Tensor) -> tuple[Tensor, list[float]]:
+        """The ratios moved back towards 1 until the images are no worse; the end losses before and after."""
+        initial = objective.ratios.initial()
+        before = self._over_held_out(objective.end_loss, objective.ratios.timesteps(initial))[0]
+        for _ in range(HALVINGS):
+            after = self._over_held_out(objective.end_loss, objective.ratios.timesteps(ratio))[0]
+            if after <= before:
+                return ratio, [before, after]
+            ratio = (ratio + initial) / 2
+        return initial, [before, before]
 
     def _project(self, ratios: Ratios) -> None:
         """Back into the bounds; stop at a ratio that is no number."""

@@ -5,7 +5,7 @@ or where the row ends with where the teacher is (`trajectory`). States i come fr
 timesteps so far (sequential), or from the data, for all rows at once (parallel).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.teacher_path import TeacherPath
 from denoisers import index_condition
-from solvers import NoiseSchedule, SolverTable, row_noise, sample_trace
+from solvers import NoiseSchedule, SolverTable, row_noise, sample, sample_trace
 from solvers.prediction import to_noise
 from timestep_tuner.ratios import Ratios
 
@@ -145,6 +145,15 @@ class Objective:
         index = list(range(self.ratios.size)) if row is None else [row]
         states, history = self._run(timesteps.detach(), examples, index[-1])
         return Rows(index, states, history, self._aim(states, index, examples), examples)
+
+    @torch.no_grad()
+    def end_loss(self, timesteps: Tensor, examples: Examples) -> Tensor:
+        """|| image - the teacher's image ||^2 of the whole solver, from the teacher's noise; `timesteps` (N,)."""
+        assert examples.path is not None
+        table = replace(self.base, timesteps=timesteps)
+        image = sample(self.denoiser, table, examples.noise, examples.condition, seeds=examples.seeds)
+        self.evaluations.forward += table.nfe * len(examples)
+        return squared((image - examples.path.states[:, -1])[None])
 
     def residuals(self, rows: "Rows", timesteps: Tensor) -> Tensor:
         """What the losses are the squares of, (rows, batch, *shape); `timesteps` (N,)."""

@@ -32,6 +32,7 @@ def save_tuned(tuner: Any, index: int, stage: Stage, spent: Evaluations) -> Path
                 "after": sum(stage.after),
                 "rows_before": stage.before,
                 "rows_after": stage.after,
+                **dict(zip(("end_before", "end_after"), stage.ends)),
             },
             config=_config(tuner, index),
         )

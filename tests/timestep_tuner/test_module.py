@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import lightning
 import numpy as np
@@ -205,6 +206,41 @@ def test_guided_artifact_base(tmp_path):
     assert table.info["fitted_on"]["original_timesteps"] == first.timesteps.tolist()
     with pytest.raises(ValueError, match="guidance scale"):
         make(Labelled(SCHEDULE), str(tmp_path / "first.json"))
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "sequential"])
+def test_images_are_never_further_from_the_teachers(cache, tmp_path, strategy):
+    """A base whose rows do not follow the teacher's states, but whose image is the teacher's: row 0 stays behind."""
+    denoiser, base = TwoPoints(SCHEDULE), named_solver("ddim:16", SCHEDULE)
+    state_coef, output_coef = base.state_coef.clone(), base.output_coef.clone()
+    state_coef[0] = 0.5 * state_coef[0]
+    output_coef[0] = 0.5 * output_coef[0]
+    state_coef[1, 1], output_coef[1, 1] = 2 * state_coef[1, 1], output_coef[1, 1]
+    path = tmp_path / "odd.json"
+    odd = replace(base, state_coef=state_coef, output_coef=output_coef)
+    save_solver(odd, path, method="tabulate", schedule=SCHEDULE)
+    tuner = make(solvers=str(path), objective="trajectory", strategy=strategy, output=str(tmp_path / "tuned.json"))
+    fit(tuner, data(cache))
+    found = load_solver(tmp_path / "tuned.json").info["validation"]
+    assert found["end_after"] <= found["end_before"]
+    assert found["after"] <= found["before"]
+    reference = named_solver("ddim:16", SCHEDULE)
+    errors = [evaluate_table(denoiser, t, reference, num_images=64)["rmse"] for t in (odd, tuner.table(0))]
+    assert errors[1] <= 1.01 * errors[0]
+
+
+def test_ratios_go_back_until_the_images_are_no_worse(cache):
+    tuner = make(objective="trajectory", steps=2)
+    fit(tuner, data(cache))
+    objective = tuner.objectives[0]
+    ratio = torch.tensor([1.0, 0.8, 1.0], dtype=torch.float64)
+    assert objective.base.timesteps[1] == 749
+    objective.end_loss = lambda timesteps, examples: torch.tensor([float(timesteps[1]) < 700], dtype=torch.float64)
+    kept, ends = tuner._shortened(objective, ratio)
+    assert kept.tolist() == pytest.approx([1.0, 0.95, 1.0])
+    assert ends == [0.0, 0.0]
+    objective.end_loss = lambda timesteps, examples: torch.tensor([float(timesteps[1]) < 749], dtype=torch.float64)
+    assert tuner._shortened(objective, ratio)[0].tolist() == [1, 1, 1]
 
 
 def test_a_learned_base_is_warned_about(tmp_path):
