@@ -276,7 +276,7 @@ class TimestepTuner(TableModule):
             ratio, stage.ends = self._shortened(objective, ratio)
             stage.after = self.held_out(objective, ratio)
         if not sum(stage.after) < sum(stage.before):
-            ratio, stage.after = initial, stage.before
+            ratio, stage.after, stage.ends = initial, stage.before, stage.ends[:1] * 2
         return ratio
 
     def _shortened(self, objective: Objective, ratio: Tensor) -> tuple[Tensor, list[float]]:
