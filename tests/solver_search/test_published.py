@@ -57,10 +57,11 @@ def test_published_solver_beats_its_start_on_a_gaussian(kind, nfe):
 
 
 def test_shipped_artifacts_are_what_the_converter_writes(tmp_path):
+    """But for the last digits: processors differ in them."""
     for path in write_artifacts(tmp_path):
         fresh, shipped = load_solver(path), load_solver(SHIPPED / path.name)
         for name in ("timesteps", "alpha", "sigma", "state_coef", "output_coef"):
-            assert torch.equal(getattr(fresh, name), getattr(shipped, name))
+            torch.testing.assert_close(getattr(fresh, name), getattr(shipped, name), rtol=1e-12, atol=1e-14)
         assert "2505.21114" in shipped.info["config"]["source"]
 
 
