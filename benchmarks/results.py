@@ -162,7 +162,7 @@ def family(solver: str) -> str:
     if not solver.endswith(".json"):
         return re.sub(r"(@\w+)?:\d+$", r"\1", solver)
     path = Path(solver)
-    parent = path.parent.name if path.parent.name not in REFERENCES else ""
+    parent = "" if path.parent.name in REFERENCES or path.parent.name.startswith("guidance-") else path.parent.name
     return f"{parent}/{re.sub('-[0-9]+$', '', path.stem)}".lstrip("/")
 
 

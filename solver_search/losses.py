@@ -85,3 +85,21 @@ def total(
     """The loss of a run: a scalar; gradients flow to the table."""
     terms = loss.terms(table.nfe)
     return sum(term.value(residual(term, table, states, teacher, extractor)) for term in terms)
+
+
+class Features(nn.Module):
+    """Features of images for the loss, differentiable: images are cut off at -1 and 1 but not rounded.
+
+    Raises:
+        ValueError: no such extractor.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        from evaluation.extractors import load_extractor  # imports torchvision, which takes seconds
+
+        self.extractor = load_extractor(name)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, features) of (batch, channels, height, width)."""
+        return self.extractor.compute(images.float().clamp(-1, 1))[0]

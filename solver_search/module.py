@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from data.teacher import default_teacher
 from data.trajectories import run_teacher
-from denoisers import class_labels, load_denoiser, with_guidance
+from denoisers import class_labels, load_denoiser
 from solver_search.data import Samples, SearchData
+from solver_search.guidance import VariableGuidance, guidance_range, guided, with_scale
 from solver_search.lion import Lion
 from solver_search.lm import Evaluations
-from solver_search.losses import SearchLoss, TeacherPath
+from solver_search.losses import Features, SearchLoss, TeacherPath
 from solver_search.memory import describe
-from solver_search.objective import Objective, VariableGuidance
+from solver_search.objective import Objective
 from solver_search.record import log_samples, save_table
 from solver_search.stage import Stage, begin_stage
 from solvers import SolverTable, resolve_solver
@@ -99,7 +100,7 @@ class SolverSearch(TableModule):
         self.automatic_optimization = False
         self.guidance_scale, self.usable_guidance = guidance_scale, usable_guidance
         network = load_denoiser(denoiser) if isinstance(denoiser, str) else denoiser
-        self.denoiser = _guided(network.eval().requires_grad_(False), guidance_scale)
+        self.denoiser = guided(network.eval().requires_grad_(False), guidance_scale)
         self.output, self.warm_start = output, warm_start
         self.optimizer_name, self.learning_rate = optimizer, learning_rate
         self.steps, self.tolerance, self.screening, self.loss = steps, tolerance, screening, loss
@@ -114,7 +115,7 @@ class SolverSearch(TableModule):
             gradient_checkpointing,
             tangent_precision,
             curvature_samples,
-            self._sum,
+            self.sum_over_processes,
         )
         most = max(self.nfe)
         self.theta = nn.Parameter(torch.zeros(most * (most + 2), dtype=torch.float64))
@@ -156,7 +157,7 @@ class SolverSearch(TableModule):
         caches = data.caches
         for cache in caches:
             scale = float(cache.manifest["teacher"]["guidance_scale"])
-            low, high = _range(self.guidance_scale)
+            low, high = guidance_range(self.guidance_scale)
             cache.check(self.denoiser, min(max(scale, low), high))
         self.teacher_table = (
             caches[0].table
@@ -219,7 +220,7 @@ class SolverSearch(TableModule):
         if self.stage is None:
             return
         weights = torch.tensor([[loss * n, rmse**2 * n, n] for loss, rmse, n in self._errors], dtype=torch.float64)
-        loss, squared, count = self._sum(weights.reshape(-1, 3).sum(0)).tolist()
+        loss, squared, count = self.sum_over_processes(weights.reshape(-1, 3).sum(0)).tolist()
         rmse = (squared / max(count, 1)) ** 0.5
         self.log("val/rmse", rmse, prog_bar=True)
         self.log("val/loss", loss / max(count, 1))
@@ -335,73 +336,24 @@ class SolverSearch(TableModule):
         nodes = [table.alpha, table.sigma]
         if batch.states.shape[1] == 2:
             nodes = [value[[0, -1]] for value in nodes]
-        return TeacherPath(batch.states, *nodes, batch.states[:, 0] / table.start_scale, self._condition(batch))
-
-    def _condition(self, batch: Samples) -> Any:
-        if not isinstance(self.denoiser, VariableGuidance):
-            return batch.condition
-        return {"condition": batch.condition, "guidance_scale": batch.guidance_scale.to(batch.states.device)}
+        condition = with_scale(self.denoiser, batch.condition, batch.guidance_scale)
+        return TeacherPath(batch.states, *nodes, batch.states[:, 0] / table.start_scale, condition)
 
     def _run_teacher(self, batch: Samples) -> Samples:
         """Fresh trajectories; each seed has its own guidance scale where there is a range."""
         seeds = batch.seeds.tolist()
-        low, high = _range(self.guidance_scale)
+        low, high = guidance_range(self.guidance_scale)
         share = torch.stack([torch.rand((), generator=torch.Generator().manual_seed(s)) for s in seeds]).double()
         scales = low + (high - low) * share
 
         def condition(chosen: Any) -> Any:
-            labels = class_labels(self.denoiser, chosen)
-            if not isinstance(self.denoiser, VariableGuidance):
-                return labels
-            return {"condition": labels, "guidance_scale": scales}
+            return with_scale(self.denoiser, class_labels(self.denoiser, chosen), scales)
 
         found = run_teacher(self.denoiser, self.teacher_table, seeds, condition=condition, device=self.device)
         self.objective.evaluations.forward += len(seeds) * self.teacher_table.nfe
         states = found.states if self.needs_path else found.states[:, [0, -1]]
         inner = found.condition["condition"] if isinstance(self.denoiser, VariableGuidance) else found.condition
         return Samples(states, batch.seeds, inner, scales)
-
-    def _sum(self, value: Tensor) -> Tensor:
-        """Sum over all processes."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
-
-
-class Features(nn.Module):
-    """Features of images for the loss, differentiable: images are cut off at -1 and 1 but not rounded.
-
-    Raises:
-        ValueError: no such extractor.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        from evaluation.extractors import load_extractor  # imports torchvision, which takes seconds
-
-        self.extractor = load_extractor(name)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, features) of (batch, channels, height, width)."""
-        return self.extractor.compute(images.float().clamp(-1, 1))[0]
-
-
-def _guided(network: nn.Module, guidance_scale: float | list[float]) -> nn.Module:
-    if isinstance(guidance_scale, list | tuple):
-        if not callable(getattr(network, "null_condition", None)):
-            raise ValueError("a range of guidance scales needs a denoiser with a null condition: give one number")
-        return VariableGuidance(network)
-    known = float(getattr(network, "guidance_scale", 1.0))
-    if known not in (1.0, guidance_scale):
-        raise ValueError(f"the denoiser has guidance_scale {known}, the search {guidance_scale}: give the same")
-    return network if known != 1.0 else with_guidance(network, guidance_scale)
-
-
-def _range(guidance_scale: float | list[float]) -> tuple[float, float]:
-    """(lowest, highest)."""
-    if isinstance(guidance_scale, list | tuple):
-        return float(guidance_scale[0]), float(guidance_scale[1])
-    return float(guidance_scale), float(guidance_scale)
 
 
 def _check_options(nfe: list[int], output: str | None, optimizer: str, learning_rate: float, steps: int) -> None:

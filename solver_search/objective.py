@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers import class_labels, concatenate_conditions, condition_to, index_condition, with_precision
-from denoisers.protocol import DenoiserWrapper, drop_learned_variance
+from denoisers import class_labels, condition_to, index_condition, with_precision
+from solver_search.guidance import with_scale
 from solver_search.lm import Damping, Evaluations, NormalEquations, StepResult, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, TeacherPath, total
 from solver_search.memory import Checkpointed
@@ -124,9 +124,7 @@ class Objective:
     def example_condition(self, device: torch.device) -> Any:
         """A condition of one sample, as batches have it."""
         inner = condition_to(class_labels(self.denoiser, [0]), device)
-        if not isinstance(self.denoiser, VariableGuidance):
-            return inner
-        return {"condition": inner, "guidance_scale": torch.ones(1, device=device)}
+        return with_scale(self.denoiser, inner, torch.ones(1, device=device))
 
     def _loss(self, parameters: Parameters, theta: Tensor, part: TeacherPath, checkpointing: bool = False) -> Tensor:
         table = parameters.table(theta.cpu())
@@ -152,16 +150,3 @@ class Objective:
 def _some(teacher: TeacherPath, part: slice) -> TeacherPath:
     condition = index_condition(teacher.condition, part)
     return replace(teacher, states=teacher.states[part], noise=teacher.noise[part], condition=condition)
-
-
-class VariableGuidance(DenoiserWrapper):
-    """Classifier-free guidance whose scale is part of the condition: {"condition": ..., "guidance_scale": (batch,)}."""
-
-    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
-        """uncond + guidance_scale (cond - uncond), from one call of twice the batch."""
-        inner, scale = condition["condition"], condition["guidance_scale"].to(x)
-        both = concatenate_conditions([inner, self.denoiser.null_condition(inner)])
-        doubled = timestep.repeat(2) if timestep.ndim else timestep
-        output = drop_learned_variance(self.denoiser(torch.cat([x, x]), doubled, both, **options), x)
-        conditional, unconditional = output.chunk(2)
-        return torch.lerp(unconditional, conditional, scale.reshape(-1, *[1] * (x.ndim - 1)))

@@ -173,10 +173,6 @@ class TimestepTuner(TableModule):
         total = self.sum_over_processes(torch.as_tensor(total))
         return (total[:-1] / total[-1]).tolist()
 
-    def sum_over_processes(self, value: Tensor) -> Tensor:
-        """The sum of every process's value, the same in all."""
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
-
     def _objective(self, solver: str, kind: str) -> Objective:
         schedule = self.denoiser.schedule
         base = resolve_solver(solver, schedule, denoiser=self.denoiser)

@@ -68,6 +68,12 @@ class TableModule(lightning.LightningModule):
     def used_seeds(self) -> Sequence[Sequence[int]]:
         """Half-open ranges of the seeds of the data at hand."""
 
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of every process's value, on the CPU, the same in all."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return value.cpu()
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
+
     @property
     def fitting_seconds(self) -> float:
         """Seconds of training, over resumes, or since `restart_clock`; for `fitted_on` of artifacts."""

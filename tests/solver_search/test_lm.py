@@ -4,8 +4,7 @@ from torch.func import jacfwd, jvp, vmap
 
 from solver_search.lion import Lion
 from solver_search.lm import Damping, Evaluations, NormalEquations, linearize, lm_step, normal_equations
-from solver_search.losses import SearchLoss, TeacherPath, total
-from solver_search.module import Features
+from solver_search.losses import Features, SearchLoss, TeacherPath, total
 from solver_search.objective import Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table

@@ -202,17 +202,17 @@ def test_range_of_guidance_scales_from_several_caches(tmp_path):
 def test_fresh_guidance_is_drawn_per_seed_within_the_range():
     search = SolverSearch(Labelled(SCHEDULE), nfe=2, guidance_scale=[1.0, 3.0], steps=1, teacher="ddim:5")
     seen = []
-    search._condition = partial(_spy, seen, search._condition)
+    search._teacher_path = partial(_spy, seen, search._teacher_path)
     _fit(search, SearchData(None, num_trajectories=6, num_val=0))
-    scales = seen[0].guidance_scale
+    scales = seen[0].condition["guidance_scale"]
     assert len(scales.unique()) == 6
     assert float(scales.min()) >= 1
     assert float(scales.max()) <= 3
 
 
 def _spy(seen, function, batch):
-    seen.append(batch)
-    return function(batch)
+    seen.append(function(batch))
+    return seen[-1]
 
 
 class Breaks(TwoPoints):
