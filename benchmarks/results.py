@@ -4,8 +4,9 @@
     python benchmarks/results.py --models cifar10-dit --guidance 1
 
 Compared are the solvers of diffusers and every artifact in checkpoints/solvers (and of students in checkpoints) that
-was made for the model and the guidance scale. A run that was stopped goes on where it was; the text of docs/results.md
-between the tables is left alone. Figures of models or scales that are not asked for stay as they are.
+was made for the model and the guidance scale; --solvers adds others, such as a run's. A run that was stopped goes on
+where it was; the text of docs/results.md between the tables is left alone. Figures of models or scales that are not
+asked for stay as they are.
 """
 
 import argparse
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=list(REFERENCES), default=list(REFERENCES))
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 1.5])
     parser.add_argument("--nfe", nargs="+", type=int, default=list(NFES))
+    parser.add_argument(
+        "--solvers", nargs="+", default=[], metavar="PATH", help="further artifacts, of one model and scale"
+    )
     parser.add_argument("--num_samples", type=int, default=1000, help="images per row")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
@@ -70,7 +74,7 @@ def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dic
     named = [f"{name}:{nfe}" for name in BASELINES[model] for nfe in options.nfe]
     return compare(
         f"checkpoints/{model}",
-        [*named, *artifacts(model, scale, options.nfe)],
+        [*named, *artifacts(model, scale, options.nfe), *options.solvers],
         REFERENCES[model],
         output=str(options.output / f"{model}-g{scale:g}"),
         num_samples=options.num_samples,
@@ -162,7 +166,9 @@ def family(solver: str) -> str:
     if not solver.endswith(".json"):
         return re.sub(r"(@\w+)?:\d+$", r"\1", solver)
     path = Path(solver)
-    parent = "" if path.parent.name in REFERENCES or path.parent.name.startswith("guidance-") else path.parent.name
+    parent = path.parent.name
+    if parent in REFERENCES or parent.startswith("guidance-"):
+        parent = ""
     return f"{parent}/{re.sub('-[0-9]+$', '', path.stem)}".lstrip("/")
 
 

@@ -1,6 +1,7 @@
 """The script behind docs/results.md: what it compares, the tables it writes, and what it leaves alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -44,12 +45,16 @@ def test_compares_what_fits_and_writes_all_files(folder):
     (folder / "results.json").write_text(json.dumps(known))
     with (folder / "results.md").open("a") as file:
         file.write(f"<!-- table other 1 -->\n{END}\n")
-    results.main(["--guidance", "1", "--num_samples", "4", "--json", "results.json", "--markdown", "results.md"])
+    outside = folder / "run" / "mine-3.json"
+    outside.parent.mkdir()
+    shutil.copy("checkpoints/solvers/tiny/olss-3.json", outside)
+    arguments = ["--guidance", "1", "--num_samples", "4", "--solvers", str(outside)]
+    results.main([*arguments, "--json", "results.json", "--markdown", "results.md"])
     rows = json.loads((folder / "results.json").read_text())
     path = "checkpoints/solvers/tiny/olss-3.json"
-    assert [one["solver"] for one in rows] == ["x:1", "ddim:6", "ddim:2", "ddim:3", path]
+    assert [one["solver"] for one in rows] == ["x:1", "ddim:6", "ddim:2", "ddim:3", path, str(outside)]
     assert all(one["num_images"] == 4 for one in rows[1:])
-    assert rows[-1]["rmse"] > 0
+    assert rows[-1]["rmse"] == rows[-2]["rmse"] > 0
     text = (folder / "results.md").read_text()
     assert text.startswith("Before.\n\n<!-- table tiny 1 -->\n4 images per row; the teacher is ddim:6.")
     assert f"| olss |  | **{rows[-1]['rmse']:.4f}** |" in text
@@ -98,6 +103,8 @@ def test_picture(tmp_path):
         ("unipc@linspace:8", "unipc@linspace"),
         ("checkpoints/solvers/cifar10-dit/tuned-ddim-10.json", "tuned-ddim"),
         ("checkpoints/solvers/cifar10-dit/teacher-basis/olss-5.json", "teacher-basis/olss"),
+        ("checkpoints/solvers/cifar10-dit/guidance-1.5/olss-5.json", "olss"),
+        ("checkpoints/solvers/cifar10-dit/guidance-1.5/teacher-basis/olss-5.json", "teacher-basis/olss"),
     ],
 )
 def test_families(solver, name):
