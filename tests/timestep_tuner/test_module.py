@@ -139,6 +139,20 @@ def test_a_row_that_got_worse_keeps_its_timestep(cache, strategy):
     assert told[2] != base.timesteps[2]
 
 
+def test_nothing_is_kept_where_no_row_alone_makes_it_better(cache):
+    tuner = make(steps=1, learning_rate=0.5)
+    before, keep = [], tuner._keep
+
+    def keep_by_script(objective, stage):
+        before.extend(stage.before)
+        tuner.held_out = lambda objective, ratio: [value + 1 + float((ratio == 1).sum()) for value in before]
+        return keep(objective, stage)
+
+    tuner._keep = keep_by_script
+    fit(tuner, data(cache))
+    assert tuner.finished == [[1.0] * tuner.objectives[0].ratios.size]
+
+
 def test_gauss_newton_finds_the_minimum_of_every_row(cache):
     """That of the losses over a grid."""
     tuner, source = make(steps=12), data(cache)
