@@ -57,8 +57,9 @@ def generate(
         sampler: sequential, or parataa (parallel rounds).
         preview: with parataa, write the images after each round.
     """
+    from evaluation.generate import as_images
     from evaluation.generate import generate as run
-    from evaluation.pictures import as_images, save_grid
+    from evaluation.pictures import save_grid
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: give at least 1")

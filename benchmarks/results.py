@@ -19,8 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from denoisers import load_denoiser
 from evaluation.compare import compare
-from solvers import load_solver
+from solvers import load_solver, resolve_solver
 from solvers.artifact import guidance_fits
 from solvers.files import atomic_write
 from training.arguments import guarded
@@ -33,7 +34,7 @@ BASELINES = {
 }
 PUBLISHED = {"cifar10-dit": "vp", "cifar10-sit": "flow"}
 NFES = (4, 5, 6, 8, 10)
-KEPT = ("fd", "fd_low", "fd_high", "kid", "rmse", "rmse_low", "rmse_high")
+KEPT = tuple(f"{metric}{end}" for metric in ("fd", "kid", "rmse") for end in ("", "_low", "_high"))
 END = "<!-- end -->"
 TABLES = (("fd", "Frechet distance", 2), ("kid", "KID x 1000", 2), ("rmse", "RMSE to the teacher", 4))
 
@@ -71,17 +72,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    named = [f"{name}:{nfe}" for name in BASELINES[model] for nfe in options.nfe]
     return compare(
         f"checkpoints/{model}",
-        [*named, *artifacts(model, scale, options.nfe), *options.solvers],
+        [*baselines(model, options.nfe), *artifacts(model, scale, options.nfe), *options.solvers],
         REFERENCES[model],
-        output=str(options.output / f"{model}-g{scale:g}"),
+        output=str(options.output / f"{model}-g{scale:g}-{options.precision}"),
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         guidance_scale=scale,
         precision=options.precision,
     )
+
+
+def baselines(model: str, nfes: Sequence[int], folder: Path = Path("checkpoints")) -> list[str]:
+    """diffusers' solvers with so many evaluations; Heun's, which come in odd numbers, with at most so many."""
+    schedule = load_denoiser(folder / model).schedule
+    names = [f"{name}:{nfe}" for name in BASELINES[model] for nfe in nfes]
+    return list({(family(name), resolve_solver(name, schedule).nfe): name for name in reversed(names)}.values())[::-1]
 
 
 def artifacts(model: str, scale: float, nfes: Sequence[int], folder: Path = Path("checkpoints")) -> list[str]:
@@ -183,7 +190,7 @@ def _cell(row: dict[str, Any] | None, metric: str, digits: int, best: float | No
     text = f"{row[metric] * scale:.{digits}f}"
     text = f"**{text}**" if row[metric] == best else text
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    return text if low is None or metric == "rmse" else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+    return text if low is None else f"{text} ({low * scale:.{digits}f} to {high * scale:.{digits}f})"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -60,6 +60,7 @@ class PipelineDenoiser(nn.Module):
         self.guidance_scale = float(call.get("guidance_scale", default))
         self.name = type(pipe).__name__
         self.conditions = torch.arange(len(self.prompts))
+        self.settings = {"prompts": self.prompts, "prompt_argument": prompt_argument, **call}
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

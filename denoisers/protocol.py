@@ -26,6 +26,7 @@ class Denoiser(Protocol):
     | `decode(states)` | images (batch, 3, height, width) in [-1, 1] of a latent model's states |
     | `needs_node` | also pass `node=(alpha, sigma)`, as thresholding requires |
     | `name`, `weight_hash` | what artifacts record about the network |
+    | `settings` | what else outputs depend on, such as a pipeline's prompts; comparisons tell models apart by it |
     """
 
     schedule: NoiseSchedule

@@ -23,7 +23,7 @@ COLUMNS = {
 HINTS = {
     "nfe": "network evaluations; a guided one counts once",
     "fd": "Frechet distance to the data; lower is better; 95 % interval",
-    "kid": "kernel distance to the data, times 1000; lower is better",
+    "kid": "kernel distance to the data, times 1000; lower is better; 95 % interval",
     "precision": "share of samples inside the data's manifold",
     "recall": "share of the data inside the samples' manifold",
     "inception_score": "exp of the mean divergence of class probabilities",
@@ -67,7 +67,8 @@ def interval(row: Mapping[str, Any], name: str) -> str:
     """The 95 % interval of a value as text, or empty."""
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     trivial = row.get("is_reference") and name == "rmse"
-    return "" if low is None or trivial else f"{low:.3g} to {high:.3g}"
+    scale = 1000 if name == "kid" else 1
+    return "" if low is None or trivial else f"{scale * low:.3g} to {scale * high:.3g}"
 
 
 def summary(settings: Mapping[str, Any]) -> list[str]:

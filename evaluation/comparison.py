@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from evaluation.blocks import TRACED, Drawn, ReferenceImages, blocks_of, draw, r
 from evaluation.contenders import Contender, Group, check_seeds, load_groups
 from evaluation.distances import squared_errors
 from evaluation.extractors import Extractor, load_extractor
-from evaluation.pictures import as_images
+from evaluation.generate import as_images, device_of, image_shape
 from evaluation.rows import Measure, choose_metrics, make_row, trajectory_error
 from evaluation.statistics import ReferenceStatistics, describe, find_statistics
 from solvers.files import atomic_write
+from solvers.noise import check_seed
 
 SETTINGS_NAME = "comparison.json"
 WRITTEN = ("rows", "report.json", "report.md", "report.html", "comparison.png")
@@ -91,13 +93,12 @@ def compare_groups(
             f"num_samples {num_samples} and batch_size {batch_size} must be positive, bootstrap not negative"
         )
     check_seeds(groups, range(seed, seed + num_samples))
-    shape = groups[0].reference.denoiser.sample_shape
-    measure = choose_metrics(metrics, extractor, statistics, num_samples, shape)
+    for last in (seed, seed + num_samples - 1):
+        check_seed(last)
+    measure = choose_metrics(metrics, extractor, statistics, num_samples, image_shape(groups[0].reference.denoiser))
     run = Run(Path(output), groups, measure, num_samples, seed, batch_size, precision, Path(cache))
     with _processes() as (rank, world_size):
-        if rank == 0:
-            run.claim()
-        _barrier(world_size)
+        _first_alone(run.claim, rank, world_size)
         run.sample(rank, world_size)
         _barrier(world_size)
         return _report(run, bootstrap, log_to_wandb) if rank == 0 else []
@@ -116,15 +117,19 @@ class Run:
     precision: str
     cache: Path
 
+    @property
+    def solvers(self) -> dict[str, str]:
+        """Names by key."""
+        return {_key(contender): contender.name for group in self.groups for contender in group.contenders}
+
     def settings(self) -> dict[str, Any]:
-        """What makes it this comparison; the list of solvers and the number of images may grow."""
+        """What makes it this comparison."""
         measure = self.measure
         return {
             "references": {str(group.reference.guidance_scale): group.reference.key for group in self.groups},
-            "num_samples": self.num_samples,
             "seed": self.seed,
             "precision": self.precision,
-            "metrics": list(measure.metrics),
+            "metrics": measure.asked and list(measure.asked),
             "extractor": measure.extractor and measure.extractor.identity["name"],
             "extractor_fingerprint": measure.extractor and measure.extractor.fingerprint,
             "statistics": describe(measure.statistics),
@@ -134,16 +139,23 @@ class Run:
         """Take the output folder, or go on in it.
 
         Raises:
-            ValueError: it holds something else.
+            ValueError: it holds something else, or a report with more solvers or images.
         """
-        path, settings = self.output / SETTINGS_NAME, self.settings()
-        solvers = {_key(contender): contender.name for group in self.groups for contender in group.contenders}
+        path = self.output / SETTINGS_NAME
         if path.is_file():
-            _check_same(path, settings, solvers)
-        else:
-            _check_free(self.output)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(settings | {"solvers": solvers}, indent=2) + "\n")
+            _check_same(path, self.settings(), self.solvers, self.num_samples)
+            return
+        _check_free(self.output)
+        self._write_settings({}, 0)
+
+    def finish(self) -> None:
+        """Note what the report holds, which later runs may extend but not shorten."""
+        self._write_settings(self.solvers, self.num_samples)
+
+    def _write_settings(self, solvers: Mapping[str, str], num_samples: int) -> None:
+        reported = {"num_samples": num_samples, "solvers": solvers}
+        with atomic_write(self.output / SETTINGS_NAME) as temporary:
+            temporary.write_text(json.dumps(self.settings() | reported, indent=2) + "\n")
 
     def sample(self, rank: int = 0, world_size: int = 1) -> None:
         """Compute this process's missing blocks, the reference of a block before the solvers that need it."""
@@ -163,7 +175,7 @@ class Run:
         seeds = range(self.seed + block.start, self.seed + block.stop)
         for contender in missing:
             drawn = target if contender is group.reference else self._draw(contender, seeds, step)
-            write_tensors(self._path(contender, block), self._measured(drawn, target.images))
+            write_tensors(self._path(contender, block), self._measured(contender, drawn, target.images))
 
     def _missing(self, group: Group, block: range) -> list[Contender]:
         """Contenders without all images of a block."""
@@ -173,7 +185,7 @@ class Run:
     def _draw(self, contender: Contender, seeds: range, step: Any) -> Drawn:
         return draw(contender, seeds, self.batch_size, TRACED if seeds[0] == self.seed else 0, step)
 
-    def _measured(self, drawn: Drawn, target: Tensor) -> dict[str, Tensor]:
+    def _measured(self, contender: Contender, drawn: Drawn, target: Tensor) -> dict[str, Tensor]:
         """What is kept of a block: errors, features and scores of all images, pictures and states of the first ones."""
         values = {
             "squared_errors": squared_errors(drawn.images, target),
@@ -183,8 +195,9 @@ class Run:
             if getattr(drawn, name) is not None:
                 values[name] = torch.tensor(getattr(drawn, name), dtype=torch.float64)
         if self.measure.extractor is not None:
-            device = next(self.measure.extractor.parameters()).device
-            parts = [self.measure.extractor(part.to(device)) for part in drawn.images.split(self.batch_size)]
+            device = device_of(self.measure.extractor)
+            pictures = (as_images(contender.denoiser, part) for part in drawn.images.split(self.batch_size))
+            parts = [self.measure.extractor(part.to(device)) for part in pictures]
             values["features"] = torch.cat([features for features, _ in parts])
             if parts[0][1] is not None:
                 values["scores"] = torch.cat([scores for _, scores in parts])
@@ -225,7 +238,7 @@ class Run:
 
     def _read(self, contender: Contender) -> dict[str, Tensor]:
         """All blocks of a contender joined, totals added up."""
-        parts = [read_tensors(self._path(contender, block)) for block in blocks_of(self.num_samples)]
+        parts = [_cut(read_tensors(self._path(contender, block)), block) for block in blocks_of(self.num_samples)]
         first = {name: parts[0][name] for name in ("images", "trace")}
         totals = {name: torch.stack([part[name] for part in parts]).sum() for name in TOTALS if name in parts[0]}
         others = parts[0].keys() - {*first, *totals}
@@ -233,6 +246,15 @@ class Run:
 
     def _path(self, contender: Contender, block: range) -> Path:
         return self.output / "rows" / _key(contender) / f"{block.start:07d}.safetensors"
+
+
+def _cut(values: dict[str, Tensor], block: range) -> dict[str, Tensor]:
+    """A stored block that a larger comparison has made longer, as it is needed; its totals in proportion."""
+    share = len(block) / len(values["squared_errors"])
+    return {
+        name: value * share if name in TOTALS else value if name == "trace" else value[: len(block)]
+        for name, value in values.items()
+    }
 
 
 def _key(contender: Contender) -> str:
@@ -245,12 +267,14 @@ def _check_free(output: Path) -> None:
         raise ValueError(f"{output} holds {', '.join(taken)} of something else: choose another --output")
 
 
-def _check_same(path: Path, settings: dict[str, Any], solvers: dict[str, str]) -> None:
+def _check_same(path: Path, settings: dict[str, Any], solvers: dict[str, str], num_samples: int) -> None:
+    """A solver whose artifact has changed since takes the place of the old one."""
     try:
         found = json.loads(path.read_text())
+        settings = settings | {"num_samples": num_samples}
         differ = [name for name, value in settings.items() if found[name] != value and name != "num_samples"]
-        differ += ["num_samples"] * (settings["num_samples"] < found["num_samples"])
-        lost = [name for key, name in found["solvers"].items() if key not in solvers]
+        differ += ["num_samples"] * (num_samples < found["num_samples"])
+        lost = [name for key, name in found["solvers"].items() if key not in solvers and name not in solvers.values()]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another --output") from error
     if differ:
@@ -269,7 +293,9 @@ def _report(run: Run, repeats: int, log_to_wandb: bool) -> list[dict[str, Any]]:
     from evaluation.report import log_report, write_report
 
     entries = run.entries(repeats)
-    write_report(run.output, entries, run.settings(), run.measure.notes)
+    write_report(run.output, entries, run.settings() | {"num_samples": run.num_samples}, run.measure.notes)
+    run.finish()
+    print(*run.measure.notes, f"report: {run.output / 'report.html'}", sep="\n")
     if log_to_wandb:
         log_report(run.output, entries)
     return [entry.row for entry in entries]
@@ -294,12 +320,26 @@ def _processes() -> Iterator[tuple[int, int]]:
     group = torch.distributed
     starts = not group.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if starts:
-        group.init_process_group("gloo")
+        group.init_process_group("gloo", timeout=timedelta(days=30))  # the shares of an hours-long run may differ
     try:
         yield (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
     finally:
         if starts:
             group.destroy_process_group()
+
+
+def _first_alone(action: Callable[[], None], rank: int, world_size: int) -> None:
+    """Rank 0 acts; where it is refused, all processes are, each with the same error."""
+    refusal = [""]
+    if rank == 0:
+        try:
+            action()
+        except ValueError as error:
+            refusal = [str(error)]
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(refusal, src=0)
+    if refusal[0]:
+        raise ValueError(refusal[0])
 
 
 def _barrier(world_size: int) -> None:

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from denoisers import load_denoiser
+from denoisers.conditions import condition_tensors
 from solvers import SolverTable
 from solvers.artifact import TENSORS, guidance_fits, load_solver, student_path
 from solvers.named import resolve_solver
@@ -44,7 +45,7 @@ class Contender:
             digest.update(getattr(self.table, name).detach().contiguous().numpy().tobytes())
         own_scale = float(getattr(self.denoiser, "guidance_scale", 1.0))
         digest.update(f"{self.table.start_scale!r} {own_scale!r} {network_hash(self.denoiser)}".encode())
-        digest.update(self.sampler_name.encode())
+        digest.update(f"{inputs_hash(self.denoiser)} {self.sampler_name} {_described(self.sampler)}".encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -62,7 +63,11 @@ class Group:
 
 
 def network_hash(denoiser: Any) -> str:
-    """The network's weight hash; of one without, its weights are hashed; a plain function has none."""
+    """The network's weight hash; of one without, its weights are hashed.
+
+    Raises:
+        ValueError: a plain function without a `weight_hash`, which nothing tells from another.
+    """
     known = getattr(denoiser, "weight_hash", None)
     if known is not None:
         return known
@@ -70,7 +75,29 @@ def network_hash(denoiser: Any) -> str:
         from denoisers.checkpoint import weight_hash
 
         return weight_hash(denoiser)
-    return f"function {getattr(denoiser, '__qualname__', type(denoiser).__name__)}"
+    raise ValueError(
+        f"{_described(denoiser)} has neither weights nor a weight_hash, so its images cannot be told from those of "
+        "another function: give it an attribute weight_hash, any text that changes when it does"
+    )
+
+
+def inputs_hash(denoiser: Any) -> str:
+    """Hash of what a denoiser is given beside noise, and of its settings: shape, conditions, thresholding, prompts."""
+    known = [getattr(denoiser, name, None) for name in ("num_classes", "thresholding", "settings")]
+    digest = hashlib.sha256(repr([tuple(denoiser.sample_shape), *known]).encode())
+    for value in condition_tensors(getattr(denoiser, "conditions", None)):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _described(function: Any) -> str:
+    """A function's name, with the arguments that `functools.partial` gives it."""
+    if isinstance(function, partial):
+        given = sorted(function.keywords.items())
+        return f"{_described(function.func)} {function.args!r} {given!r}"
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def load_groups(
@@ -129,10 +156,15 @@ def check_seeds(groups: Sequence[Group], seeds: range) -> None:
     Raises:
         ValueError: names the artifact and the overlap.
     """
-    for contender in (contender for group in groups for contender in group.contenders):
-        for source in ("fitted_on", "validation"):
-            ranges = (contender.table.info.get(source) or {}).get("seeds", [])
-            check_disjoint(seeds, ranges, contender.name)
+    for group in groups:
+        for contender in (group.reference, *group.contenders):
+            check_disjoint(seeds, fitted_seeds(contender.table), contender.name)
+
+
+def fitted_seeds(table: SolverTable) -> list[Sequence[int]]:
+    """Half-open ranges of the seeds a table was fitted or selected on, as its artifact states them."""
+    sources = [table.info.get(source) or {} for source in ("fitted_on", "validation")]
+    return [seeds for source in sources for seeds in source.get("seeds", [])]
 
 
 def check_disjoint(seeds: range, fitted: Sequence[Sequence[int]], name: str = "the solver") -> None:
@@ -196,6 +228,8 @@ def display_names(names: Sequence[str]) -> dict[str, str]:
     found = {name: name for name in names}
     for name, path in paths.items():
         others = [other.parts for other in paths.values() if other != path]
-        length = next(n for n in range(1, len(path.parts) + 1) if all(part[-n:] != path.parts[-n:] for part in others))
+        lengths = range(1, len(path.parts) + 1)
+        apart = (n for n in lengths if all(part[-n:] != path.parts[-n:] for part in others))
+        length = next(apart, len(path.parts))
         found[name] = "/".join(path.parts[-length:])
     return found

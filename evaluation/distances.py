@@ -81,6 +81,20 @@ class KernelTo:
         across = sum(float(_kernel(part, self.target).sum()) for part in features.split(self.chunk))
         return self._within(features) + self.within - 2 * across / (len(features) * len(self.target))
 
+    def resampled(self, features: Tensor, counts: Tensor) -> Tensor:
+        """Distances of resamplings, (repeats,): image i of features (n, d) is drawn counts[r, i] times in the r-th.
+
+        A pair of two draws of the same image is none, so that resamplings have no bias of their own.
+        """
+        features, counts = features.double(), counts.double()
+        number = len(features)
+        within, across = torch.zeros(len(counts), dtype=torch.float64), torch.zeros(len(counts), dtype=torch.float64)
+        for part, drawn in zip(features.split(self.chunk), counts.split(self.chunk, dim=1)):
+            itself = (part.square().mean(1) + 1) ** 3
+            within += (drawn * (counts @ _kernel(part, features).T)).sum(1) - drawn.square() @ itself
+            across += drawn @ _kernel(part, self.target).mean(1) / number
+        return within / (number**2 - counts.square().sum(1)) + self.within - 2 * across
+
     def _within(self, features: Tensor) -> float:
         """Mean of the kernel over ordered pairs of different features."""
         count = len(features)
@@ -164,7 +178,7 @@ def psnr(rmse: float) -> float:
     return float(20 * torch.log10(2 / torch.tensor(rmse, dtype=torch.float64)))
 
 
-def require_full_rank(num_images: int, num_features: int) -> None:
+def require_full_rank(num_images: int, num_features: int, what: str = "images") -> None:
     """Refuse a Frechet distance whose covariance cannot have full rank.
 
     Raises:
@@ -172,7 +186,7 @@ def require_full_rank(num_images: int, num_features: int) -> None:
     """
     if num_images <= num_features:
         raise ValueError(
-            f"{num_images} images are too few for a Frechet distance in {num_features} feature dimensions: their "
+            f"{num_images} {what} are too few for a Frechet distance in {num_features} feature dimensions: their "
             f"covariance has rank {max(num_images - 1, 0)} at most, so the distance would mostly measure the number "
             f"of images; give more than {num_features} images (10 times as many for a stable figure), or leave fd out"
         )

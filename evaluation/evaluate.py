@@ -1,6 +1,6 @@
 """evaluate_table: the figures of one solver table, for `train.py test` and for logging during training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 
 from evaluation.contenders import check_disjoint
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
-from evaluation.generate import device_of, generate
+from evaluation.generate import as_images, device_of, generate, image_shape
 from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
 from evaluation.rows import Measure, choose_metrics
 from evaluation.statistics import find_statistics
@@ -55,7 +55,7 @@ def evaluate_table(
         num_images: images in total, at least one per process.
         seed: of the first image.
         batch_size: images per network call.
-        measure: what to measure; default: `shipped_measure(num_images, denoiser.sample_shape)`.
+        measure: what to measure; default: `shipped_measure(num_images, image_shape(denoiser))`.
         fitted_seeds: half-open ranges the table was fitted on.
         reference_denoiser: the network of `reference`; default `denoiser`. (A student's teacher.)
     Returns:
@@ -66,7 +66,7 @@ def evaluate_table(
     seeds = range(seed, seed + num_images)
     check_disjoint(seeds, fitted_seeds)
     share = _share(seeds)
-    measure = measure or shipped_measure(num_images, denoiser.sample_shape)
+    measure = measure or shipped_measure(num_images, image_shape(denoiser))
     device = device_of(denoiser)
     images = generate(denoiser, table, share, batch_size=batch_size).to(device)
     found: dict[str, Any] = {"nfe": float(table.nfe), "num_images": float(num_images)}
@@ -77,7 +77,8 @@ def evaluate_table(
         error.update(images, reference.to(device))
         found |= error.compute()
     if measure.extractor is not None:
-        found |= _distances(images, measure, measure.extractor.to(device), batch_size)
+        parts = (as_images(denoiser, part) for part in images.split(batch_size))
+        found |= _distances(parts, measure, measure.extractor.to(device), device)
     return {name: float(value) for name, value in found.items()}
 
 
@@ -97,7 +98,9 @@ def reference_images(
     return generate(denoiser, table, share, batch_size=batch_size, progress=progress)
 
 
-def _distances(images: torch.Tensor, measure: Measure, extractor: Extractor, batch_size: int) -> dict[str, Any]:
+def _distances(
+    parts: Iterable[torch.Tensor], measure: Measure, extractor: Extractor, device: torch.device
+) -> dict[str, Any]:
     statistics = measure.statistics
     chosen: dict[str, Any] = {}
     if "fd" in measure.metrics:
@@ -106,9 +109,9 @@ def _distances(images: torch.Tensor, measure: Measure, extractor: Extractor, bat
         chosen["kid"] = KernelDistance(statistics)
     if "precision_recall" in measure.metrics:
         chosen["precision_recall"] = PrecisionRecall(statistics)
-    metrics = MetricCollection(chosen, compute_groups=False).to(images.device)
-    score = InceptionScore().to(images.device) if "inception_score" in measure.metrics else None
-    for part in images.split(batch_size):
+    metrics = MetricCollection(chosen, compute_groups=False).to(device)
+    score = InceptionScore().to(device) if "inception_score" in measure.metrics else None
+    for part in parts:
         features, scores = extractor(part)
         metrics.update(features)
         if score is not None:

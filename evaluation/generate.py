@@ -50,6 +50,20 @@ def generate(
     return torch.cat(images)
 
 
+def as_images(denoiser: Any, states: Tensor) -> Tensor:
+    """States as images, (n, channels, height, width): decoded where the denoiser has a decoder."""
+    return getattr(denoiser, "decode", lambda value: value)(states)
+
+
+def image_shape(denoiser: Any) -> tuple[int, ...]:
+    """Shape of one image: that of a state, or of what the decoder makes of one."""
+    shape = tuple(denoiser.sample_shape)
+    if not hasattr(denoiser, "decode"):
+        return shape
+    with torch.inference_mode():
+        return tuple(as_images(denoiser, torch.zeros(1, *shape, device=device_of(denoiser))).shape[1:])
+
+
 def _batches(denoiser, seeds, labels, batch_size) -> Iterator[tuple[list[int], Any]]:
     device = device_of(denoiser)
     chosen = _labels(denoiser, seeds, labels)

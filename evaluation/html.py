@@ -14,13 +14,14 @@ from torch import Tensor
 
 from evaluation.columns import COLUMNS, HINTS, cell, interval, label, shown_columns, summary
 from evaluation.pictures import image_grid
-from evaluation.svg import NUM_COLORS, Chart, Series, heat_map
+from evaluation.svg import Chart, Series, color_class, heat_map
 
 if TYPE_CHECKING:
     from evaluation.comparison import Entry
 
 _CHART = {"width": 460, "height": 300}
 _LARGEST_HEAT_MAP = 24
+_FARTHEST = 3
 _SHOWN = 12
 
 
@@ -81,12 +82,12 @@ def _findings(group: Sequence["Entry"], names: Mapping[str, str], several: bool)
 
 
 def _rivals(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str, names: Mapping[str, str]) -> str:
-    """Solvers whose interval reaches into the best one's."""
+    """Solvers whose interval overlaps the best one's."""
     high = best.get(f"{metric}_high")
     if high is None:
         return ""
     close = [names[row["solver"]] for row in rows if row is not best and row[f"{metric}_low"] <= high]
-    return f", within its 95 % interval also {escape(', '.join(close))}" if close else ""
+    return f"; the 95 % intervals of {escape(', '.join(close))} overlap with its own" if close else ""
 
 
 def _table(entries: Sequence["Entry"], names: Mapping[str, str]) -> str:
@@ -124,14 +125,27 @@ def _cell(row: Mapping[str, Any], name: str, names: Mapping[str, str], is_best: 
 
 
 def _pareto(group: Sequence["Entry"], names: Mapping[str, str]) -> str:
-    charts = [_pareto_chart(group, names, metric) for metric in ("fd", "rmse")]
-    return f"<div class=charts>{''.join(f'<figure>{chart}</figure>' for chart in charts if chart)}</div>"
+    figures = "".join(_pareto_figure(group, names, metric) for metric in ("fd", "rmse"))
+    return f"<div class=charts>{figures}</div>"
 
 
-def _pareto_chart(group: Sequence["Entry"], names: Mapping[str, str], metric: str) -> str:
-    rows = [entry.row for entry in group if not entry.row["is_reference"] and entry.row[metric] is not None]
-    if not rows:
+def _pareto_figure(group: Sequence["Entry"], names: Mapping[str, str], metric: str) -> str:
+    """The chart; Frechet distances far above the reference's are named below it, or they would flatten the others."""
+    measured = [entry.row for entry in group if not entry.row["is_reference"] and entry.row[metric] is not None]
+    if not measured:
         return ""
+    floor = group[0].row["fd"] if metric == "fd" else None
+    near = [row for row in measured if not floor or row[metric] <= _FARTHEST * floor]
+    far = [row for row in measured if near and row not in near]
+    chart = _pareto_chart(group, near or measured, names, metric)
+    listed = ", ".join(f"{names[row['solver']]} ({row[metric]:.3g})" for row in far)
+    caption = f"<figcaption>Above {_FARTHEST} times the reference: {escape(listed)}</figcaption>" if far else ""
+    return f"<figure>{chart}{caption}</figure>"
+
+
+def _pareto_chart(
+    group: Sequence["Entry"], rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], metric: str
+) -> str:
     values = [row[metric] for row in rows]
     log_y = min(values) > 0 and max(values) / min(values) > 8
     series = [_frontier(rows, metric)]
@@ -212,7 +226,7 @@ def _trajectories(group: Sequence["Entry"], names: Mapping[str, str]) -> str:
     ]
     chart = Chart(series, "noise level sigma / sqrt(alpha² + sigma²)", "RMS distance", reverse_x=True, **_CHART).svg()
     keys = "".join(
-        f'<span><i class="c{color % NUM_COLORS}"></i>{escape(family)}</span>' for family, color in colors.items()
+        f'<span><i class="{color_class(color)}"></i>{escape(family)}</span>' for family, color in colors.items()
     )
     text = "Each state against the reference's at the same noise level, over the first images; noise left, image right."
     return f"<p class=note>{text}</p><figure class=wide>{chart}</figure><p class=legend>{keys}</p>"

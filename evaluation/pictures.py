@@ -1,7 +1,6 @@
 """Pictures of samples and of solver tables, shared by the command line, reports and training logs."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +23,6 @@ def to_uint8(images: Tensor) -> np.ndarray:
     images = images.unsqueeze(1) if images.ndim == 3 else images
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     return rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
-
-
-def as_images(denoiser: Any, states: Tensor) -> Tensor:
-    """States as images, (n, channels, height, width): decoded where the denoiser has a decoder."""
-    return getattr(denoiser, "decode", lambda value: value)(states)
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 2) -> np.ndarray:

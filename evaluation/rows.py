@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import frechet_interval, resamplings, rmse_interval
+from evaluation.bootstrap import frechet_interval, kernel_interval, resamplings, rmse_interval
 from evaluation.contenders import Contender
 from evaluation.distances import Gaussian, inception_score, precision_recall, psnr, require_full_rank
 from evaluation.extractors import Extractor
@@ -28,12 +28,14 @@ class Measure:
         extractor: None when only rmse is measured.
         statistics: of the data; None when no metric needs them.
         notes: what was left out and why, for the report.
+        asked: the metrics that were asked for; None: all that are possible.
     """
 
     metrics: tuple[str, ...]
     extractor: Extractor | None
     statistics: ReferenceStatistics | None
     notes: tuple[str, ...] = ()
+    asked: tuple[str, ...] | None = None
 
 
 def choose_metrics(
@@ -68,8 +70,10 @@ def choose_metrics(
         else:
             left_out.setdefault(reason, []).append(metric)
     notes = [f"left out: {', '.join(metrics)}, because {reason}" for reason, metrics in left_out.items()]
-    only_rmse = chosen == ["rmse"]
-    return Measure(tuple(chosen), None if only_rmse else extractor, None if only_rmse else statistics, tuple(notes))
+    if extractor is not None and (not extractor.fits(tuple(shape)) if wanted is None else chosen == ["rmse"]):
+        extractor = statistics = None
+    asked = None if wanted is None else tuple(chosen)
+    return Measure(tuple(chosen), extractor, statistics, tuple(notes), asked)
 
 
 def _obstacle(metric, extractor, statistics, num_samples, shape) -> str | None:
@@ -77,21 +81,24 @@ def _obstacle(metric, extractor, statistics, num_samples, shape) -> str | None:
         return "there is no extractor"
     if not extractor.fits(shape):
         wanted = extractor.image_shape or "(3, height, width)"
-        return f"the extractor {extractor.identity['name']} takes images {wanted}, the model makes {shape}"
+        latent = "" if shape[0] in (1, 3) else "; a latent model needs its decoder (decoder: true in denoiser.yaml)"
+        return f"the extractor {extractor.identity['name']} takes images {wanted}, the model makes {shape}{latent}"
     if metric == "inception_score":
         return None if extractor.num_classes else f"the extractor {extractor.identity['name']} has no classes"
     if statistics is None:
         return "there are no reference statistics (--statistics)"
-    if num_samples < 4:
-        return f"{num_samples} images are too few"
+    if min(num_samples, len(statistics.features)) < 4:
+        return f"{num_samples} images, compared with {len(statistics.features)} of the data, are too few"
     if metric == "fd":
-        return _rank_obstacle(num_samples, extractor.num_features)
+        return _rank_obstacle(num_samples, extractor.num_features, "images") or _rank_obstacle(
+            statistics.gaussian.count, extractor.num_features, "images of the data"
+        )
     return None
 
 
-def _rank_obstacle(num_samples: int, num_features: int) -> str | None:
+def _rank_obstacle(count: int, num_features: int, what: str) -> str | None:
     try:
-        require_full_rank(num_samples, num_features)
+        require_full_rank(count, num_features, what)
     except ValueError as error:
         return str(error)
     return None
@@ -161,6 +168,8 @@ def _distances(values: Mapping[str, Tensor], measure: Measure, counts: Tensor | 
             found["fd_low"], found["fd_high"] = frechet_interval(features, statistics.frechet, counts)
     if "kid" in measure.metrics:
         found["kid"] = statistics.kernel(features)
+        if counts is not None:
+            found["kid_low"], found["kid_high"] = kernel_interval(features, statistics.kernel, counts)
     if "precision_recall" in measure.metrics:
         found["precision"], found["recall"] = precision_recall(features, statistics.manifold)
     if "inception_score" in measure.metrics:

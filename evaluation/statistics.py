@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from evaluation.distances import FrechetTo, Gaussian, KernelTo, Manifold
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
+from evaluation.generate import device_of
 from solvers.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -93,7 +94,8 @@ def compute_statistics(
     if images.dtype != torch.uint8:
         raise ValueError(f"reference images are {images.dtype}: give uint8 pictures")
     bar = tqdm(images.split(batch_size), desc="reference statistics", unit="batch")
-    features = torch.cat([extractor(part.float() / 127.5 - 1)[0].cpu() for part in bar])
+    device = device_of(extractor)
+    features = torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in bar])
     chosen = torch.linspace(0, len(features) - 1, min(SUBSET, len(features))).round().long()
     # Rounded to what the file holds, so that computed and loaded statistics give the same distances.
     subset = features[chosen].half().float()
@@ -182,6 +184,8 @@ def find_statistics(
         return load_statistics(source, extractor)
     from data.images import read_shards
 
+    if not any(Path(source).glob("*train*.tar*")):
+        raise ValueError(f"{source} has no image shards *train*.tar: give a folder of them, or a statistics file")
     images, _ = read_shards(source, "*train*.tar*")
     return reference_statistics(torch.from_numpy(images), extractor, cache, f"training shards of {Path(source).name}")
 

@@ -95,6 +95,13 @@ class _Axes:
         return self.bottom - share * (self.bottom - self.top)
 
 
+def color_class(color: int | None) -> str:
+    """CSS classes of a series colour; beyond the number of colours they come again with hollow dots."""
+    if color is None:
+        return "muted"
+    return f"c{color % NUM_COLORS}" + " hollow" * (color // NUM_COLORS % 2)
+
+
 def heat_map(rows: Sequence[Sequence[float]], row_names: Sequence[str], column_names: Sequence[str]) -> str:
     """Lower-triangular coefficients as coloured cells: blue negative, red positive; values where they fit."""
     cell, left, top = (34, 30, 18) if len(rows) <= 12 else (16, 26, 14)
@@ -163,7 +170,7 @@ def _grid(axes: _Axes) -> str:
 
 
 def _draw(axes: _Axes, series: Series) -> str:
-    kind = "muted" if series.color is None else f"c{series.color % NUM_COLORS}"
+    kind = color_class(series.color)
     points = [(axes.x(x), axes.y(y)) for x, y in zip(series.x, series.y)]
     parts = []
     if series.line and len(points) > 1:
@@ -199,8 +206,9 @@ def _labels(axes: _Axes, all_series: Sequence[Series]) -> str:
         width = 6.6 * len(label)
         is_right = x + 8 + width <= axes.chart.width - 2
         left = x + 9 if is_right else x - 11 - width
-        spots = sorted((step * 6 for step in range(-12, 13)), key=abs)
-        shift = next((s for s in spots if _is_free(left, y + s, width, placed)), 0)
+        spots = sorted((step * 6 for step in range(-20, 21)), key=abs)
+        inside = [s for s in spots if axes.top <= y + s <= axes.bottom - 6]
+        shift = next((s for s in inside if _is_free(left, y + s, width, placed)), 0)
         placed.append((left, left + width, y + shift - 6, y + shift + 6))
         if abs(shift) > 9:
             end = left - 1 if is_right else left + width + 1

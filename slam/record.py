@@ -77,8 +77,8 @@ def log_samples(module: Any, counts: list[int], num_images: int = 40) -> None:
     sharded = module.device_mesh is not None
     if not hasattr(module.logger, "log_image") or (module.global_rank != 0 and not sharded):
         return
-    from evaluation.generate import generate
-    from evaluation.pictures import as_images, image_grid
+    from evaluation.generate import as_images, generate
+    from evaluation.pictures import image_grid
 
     network = module.denoiser
     with module.trainer.precision_plugin.forward_context():

@@ -11,7 +11,7 @@ _SEED_LIMIT = 2**32  # torch's CPU generator reads the low 32 bits of a seed onl
 
 def start_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Unit Gaussian start noise, (len(seeds), *shape), on the CPU; sample k from seeds[k] alone."""
-    generators = [torch.Generator().manual_seed(_checked(seed)) for seed in seeds]
+    generators = [torch.Generator().manual_seed(check_seed(seed)) for seed in seeds]
     return _stacked([torch.randn(tuple(shape), generator=generator) for generator in generators], shape, dtype)
 
 
@@ -20,7 +20,7 @@ def row_noise(seeds: Sequence[int], row: int, shape: Sequence[int], dtype: torch
 
     A counter-based generator (Philox, keyed by seed and row), so that any row is drawn without those before it.
     """
-    generators = [np.random.Generator(np.random.Philox(key=[_checked(seed), row])) for seed in seeds]
+    generators = [np.random.Generator(np.random.Philox(key=[check_seed(seed), row])) for seed in seeds]
     draws = [torch.as_tensor(source.standard_normal(tuple(shape), dtype=np.float32)) for source in generators]
     return _stacked(draws, shape, dtype)
 
@@ -30,7 +30,12 @@ def _stacked(draws: list[Tensor], shape: Sequence[int], dtype: torch.dtype) -> T
     return torch.stack(draws).to(dtype) if draws else torch.empty((0, *shape), dtype=dtype)
 
 
-def _checked(seed: int) -> int:
+def check_seed(seed: int) -> int:
+    """The seed as an int.
+
+    Raises:
+        ValueError: outside 0 to 2^32 - 1.
+    """
     if not 0 <= seed < _SEED_LIMIT:
         raise ValueError(f"seed {seed} is outside 0 to 2^32 - 1")
     return int(seed)

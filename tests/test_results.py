@@ -57,7 +57,7 @@ def test_compares_what_fits_and_writes_all_files(folder):
     assert rows[-1]["rmse"] == rows[-2]["rmse"] > 0
     text = (folder / "results.md").read_text()
     assert text.startswith("Before.\n\n<!-- table tiny 1 -->\n4 images per row; the teacher is ddim:6.")
-    assert f"| olss |  | **{rows[-1]['rmse']:.4f}** |" in text
+    assert f"| olss |  | **{rows[-1]['rmse']:.4f}** ({rows[-1]['rmse_low']:.4f} to " in text
     assert "old" not in text
     assert "\n\nAfter.\n" in text
     assert (folder / "results.png").exists()

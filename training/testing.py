@@ -10,7 +10,9 @@ import lightning
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from evaluation.contenders import fitted_seeds
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
+from evaluation.generate import image_shape
 from solvers import SolverTable, load_solver, resolve_solver
 from training.clock import Clock
 from training.record import log_table
@@ -119,8 +121,8 @@ class TableModule(lightning.LightningModule):
 
     def on_test_start(self) -> None:
         """The reference's images, once for all tables."""
-        options, shape = self.evaluation, self.denoiser.sample_shape
-        self._measure = shipped_measure(options.num_images, shape, options.metrics)
+        options = self.evaluation
+        self._measure = shipped_measure(options.num_images, image_shape(self.denoiser), options.metrics)
         name = options.reference or self.default_reference
         network = self.reference_denoiser
         table = resolve_solver(name, network.schedule, denoiser=network)
@@ -140,7 +142,7 @@ class TableModule(lightning.LightningModule):
             seed=options.seed,
             batch_size=options.batch_size,
             measure=self._measure,
-            fitted_seeds=[*table.info.get("fitted_on", {}).get("seeds", []), *self.used_seeds()],
+            fitted_seeds=[*fitted_seeds(table), *self.used_seeds()],
         )
         self.log_dict({f"test/{batch}/{name}": value for name, value in found.items()}, batch_size=1)
         log_table(self.logger, f"test/{batch}", table)

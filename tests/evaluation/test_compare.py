@@ -1,6 +1,7 @@
 """The command: from paths and names to a report."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_artifacts_and_names_side_by_side(folder, tmp_path):
     assert rows[1]["fitting_seconds"] == 12.5
     assert rows[0]["fd"] is None
     settings = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert settings["metrics"] == ["rmse"]
+    assert settings["metrics"] is None
+    assert settings["extractor"] is None
     assert "takes images (3, 32, 32), the model makes (1, 8, 8)" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -136,6 +138,9 @@ def test_the_command_line_writes_reports_and_errors_in_a_line(folder, tmp_path, 
         (["one.json"], {"seed": 2**31 + 60}, "overlap the evaluation seeds"),
         (["ddim:3"], {"metrics": ["fd"]}, "fd was asked for: the extractor cifar10-classifier takes images"),
         (["ddim:3"], {"num_samples": 0}, "must be positive"),
+        (["ddim:3"], {"seed": -3}, "seed -3 is outside 0 to"),
+        (["ddim:3"], {"seed": 2**32 - 2}, "seed 4294967299 is outside 0 to"),
+        (["ddim:3"], {"statistics": "checkpoints/solvers"}, "has no image shards"),
         (["ddim:3"], {"extractor": "nowhere", "metrics": ["kid"]}, "no extractor 'nowhere'"),
     ],
 )
@@ -144,3 +149,48 @@ def test_errors_leave_no_folder_behind(folder, tmp_path, solvers, options, messa
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path, *paths, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_precision_reaches_the_networks(folder, tmp_path):
+    exact = run(folder, tmp_path / "a", "unipc:3")
+    rounded = run(folder, tmp_path / "b", "unipc:3", precision="bf16")
+    assert rounded[1]["rmse"] != exact[1]["rmse"]
+    assert rounded[1]["rmse"] == pytest.approx(exact[1]["rmse"], rel=0.1)
+
+
+def test_a_refitted_artifact_takes_the_place_of_the_old_one(folder, tmp_path):
+    path = tmp_path / "mine.json"
+    schedule = load_denoiser(folder / "model").schedule
+
+    def fitted(name):
+        save_solver(named_solver(name, schedule), path, method="olss", schedule=schedule)
+        return run(folder, tmp_path, str(path), "ddim:2")
+
+    first, second = fitted("ddim:3"), fitted("unipc:3")
+    assert [row["solver"] for row in second] == [row["solver"] for row in first]
+    assert second[1]["rmse"] != first[1]["rmse"]
+    assert second[2]["rmse"] == first[2]["rmse"]
+
+
+def test_a_solver_that_fails_can_be_left_out(folder, tmp_path):
+    schedule = load_denoiser(folder / "model").schedule
+    table = named_solver("ddim:3", schedule)
+    huge = replace(table, output_coef=table.output_coef * 1e30)
+    save_solver(huge, tmp_path / "broken.json", method="olss", schedule=schedule)
+    expected = run(folder, tmp_path, "ddim:2")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        run(folder, tmp_path, "ddim:2", str(tmp_path / "broken.json"))
+    assert run(folder, tmp_path, "ddim:2")[1]["rmse"] == expected[1]["rmse"]
+
+
+def test_one_path_at_the_end_of_another(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = run(folder, tmp_path, "one.json", str(folder / "one.json"))
+    assert rows[1]["rmse"] == rows[2]["rmse"]
+
+
+def test_the_command_line_says_where_the_report_is_and_what_was_left_out(folder, tmp_path, capsys):
+    run(folder, tmp_path, "ddim:2")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
+    assert lines[-2].startswith("left out: fd")

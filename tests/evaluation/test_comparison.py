@@ -89,6 +89,7 @@ def test_figures_are_those_of_plain_sampling(tmp_path):
         assert row["fd"] == pytest.approx(expected, rel=1e-5)
         assert row["kid"] == pytest.approx(kernel_distance(features, statistics().features), rel=1e-4)
         assert row["fd_low"] < row["fd"] < row["fd_high"]
+        assert row["kid_low"] < row["kid"] < row["kid_high"]
         assert row["num_images"] == 20
         assert row["seconds"] > 0
     assert rows[0]["psnr"] is None
@@ -203,6 +204,13 @@ def test_seeds_that_the_solver_was_fitted_on_are_refused():
     one = group(Mixture(), ["ddim:3"])
     table = replace(one.contenders[0].table, info={"fitted_on": {"seeds": [[100, 200]]}})
     fitted = Group(one.reference, (Contender("fitted", table, one.reference.denoiser),))
+    chosen = replace(table, info={"fitted_on": {}, "validation": {"seeds": [[300, 400]]}})
+    for other in (
+        Group(Contender("teacher", table, one.reference.denoiser), ()),
+        Group(one.reference, (Contender("chosen", chosen, one.reference.denoiser),)),
+    ):
+        with pytest.raises(ValueError, match="was fitted on the seeds"):
+            check_seeds([other], range(150, 350))
     check_seeds([fitted], range(0, 100))
     check_seeds([fitted], range(200, 300))
     with pytest.raises(ValueError, match="fitted was fitted on the seeds 100 to 199"):
@@ -219,9 +227,12 @@ def test_what_cannot_be_measured_is_left_out_or_refused():
     assert light.extractor is None
     latent = choose_metrics(None, extractor(), statistics(), 50, (4, 32, 32))
     assert latent.metrics == ("rmse",)
+    with pytest.raises(ValueError, match="12 images of the data are too few for a Frechet distance"):
+        choose_metrics(["fd"], extractor(), statistics(count=12), 13, (3, 8, 8))
     for wanted, data, message in (
         (["fd"], statistics(), "fd was asked for: 12 images are too few"),
         (["kid"], None, "no reference statistics"),
+        (["kid"], statistics(count=3), "12 images, compared with 3 of the data, are too few"),
         (["fid"], None, "unknown metrics fid: use some of rmse, fd"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -251,3 +262,112 @@ def test_display_names_stay_different():
     assert display_names(["a/x.json", "b/x.json"]) == {"a/x.json": "a/x", "b/x.json": "b/x"}
     nested = ["s/x.json", "s/t/x.json", "s/t/y.json", "s/t/y.json+parataa"]
     assert list(display_names(nested).values()) == ["s/x", "t/x", "y", "y+parataa"]
+
+
+class Pictures(Mixture):
+    """A latent model: its pictures are the negatives of its states."""
+
+    def decode(self, states):
+        return -states
+
+
+def test_features_are_of_decoded_images(tmp_path):
+    rows = run(tmp_path, Pictures(), names=["ddim:3"])
+    denoiser = Mixture()
+    noise, condition = start_noise(range(20), denoiser.sample_shape), class_labels(denoiser, range(20))
+    features, _ = extractor()(-sample(denoiser, named_solver("ddim:3", denoiser.schedule), noise, condition))
+    assert rows[1]["fd"] == pytest.approx(frechet_distance(Gaussian.of(features), statistics().gaussian), rel=1e-5)
+
+
+class Enlarging(Mixture):
+    def decode(self, states):
+        return states.repeat_interleave(2, -1)
+
+
+def test_what_can_be_measured_depends_on_the_decoded_images(tmp_path):
+    rows = run(tmp_path, Enlarging(), names=["ddim:3"])
+    assert rows[1]["fd"] is None
+    assert "the model makes (3, 8, 16)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_references_are_told_apart(tmp_path):
+    one = group(Mixture(), []).reference
+    folders = [
+        blocks.ReferenceImages(one, tmp_path, seed, precision).folder
+        for seed, precision in ((0, "float32"), (8, "float32"), (0, "bf16"))
+    ]
+    assert len(set(folders)) == 3
+
+
+def keyed(sampler=None, **attributes):
+    denoiser = Mixture()
+    for name, value in attributes.items():
+        setattr(denoiser, name, value)
+    return Contender("a", named_solver("ddim:3", denoiser.schedule), denoiser, sampler=sampler).key
+
+
+def test_everything_that_images_depend_on_is_in_the_key():
+    prompts = {"text": torch.zeros(2, 3), "pooled": torch.ones(2, 1)}
+    keys = [
+        keyed(),
+        keyed(conditions=prompts),
+        keyed(conditions=prompts | {"text": torch.ones(2, 3)}),
+        keyed(sample_shape=(3, 8, 16)),
+        keyed(thresholding={"ratio": 0.99}),
+        keyed(settings={"negative_prompt": "blurry"}),
+        keyed(num_classes=None),
+        keyed(partial(parallel_sample, tolerance=1e-2)),
+        keyed(partial(parallel_sample, tolerance=1e-4)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keyed(conditions=dict(prompts)) == keys[1]
+    assert keyed(partial(parallel_sample, tolerance=1e-2)) == keys[7]
+
+
+def test_a_plain_function_must_say_what_it_is():
+    denoiser = Mixture()
+
+    def function(x, timestep, condition=None):
+        return denoiser(x, timestep)
+
+    function.sample_shape = denoiser.sample_shape
+    contender = Contender("a", named_solver("ddim:3", denoiser.schedule), function)
+    with pytest.raises(ValueError, match="function has neither weights nor a weight_hash"):
+        _ = contender.key
+    function.weight_hash = "mixture"
+    assert contender.key
+
+
+def test_few_images_may_become_many(tmp_path):
+    assert run(tmp_path, num_samples=3)[1]["fd"] is None
+    same(run(tmp_path, num_samples=20), run(tmp_path / "fresh"))
+
+
+def test_a_killed_extension_can_be_given_up(tmp_path):
+    first = run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Mixture(fail_after=15), num_samples=40)
+    same(run(tmp_path), first)
+
+
+def test_all_processes_hear_of_a_refusal(tmp_path):
+    run(tmp_path)
+
+    def refused(rank):
+        with pytest.raises(ValueError, match="seed was 0, now 5") as error:
+            run(tmp_path, seed=5)
+        return str(error.value)
+
+    first, second = in_processes(refused, 2, tmp_path / "work")
+    assert first == second
+
+
+def test_a_block_is_whole_or_not_there(tmp_path, monkeypatch):
+    def stopped(values, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(blocks, "save_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        blocks.write_tensors(tmp_path / "block.safetensors", {"images": torch.zeros(1)})
+    assert blocks.read_count(tmp_path / "block.safetensors", "images") == 0

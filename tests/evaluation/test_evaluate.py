@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from evaluation.comparison import compare_groups
-from evaluation.evaluate import evaluate_table, shipped_measure
+from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
 from evaluation.rows import choose_metrics
 from solvers.named import named_solver
 from tests.evaluation.helpers import Mixture, extractor, group, in_processes, statistics
@@ -61,3 +61,27 @@ def test_errors(tmp_path):
             return str(error)
 
     assert "at least one per process" in in_processes(too_few, 2, tmp_path / "work")[0]
+
+
+def test_the_reference_may_have_a_network_of_its_own():
+    denoiser, teacher = Mixture(), Mixture(19)
+    table, reference = (named_solver(name, denoiser.schedule) for name in ("unipc:4", "ddim:12"))
+    settings = {"num_images": 6, "measure": replace(MEASURE, extractor=None, metrics=("rmse",))}
+    found = evaluate_table(denoiser, table, reference, reference_denoiser=teacher, **settings)
+    images = reference_images(teacher, reference, 6, 0)
+    assert found == evaluate_table(denoiser, table, images, **settings)
+    assert found["rmse"] != evaluate_table(denoiser, table, reference, **settings)["rmse"]
+
+
+class Negatives(Mixture):
+    def decode(self, states):
+        return -states
+
+
+def test_features_are_of_decoded_images():
+    plain = evaluated()
+    denoiser = Negatives()
+    table, reference = (named_solver(name, denoiser.schedule) for name in ("unipc:4", "ddim:12"))
+    found = evaluate_table(denoiser, table, reference, num_images=18, batch_size=5, measure=MEASURE)
+    assert found["rmse"] == pytest.approx(plain["rmse"])
+    assert found["fd"] != pytest.approx(plain["fd"], rel=1e-3)

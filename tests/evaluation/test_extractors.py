@@ -5,6 +5,7 @@ import timm
 import torch
 
 from evaluation.extractors import TimmExtractor
+from tests.evaluation.helpers import extractor as pooled
 
 
 @pytest.fixture
@@ -38,3 +39,10 @@ def test_the_fingerprint_holds_model_and_preprocessing(random_weights):
 def test_a_model_that_cannot_be_loaded_is_named():
     with pytest.raises(ValueError, match="timm cannot load 'no_such_model'"):
         TimmExtractor("no_such_model")
+
+
+def test_images_are_measured_as_if_they_had_been_saved():
+    network, images = pooled(), torch.linspace(-1.5, 1.5, 192).view(1, 3, 8, 8)
+    saved = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    assert torch.equal(network(images)[0], network.network.features(saved))
+    assert not torch.equal(network(images)[0], network.network.features(images.clamp(-1, 1)))

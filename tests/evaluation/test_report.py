@@ -8,11 +8,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from evaluation.comparison import compare_groups
+from evaluation.comparison import Entry, compare_groups
 from evaluation.contenders import Contender, Group
-from evaluation.svg import Chart, Series, heat_map
+from evaluation.report import write_report
+from evaluation.svg import Chart, Series, color_class, heat_map
 from tests.evaluation.helpers import Mixture, extractor, group, statistics
 
 VOID = {"meta", "img", "br"}
@@ -99,6 +101,51 @@ def test_charts_place_points_where_their_values_are():
     assert float(places[2][0]) == pytest.approx((x0 + x1) / 2, abs=0.2)
     assert float(places[2][1]) == pytest.approx((y0 + y1) / 2, abs=0.2)
     assert Chart([Series("empty", [], [])], "x", "y").svg() == ""
+
+
+def report_of(folder, rows):
+    """The page of made-up rows on a real group."""
+    one = group(Mixture(), [row["solver"] for row in rows[1:]])
+    entries = [
+        Entry(contender, row, torch.zeros(2, 3, 8, 8), torch.zeros(contender.table.nfe + 1))
+        for contender, row in zip((one.reference, *one.contenders), rows)
+    ]
+    common = {"seed": 0, "num_samples": 9, "precision": "float32"}
+    write_report(folder, entries, common)
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+def made_up(solver, nfe, fd, is_reference=False):
+    values = {"solver": solver, "method": "baseline", "nfe": nfe, "guidance": 1.0, "num_images": 9, "fd": fd}
+    values |= {"fd_low": 0.9 * fd, "fd_high": 1.1 * fd, "kid": fd / 1000, "kid_low": 0.0009 * fd, "kid_high": 0.002}
+    values |= {"rmse": fd / 10, "rmse_low": 0.09 * fd, "rmse_high": 0.11 * fd, "psnr": 20.0, "end_noise_level": 0.0}
+    return values | {"seconds": 1.0, "unused_evaluations": 0, "stochastic": False, "is_reference": is_reference}
+
+
+def test_far_solvers_are_named_below_the_chart_and_the_frontier_goes_down(tmp_path):
+    rows = [made_up("ddim:12", 12, 2.0, True), made_up("ddim:2", 2, 90.0), made_up("ddim:3", 3, 5.0)]
+    rows += [made_up("unipc:3", 3, 4.0), made_up("ddim:6", 6, 4.5), made_up("unipc:6", 6, 3.0)]
+    page, markdown = report_of(tmp_path, rows)
+    assert "Above 3 times the reference: ddim:2 (90)" in page
+    chart = page[page.index("<svg") : page.index("</svg>")]
+    assert "ddim: 3, 5" in chart
+    assert "ddim: 2, 90" not in chart
+    frontier = re.search(r'<polyline points="([^"]*)"[^>]*><title>best so far', chart)[1]
+    heights = [re.search(f'cy="([^"]*)"[^>]*><title>{name}<', chart)[1] for name in ("unipc: 3, 4", "unipc: 6, 3")]
+    assert [point.split(",")[1] for point in frontier.split()] == heights
+    assert "| 4 (3.6 to 2) |" in markdown  # KID, times 1000
+
+
+def test_colours_of_many_families_differ():
+    classes = [color_class(index) for index in range(16)]
+    assert len(set(classes)) == 16
+
+
+def test_labels_stay_inside_the_chart():
+    series = [Series(str(k), [3], [1 + 1e-4 * k], labels=[f"solver {k}"]) for k in range(14)]
+    chart = Chart([*series, Series("far", [3], [5])], "x", "y", width=460, height=300)
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*class="name"', chart.svg())]
+    assert max(heights) <= 300 - 40
 
 
 def test_labels_of_close_points_do_not_overlap():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from evaluation.distances import Gaussian
+from evaluation.extractors import Extractor
 from evaluation.statistics import (
     compute_statistics,
     data_hash,
@@ -12,7 +13,7 @@ from evaluation.statistics import (
     reference_statistics,
     save_statistics,
 )
-from tests.evaluation.helpers import extractor
+from tests.evaluation.helpers import Pooled, extractor
 
 IMAGES = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
@@ -79,3 +80,17 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no image shards"):
         find_statistics(str(tmp_path), extractor())
     assert find_statistics(None, extractor(), tmp_path / "nowhere") is None
+
+
+class Elsewhere(Extractor):
+    """An extractor on a device without values."""
+
+    def forward(self, images):
+        assert images.device.type == "meta"
+        return torch.ones(len(images), 12), None
+
+
+def test_images_of_the_data_go_to_the_extractors_device():
+    network = Elsewhere(Pooled().to("meta"), {"name": "elsewhere"}, 12)
+    found = compute_statistics(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), network)
+    assert found.gaussian.mean.tolist() == [1.0] * 12

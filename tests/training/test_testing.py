@@ -67,6 +67,40 @@ def test_seeds_of_the_fit_are_refused(tmp_path):
         run(Method(tmp_path, [3], SMALL, seeds=[[2, 9]]))
 
 
+@pytest.mark.parametrize("source", ["fitted_on", "validation"])
+def test_seeds_that_the_artifact_states_are_refused(tmp_path, source):
+    toy = Toy()
+    save_solver(
+        named_solver("ddim:3", toy.schedule),
+        tmp_path / "ddim-3.json",
+        method="test",
+        schedule=toy.schedule,
+        **{source: {"seeds": [[5, 9]]}},
+    )
+    with pytest.raises(ValueError, match="seeds 5 to 8, which overlap"):
+        run(Method(tmp_path, [], SMALL))
+
+
+def teacher():
+    network = Toy()
+    network.scale.data.fill_(0.5)
+    return network
+
+
+class Student(Method):
+    @property
+    def reference_denoiser(self):
+        return teacher()
+
+
+def test_a_student_is_measured_against_its_teacher(tmp_path):
+    found = run(Student(tmp_path, [3], SMALL))
+    toy = Toy()
+    table, reference = (named_solver(f"ddim:{n}", toy.schedule) for n in (3, 20))
+    expected = evaluate_table(toy, table, reference, num_images=6, reference_denoiser=teacher())
+    assert found["test/ddim-3/rmse"] == pytest.approx(expected["rmse"], rel=1e-6)
+
+
 def test_options():
     with pytest.raises(ValueError, match="num_images 0 and batch_size 64 must be at least 1"):
         Evaluation(num_images=0)
