@@ -97,7 +97,8 @@ def artifacts(model: str, scale: float, nfes: Sequence[int], folder: Path = Path
     published = sorted((folder / "solvers" / "published").glob(f"{PUBLISHED[model]}-*.json"))
     solvers = [path for path in own + published if load_solver(path).nfe in nfes]
     students = sorted(folder.glob(f"{model}-*/slam-*.json"))
-    return [str(path) for path in solvers + students if guidance_fits(_scale(load_solver(path).info), scale)]
+    fitting = [str(path) for path in solvers + students if guidance_fits(_scale(load_solver(path).info), scale)]
+    return sorted(fitting, key=lambda path: (Path(path).parent, family(path), load_solver(path).nfe))
 
 
 def _scale(info: dict[str, Any]) -> Any:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 NUM_COLORS = 8
+_LETTER = 6.6
+_MOST_LABELS = 6
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class _Axes:
     def __init__(self, chart: Chart) -> None:
         self.chart = chart
         self.left, self.right, self.top, self.bottom = 52, chart.width - 14, 28, chart.height - 40
+        labels = [label for series in chart.series for label in series.labels if label]
+        self.has_column = len(labels) > _MOST_LABELS
+        if self.has_column:
+            self.right -= _LETTER * max(map(len, labels)) + 8
         xs = [x for series in chart.series for x in series.x]
         ys = [y for series in chart.series for values in (series.y, series.low, series.high) for y in values]
         self.x_range = _padded(min(xs), max(xs), 0.04)
@@ -193,7 +199,7 @@ def _draw(axes: _Axes, series: Series) -> str:
 
 
 def _labels(axes: _Axes, all_series: Sequence[Series]) -> str:
-    """Text beside the points, moved up or down until no two overlap; left of points near the right edge."""
+    """Text beside the points, moved up or down until no two overlap; many labels stand in a column at the right."""
     wanted = [
         (axes.x(x), axes.y(y), label)
         for series in all_series
@@ -203,14 +209,14 @@ def _labels(axes: _Axes, all_series: Sequence[Series]) -> str:
     placed: list[tuple[float, float, float, float]] = []
     parts = []
     for x, y, label in sorted(wanted, key=lambda item: item[1]):
-        width = 6.6 * len(label)
-        is_right = x + 8 + width <= axes.chart.width - 2
-        left = x + 9 if is_right else x - 11 - width
+        width = _LETTER * len(label)
+        is_right = axes.has_column or x + 8 + width <= axes.chart.width - 2
+        left = axes.right + 12 if axes.has_column else x + 9 if is_right else x - 11 - width
         spots = sorted((step * 6 for step in range(-20, 21)), key=abs)
         inside = [s for s in spots if axes.top <= y + s <= axes.bottom - 6]
         shift = next((s for s in inside if _is_free(left, y + s, width, placed)), 0)
         placed.append((left, left + width, y + shift - 6, y + shift + 6))
-        if abs(shift) > 9:
+        if abs(shift) > 9 or left - x > 20:
             end = left - 1 if is_right else left + width + 1
             parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y + shift:.1f}" class="grid"/>')
         parts.append(_text(left, y + shift, label, "start", dy=".35em", kind="name"))
