@@ -82,7 +82,7 @@ class _Axes:
         labels = [label for series in chart.series for label in series.labels if label]
         self.has_column = len(labels) > _MOST_LABELS
         if self.has_column:
-            self.right -= _LETTER * max(map(len, labels)) + 8
+            self.right -= _LETTER * max(map(len, labels)) + 10
         xs = [x for series in chart.series for x in series.x]
         ys = [y for series in chart.series for values in (series.y, series.low, series.high) for y in values]
         self.x_range = _padded(min(xs), max(xs), 0.04)
@@ -199,28 +199,54 @@ def _draw(axes: _Axes, series: Series) -> str:
 
 
 def _labels(axes: _Axes, all_series: Sequence[Series]) -> str:
-    """Text beside the points, moved up or down until no two overlap; many labels stand in a column at the right."""
+    """Text beside the points; many labels stand in a column at the right."""
     wanted = [
         (axes.x(x), axes.y(y), label)
         for series in all_series
         for x, y, label in zip(series.x, series.y, series.labels)
         if label
     ]
+    wanted.sort(key=lambda item: item[1])
+    return (_column if axes.has_column else _beside)(axes, wanted)
+
+
+def _beside(axes: _Axes, wanted: Sequence[tuple[float, float, str]]) -> str:
+    """Moved up or down until no two overlap; left of points near the right edge."""
     placed: list[tuple[float, float, float, float]] = []
     parts = []
-    for x, y, label in sorted(wanted, key=lambda item: item[1]):
+    for x, y, label in wanted:
         width = _LETTER * len(label)
-        is_right = axes.has_column or x + 8 + width <= axes.chart.width - 2
-        left = axes.right + 12 if axes.has_column else x + 9 if is_right else x - 11 - width
+        is_right = x + 8 + width <= axes.chart.width - 2
+        left = x + 9 if is_right else x - 11 - width
         spots = sorted((step * 6 for step in range(-20, 21)), key=abs)
         inside = [s for s in spots if axes.top <= y + s <= axes.bottom - 6]
         shift = next((s for s in inside if _is_free(left, y + s, width, placed)), 0)
         placed.append((left, left + width, y + shift - 6, y + shift + 6))
-        if abs(shift) > 9 or left - x > 20:
-            end = left - 1 if is_right else left + width + 1
-            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{y + shift:.1f}" class="grid"/>')
+        if abs(shift) > 9:
+            parts.append(_leader(x, y, left - 1 if is_right else left + width + 1, y + shift))
         parts.append(_text(left, y + shift, label, "start", dy=".35em", kind="name"))
     return "".join(parts)
+
+
+def _column(axes: _Axes, wanted: Sequence[tuple[float, float, str]]) -> str:
+    """Right of the axes, in the order of the points, as near to their heights as the line spacing allows."""
+    gap, left = 13.0, axes.right + 14
+    heights: list[float] = []
+    for _, y, _ in wanted:
+        heights.append(max(y, heights[-1] + gap) if heights else y)
+    limit = axes.bottom - 4
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], limit)
+        limit = heights[index] - gap
+    parts = []
+    for (x, y, label), height in zip(wanted, heights):
+        parts.append(_leader(x + 5, y, left - 2, height))
+        parts.append(_text(left, height, label, "start", dy=".35em", kind="name"))
+    return "".join(parts)
+
+
+def _leader(x: float, y: float, end_x: float, end_y: float) -> str:
+    return f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end_x:.1f}" y2="{end_y:.1f}" class="grid"/>'
 
 
 def _is_free(left: float, y: float, width: float, placed: Sequence[tuple[float, float, float, float]]) -> bool:

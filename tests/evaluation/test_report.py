@@ -146,6 +146,7 @@ def test_labels_stay_inside_the_chart():
     chart = Chart([*series, Series("far", [3], [5])], "x", "y", width=460, height=300)
     heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*class="name"', chart.svg())]
     assert max(heights) <= 300 - 40
+    assert min(b - a for a, b in pairwise(sorted(heights))) >= 12.9
 
 
 def test_labels_of_close_points_do_not_overlap():
