@@ -200,9 +200,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys((row["model"], row["guidance"]) for row in rows))
-    figure = Figure(figsize=(7.2 * len(groups), 5.2), layout="constrained")
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(7.2 * columns, 5.2 * lines), layout="constrained")
     for index, (model, scale) in enumerate(groups):
-        axes = figure.add_subplot(1, len(groups), index + 1)
+        axes = figure.add_subplot(lines, columns, index + 1)
         mine = [row for row in rows if (row["model"], row["guidance"]) == (model, scale) and row["fd"] is not None]
         solvers = [row for row in mine if not row["is_reference"]]
         for color, name in enumerate(dict.fromkeys(family(row["solver"]) for row in solvers)):
