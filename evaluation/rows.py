@@ -70,7 +70,9 @@ def choose_metrics(
         else:
             left_out.setdefault(reason, []).append(metric)
     notes = [f"left out: {', '.join(metrics)}, because {reason}" for reason, metrics in left_out.items()]
-    if extractor is not None and (not extractor.fits(tuple(shape)) if wanted is None else chosen == ["rmse"]):
+    fits = extractor is not None and statistics is not None and extractor.fits(tuple(shape))
+    may_grow = wanted is None and fits  # few images may become many, whose metrics need the features of all
+    if chosen == ["rmse"] and not may_grow:
         extractor = statistics = None
     asked = None if wanted is None else tuple(chosen)
     return Measure(tuple(chosen), extractor, statistics, tuple(notes), asked)

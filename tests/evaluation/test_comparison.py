@@ -227,6 +227,8 @@ def test_what_cannot_be_measured_is_left_out_or_refused():
     assert light.extractor is None
     latent = choose_metrics(None, extractor(), statistics(), 50, (4, 32, 32))
     assert latent.metrics == ("rmse",)
+    assert latent.extractor is None
+    assert choose_metrics(None, extractor(), statistics(), 3, (3, 8, 8)).extractor is not None
     with pytest.raises(ValueError, match="12 images of the data are too few for a Frechet distance"):
         choose_metrics(["fd"], extractor(), statistics(count=12), 13, (3, 8, 8))
     for wanted, data, message in (
