@@ -75,6 +75,19 @@ def test_artifacts_by_guidance_scale(folder):
     assert results.artifacts("tiny", 1.5, (2, 3)) == ["checkpoints/solvers/tiny/b/olss-2.json"]
 
 
+def test_published_tables_and_students_are_compared_too(folder):
+    schedule = NoiseSchedule.linear()
+    common = {"method": "slam", "schedule": schedule}
+    published, student = "checkpoints/solvers/published/vp-3.json", "checkpoints/tiny-student/slam-1.json"
+    save_solver(named_solver("ddim:3", schedule), published, **common)
+    save_denoiser(DiT(schedule, 8, 4, 1, 32, 1, 2), "checkpoints/tiny-student/student")
+    weights = {"student": "student/model.safetensors", "fitted_on": {"guidance_scale": 1.5}}
+    save_solver(named_solver("ddim:1", schedule), student, **common, **weights)
+    assert published in results.artifacts("tiny", 1.0, (3,))
+    assert student not in results.artifacts("tiny", 1.0, (3,))
+    assert student in results.artifacts("tiny", 1.5, (3,))
+
+
 def test_tables_mark_the_best_of_each_column_and_the_floor():
     rows = [row("ddim:6", 6, 1.0, is_reference=True), row("ddim:2", 2, 5.0), row("ddim:3", 3, 4.0)]
     rows.append(row("a/b/olss-2.json", 2, 3.0, fd_low=2.5, fd_high=3.5))
