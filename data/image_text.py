@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import PICTURES
+from data.image_shards import PICTURES
 
 Files = dict[str, bytes]  # content by extension
 

@@ -1,19 +1,16 @@
 """Images in [-1, 1] with their labels: CIFAR-10 from webdataset shards or from torchvision, and digits."""
 
-import io
 import os
-import tarfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.image_shards import describe_samples, read_shards
 from data.loader import EpochBatchSampler, ResumableLoader
 from denoisers import check_labels
 
@@ -114,8 +111,6 @@ class ImageData(lightning.LightningDataModule):
 
     def origin(self) -> dict[str, Any]:
         """What an artifact says about the data: `data`, and the teacher's `seeds` where it made them."""
-        from data.sampled import describe_samples
-
         return describe_samples(self.data_dir) if self.source == "shards" else {"data": self.source}
 
     def train_dataloader(self) -> ResumableLoader:
@@ -143,61 +138,6 @@ class ImageData(lightning.LightningDataModule):
         if self.source == "cifar10":
             return *_torchvision_cifar10(self.data_dir, train), 255
         return *read_shards(self.data_dir, self.train_shards if train else self.val_shards), 255
-
-
-def decode_picture(content: bytes) -> np.ndarray:
-    """A picture file as uint8 (3, height, width)."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-
-
-PICTURES: dict[str, Callable[[bytes], np.ndarray]] = dict.fromkeys(("jpg", "jpeg", "png"), decode_picture)
-
-
-def read_shards(
-    folder: str | Path, pattern: str, decoders: Mapping[str, Callable[[bytes], np.ndarray]] = PICTURES
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decode all images of the webdataset shards that match, in the order of their names.
-
-    Args:
-        folder: where the shards are, .tar or .tar.gz.
-        pattern: glob pattern of their names.
-        decoders: by extension, what turns a file into an array.
-    Returns:
-        (images (n, channels, height, width), uint8 where they were pictures, labels int64 (n,)).
-    Raises:
-        ValueError: no shard matches, or a shard does not hold equally sized images with their .cls labels.
-    """
-    paths = sorted(Path(folder).glob(pattern))
-    if not paths:
-        raise ValueError(
-            f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with "
-            "--data.init_args.data_dir (or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
-        )
-    samples = [sample for path in paths for sample in _read_shard(path, decoders)]
-    images = [image for image, _ in samples]
-    if len({image.shape for image in images}) != 1:
-        raise ValueError(
-            f"the images of {folder}/{pattern} differ in size: crop them to one size when writing the shards"
-        )
-    return np.stack(images), np.array([label for _, label in samples], dtype=np.int64)
-
-
-def _read_shard(path: Path, decoders: Mapping[str, Callable]) -> list[tuple[np.ndarray, int]]:
-    images: dict[str, np.ndarray] = {}
-    labels: dict[str, int] = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            key, _, extension = member.name.partition(".")
-            if extension in decoders:
-                images[key] = decoders[extension](archive.extractfile(member).read())
-            elif extension == "cls":
-                labels[key] = int(archive.extractfile(member).read())
-    if not images or images.keys() != labels.keys():
-        raise ValueError(
-            f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key"
-        )
-    return [(images[key], labels[key]) for key in images]
 
 
 def _digits(train: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,22 @@ from data.shards import check_shard, record_path
 from solvers.files import atomic_write
 
 
+class SeedShards:
+    """How seeds are shared out: `shard_size` to each shard, the last may have fewer."""
+
+    seeds: list[int]
+    shard_size: int
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of all processes together."""
+        return -(-len(self.seeds) // self.shard_size)
+
+    def shard_seeds(self, shard: int) -> list[int]:
+        """Seeds of a shard's samples."""
+        return self.seeds[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+
 class ShardWriter(ABC):
     """Writes shards in the background while the network works on the next one; use it as a context.
 

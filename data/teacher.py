@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from data.manifest import describe_teacher
 from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, run_teacher
-from data.writer import TrajectoryWriter
+from data.trajectory_writer import TrajectoryWriter
 from denoisers import load_denoiser
 from solvers.named import resolve_solver
 from solvers.schedule import NoiseSchedule

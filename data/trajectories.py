@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.manifest import denoiser_hash, describe_teacher, read_manifest, short
 from data.shards import Trajectories, check_shard, read_shard
-from data.writer import TrajectoryWriter
+from data.trajectory_writer import TrajectoryWriter
 from denoisers.conditions import class_labels, condition_to
 from solvers.artifact import table_from_dict
 from solvers.noise import start_noise

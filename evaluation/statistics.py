@@ -182,7 +182,7 @@ def find_statistics(
         return load_statistics(shipped, extractor) if shipped.is_file() else None
     if not Path(source).is_dir():
         return load_statistics(source, extractor)
-    from data.images import read_shards
+    from data.image_shards import read_shards
 
     if not any(Path(source).glob("*train*.tar*")):
         raise ValueError(f"{source} has no image shards *train*.tar: give a folder of them, or a statistics file")
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--extractor", default=str(DEFAULT_EXTRACTOR), help="folder of a classifier")
     parser.add_argument("--description", default="", help="what the images are, for reports")
     options = parser.parse_args(arguments)
-    from data.images import read_shards
+    from data.image_shards import read_shards
 
     images, _ = read_shards(options.data_dir, "*train*.tar*")
     found = compute_statistics(torch.from_numpy(images), load_extractor(options.extractor), options.description)

@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from data.loader import seed_of
 from denoisers import condition_length, load_denoiser
+from slam.export import STUDENT_NAME, data_origin, export, log_samples, upload_student
 from slam.lines import LINE_TIMESTEPS, NOISE_LEVELS, huber, l2
 from slam.lines import teacher_points as spread_points
 from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
 from slam.objective import WEIGHTINGS, Weights, predictions
-from slam.record import STUDENT_NAME, data_origin, export, log_samples, upload_student
 from slam.tables import student_table
 from solvers import NoiseSchedule, SolverTable
 from solvers.prediction import per_sample

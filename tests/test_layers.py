@@ -56,3 +56,41 @@ def test_every_package_is_a_package():
 def test_a_forbidden_import_is_seen(tmp_path):
     (tmp_path / "a.py").write_text("def f():\n    from olss.fit import solve\n    import wandb.sdk\n")
     assert imported(tmp_path / "a.py") == {"olss", "wandb"}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Modules of the project that a file imports, in functions too; for types alone does not count."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none when there is no circle."""
+    left = {name: found & imports.keys() - {name} for name, found in imports.items()}
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+ROOMS_WITH_CIRCLES = {"denoisers", "evaluation"}
+
+
+@pytest.mark.parametrize("package", sorted(LEVEL.keys() - ROOMS_WITH_CIRCLES))
+def test_no_circles_inside_a_room(package):
+    imports = {f"{package}.{path.stem}": modules_imported(path) for path in files(package) if path.stem != "__init__"}
+    assert not circle(imports)
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b", "c"}, "b": {"a"}, "c": set()}) == ["a", "b"]
+    assert circle({"a": {"b"}, "b": set()}) == []

@@ -53,7 +53,7 @@ def run_command(words: list[str]) -> None:
     import sample
     import train
 
-    name, recorded = words[1].removesuffix(".py"), "configs/trajectories/recorded.yaml" in words
+    name, recorded = words[1].removesuffix(".py"), "configs/trajectories/pipeline.yaml" in words
     extra = SHORTER.get((name, words[2]), [])
     if words[2] == "predict":
         teacher = ["--model.num_trajectories=4", "--model.teacher=ddim:20"]

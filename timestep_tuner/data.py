@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import read_shards
+from data.image_shards import ARRAYS, describe_samples, read_shards
 from data.loader import EpochBatchSampler, ResumableLoader
-from data.sampled import ARRAYS, describe_samples
 from data.shards import seed_ranges
 from data.teacher_path import TeacherPath
 from data.trajectories import FIRST_SEED, TrajectoryCache

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import ImageArray, ImageData, read_shards
+from data.image_shards import read_shards
+from data.images import ImageArray, ImageData
 from data.loader import EpochBatchSampler, ResumableLoader, seed_of
 
 

@@ -14,7 +14,7 @@ from data.manifest import describe_teacher
 from data.shards import read_shard
 from data.teacher import TeacherTrajectories, TrajectoryShards
 from data.trajectories import FIRST_SEED, TrajectoryCache, generate_trajectories, run_teacher
-from data.writer import TrajectoryWriter
+from data.trajectory_writer import TrajectoryWriter
 from solvers import NoiseSchedule, sample, start_noise
 from solvers.named import named_solver
 from tests.analytic import two_point_denoiser

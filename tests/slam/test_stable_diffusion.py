@@ -13,7 +13,7 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffus
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import sample as command
-from data.encoded_data import EncodedData
+from data.latents import LatentData
 from denoisers import load_denoiser
 from slam.module import SLAM
 from solvers import load_solver, sample, start_noise, student_path
@@ -109,7 +109,7 @@ def one_step(run: Path, output: Path, strategy) -> None:
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     more = {"logger": False, "use_distributed_sampler": False, "accelerator": "cpu", "devices": 2, "max_steps": 1}
     module = SLAM(str(run / "model"), str(output), guidance_scale=9.0, learning_rate=1e-2, steps=[1], sample_every=0)
-    data = EncodedData(str(run / "shards"), batch_size=1)
+    data = LatentData(str(run / "shards"), batch_size=1)
     lightning.Trainer(strategy=strategy, **quiet, **more).fit(module, datamodule=data)
 
 

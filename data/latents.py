@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.encoded import EncodedShards
+from data.latent_shards import LatentShards
 from data.loader import EpochBatchSampler, ResumableLoader
 
 
-class EncodedData(lightning.LightningDataModule):
+class LatentData(lightning.LightningDataModule):
     """Batches (latents, condition) of shards made by `train.py predict --config configs/encode/...`.
 
     Latents are float32 and scaled as the network takes them; the condition has the embeddings of the captions and, as
@@ -46,13 +46,13 @@ class EncodedData(lightning.LightningDataModule):
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         self.folder, self.batch_size, self.num_workers = folder, batch_size, num_workers
         self.verify, self.skip_corrupt, self.seed = verify, skip_corrupt, seed
-        self.shards: EncodedShards | None = None
+        self.shards: LatentShards | None = None
 
     def setup(self, stage: str) -> None:
         """Open the shards and check that they are whole."""
         if self.shards is not None:
             return
-        shards = EncodedShards(self.folder, self.skip_corrupt)
+        shards = LatentShards(self.folder, self.skip_corrupt)
         rank, world_size = self._processes()
         if self.verify:
             shards.leave_out(_gather(shards.verify(rank, world_size)))
@@ -61,7 +61,7 @@ class EncodedData(lightning.LightningDataModule):
         self.shards = shards
 
     def check(self, denoiser: Any) -> None:
-        """Refuse shards that do not fit a denoiser, after set-up; see `EncodedShards.check`."""
+        """Refuse shards that do not fit a denoiser, after set-up; see `LatentShards.check`."""
         assert self.shards is not None
         self.shards.check(denoiser)
 
@@ -87,7 +87,7 @@ class EncodedData(lightning.LightningDataModule):
 
 
 class _Samples(Dataset):
-    def __init__(self, shards: EncodedShards) -> None:
+    def __init__(self, shards: LatentShards) -> None:
         self.shards = shards
 
     def __len__(self) -> int:

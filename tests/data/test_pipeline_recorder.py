@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from data.recording import record_trajectories
+from data.pipeline_recorder import record_trajectories
 from data.trajectories import TrajectoryCache
 from denoisers import class_labels, load_denoiser, with_guidance
 from denoisers.diffusers_models import from_pipeline
@@ -283,7 +283,7 @@ def test_predict_records_a_pipeline(tmp_path: Path) -> None:
         "2",
     ]
     steps = ["--model.num_inference_steps", str(STEPS), "--model.shard_size", "2", "--trainer.accelerator", "cpu"]
-    main(["predict", "--config", "configs/trajectories/recorded.yaml", *arguments, *steps])
+    main(["predict", "--config", "configs/trajectories/pipeline.yaml", *arguments, *steps])
     call = {"guidance_scale": 2.0, "batch_size": 2, "shard_size": 2, "progress": False}
     expected = record_trajectories(pipe, PROMPTS, tmp_path / "b", STEPS, **call)
     found = TrajectoryCache(tmp_path / "a")

@@ -4,16 +4,16 @@ import lightning
 import torch
 from torch import nn
 
-from data.recording import describe_recording, record_seeds
+from data.pipeline_recorder import describe_recording, record_seeds
 from data.shards import Trajectories
 from data.teacher import DTYPES, TeacherTrajectories
 from data.trajectories import FIRST_SEED
-from data.writer import TrajectoryWriter
+from data.trajectory_writer import TrajectoryWriter
 from denoisers import load_denoiser
 from denoisers.pipeline import PipelineDenoiser
 
 
-class RecordedTrajectories(TeacherTrajectories):
+class PipelineTrajectories(TeacherTrajectories):
     """Runs a pipeline with its own scheduler from each seed; a callback stores what the scheduler sees.
 
     Args:

@@ -6,9 +6,9 @@ import lightning
 import pytest
 import torch
 
-from data.images import read_shards
-from data.sampled import ARRAYS, TeacherSamples, describe_samples
+from data.image_shards import ARRAYS, describe_samples, read_shards
 from data.teacher import TrajectoryShards
+from data.teacher_samples import TeacherSamples
 from data.trajectories import FIRST_SEED
 from solvers import NoiseSchedule, named_solver, sample, start_noise
 from tests.analytic import two_point_denoiser

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from data.manifest import FORMAT_VERSION, check_same
-from data.shard_writer import ShardWriter
+from data.shard_writer import SeedShards, ShardWriter
 from data.shards import Trajectories, seed_ranges, write_shard
 
 
-class TrajectoryWriter(ShardWriter):
+class TrajectoryWriter(SeedShards, ShardWriter):
     """Writes shards in the background while the network works on the next one; use it as a context.
 
     Args:
@@ -42,15 +42,6 @@ class TrajectoryWriter(ShardWriter):
         self.solver = solver
         self._timesteps = torch.tensor(teacher["table"]["timesteps"], dtype=torch.float64)
         check_same(self.folder, self.manifest({}))
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of all processes together."""
-        return -(-len(self.seeds) // self.shard_size)
-
-    def shard_seeds(self, shard: int) -> list[int]:
-        """Seeds of a shard's trajectories."""
-        return self.seeds[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def write(self, shard: int, value: Trajectories) -> None:
         """Queue a shard, on the CPU; waits for the one before, so that at most two are in memory."""

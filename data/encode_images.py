@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from data.encoded import AGAIN, NULL_NAME, EncodedSamples, parse_manifest, write_encoded
 from data.image_text import Damage, read_image_text
+from data.latent_shards import AGAIN, NULL_NAME, LatentSamples, parse_manifest, write_latents
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, precision, short
 from data.shard_writer import ShardWriter
 from data.shards import flatten_condition
@@ -26,7 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 class EncodeImages(lightning.LightningModule):
-    """Encodes a shard of pictures and captions at a time; a callback stores it. `EncodedData` reads them for training.
+    """Encodes a shard of pictures and captions at a time; a callback stores it. `LatentData` reads them for training.
 
     Latents are the mean of the autoencoder's distribution, scaled as the network takes them. Pictures are scaled until
     they cover the size, and cut at the centre.
@@ -68,20 +68,20 @@ class EncodeImages(lightning.LightningModule):
         self.encoders: Encoders = load_encoders(model)
         self.folder, self.dtype_ = folder, getattr(torch, dtype)
         self.batch_size, self.skip_corrupt, self.workers = batch_size, skip_corrupt, workers
-        self.writer: EncodedWriter
+        self.writer: LatentWriter
 
     def setup(self, stage: str) -> None:
         """Check the folder, or refuse it, before any work."""
         with self.trainer.precision_plugin.predict_step_context():
             null = self._stored(self.encoders.null_condition())
             description = describe_encoding(self.encoders, null, self.dtype_)
-        self.writer = EncodedWriter(self.folder, description, self.sources, null)
+        self.writer = LatentWriter(self.folder, description, self.sources, null)
 
-    def predict_step(self, batch: int, batch_idx: int) -> list[EncodedSamples]:
+    def predict_step(self, batch: int, batch_idx: int) -> list[LatentSamples]:
         """The samples of a shard; nothing for one that exists already."""
         return [] if batch < 0 else [self.encode(self.sources[batch])]
 
-    def encode(self, source: Path) -> EncodedSamples:
+    def encode(self, source: Path) -> LatentSamples:
         """A whole shard in batches, on this module's device; the result is on the CPU."""
         damage, keys = Damage(self.skip_corrupt), []
         latents = [torch.empty(0, *self.encoders.sample_shape, dtype=self.dtype_)]
@@ -100,7 +100,7 @@ class EncodeImages(lightning.LightningModule):
         for note in damage.notes:
             print(f"left out: {note}", file=sys.stderr)
         with torch.autocast("cpu", enabled=False):  # which cannot join tensors of another half precision than its own
-            return EncodedSamples(keys, torch.cat(latents), concatenate_conditions(conditions), damage.notes)
+            return LatentSamples(keys, torch.cat(latents), concatenate_conditions(conditions), damage.notes)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """The writer is part of the job."""
@@ -140,7 +140,7 @@ def describe_encoding(encoders: Encoders, null: dict[str, Any], dtype: torch.dty
     }
 
 
-class EncodedWriter(ShardWriter):
+class LatentWriter(ShardWriter):
     """Writes a shard for each source shard, and the manifest.
 
     Args:
@@ -188,7 +188,7 @@ class EncodedWriter(ShardWriter):
             with atomic_write(self.folder / NULL_NAME) as path:
                 path.write_bytes(save(flatten_condition("condition", self.null)))
 
-    def store(self, shard: int, value: EncodedSamples) -> None:
+    def store(self, shard: int, value: LatentSamples) -> None:
         """Write a shard and its record.
 
         Raises:
@@ -197,7 +197,7 @@ class EncodedWriter(ShardWriter):
         size, free = sum(tensor.nbytes for tensor in value.tensors().values()), self.free_bytes()
         if size > free:
             raise ValueError(f"{self.path(shard)} needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room")
-        write_encoded(self.path(shard), value)
+        write_latents(self.path(shard), value)
 
 
 def _check_same(folder: Path, wanted: dict[str, Any]) -> None:

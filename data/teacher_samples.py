@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data.images import PICTURES
+from data.image_shards import MANIFEST_NAME
 from data.manifest import describe_teacher
+from data.shard_writer import SeedShards
 from data.shards import add_member, seed_ranges
 from data.teacher import TeacherTrajectories
 from data.trajectories import FIRST_SEED
 from denoisers import class_labels, condition_to
 from solvers import sample, start_noise
 from solvers.files import atomic_write
-
-MANIFEST_NAME = "samples.json"
-
-
-def read_array(content: bytes) -> np.ndarray:
-    """A .npy file's array; pickled objects are refused."""
-    return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-ARRAYS: dict[str, Callable[[bytes], np.ndarray]] = PICTURES | {"npy": read_array}
 
 
 class TeacherSamples(TeacherTrajectories):
@@ -81,7 +72,7 @@ class TeacherSamples(TeacherTrajectories):
         return [(samples, condition.tolist() if is_class else [0] * len(seeds))]
 
 
-class SampleWriter:
+class SampleWriter(SeedShards):
     """Writes shards of samples, each whole or not at all, and `samples.json`, which says where they come from.
 
     Args:
@@ -108,11 +99,6 @@ class SampleWriter:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(record) + "\n")
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of all processes together."""
-        return -(-len(self.seeds) // self.shard_size)
-
     def prepare(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """This process's shards that are still to be made."""
         return [shard for shard in range(rank, self.num_shards, world_size) if not self.path(shard).exists()]
@@ -120,10 +106,6 @@ class SampleWriter:
     def path(self, shard: int) -> Path:
         """File of a shard."""
         return self.folder / f"samples-{shard:05d}.tar"
-
-    def shard_seeds(self, shard: int) -> list[int]:
-        """Seeds of a shard's samples."""
-        return self.seeds[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def write(self, shard: int, made: tuple[Tensor, list[int]]) -> None:
         """Write a shard."""
@@ -136,18 +118,6 @@ class SampleWriter:
 
     def close(self) -> None:
         """Nothing is left to do: every shard is written at once."""
-
-
-def describe_samples(folder: str | Path) -> dict[str, Any]:
-    """What an artifact says about shards: their folder, and the teacher and seeds they were sampled from, if any."""
-    path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        return {"data": f"shards {Path(folder).name}"}
-    record = json.loads(path.read_text())
-    return {
-        "data": f"images {Path(folder).name}, sampled from the model with {record['solver']}",
-        "seeds": record["seeds"],
-    }
 
 
 def _png(image: Tensor) -> bytes:

@@ -15,10 +15,10 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load
 
-from data.encoded import NULL_NAME, EncodedShards
-from data.encoded_data import EncodedData
-from data.encoding import EncodeImages
+from data.encode_images import EncodeImages
 from data.image_text import Damage, cover, read_image_text, split_name
+from data.latent_shards import NULL_NAME, LatentShards
+from data.latents import LatentData
 from data.teacher import TrajectoryShards
 from denoisers import load_denoiser
 from denoisers.encoders import load_encoders
@@ -77,7 +77,7 @@ def expected(pipe, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_shards_hold_what_the_pipeline_s_encoders_give(encoded: Path) -> None:
     pipe = tiny_pipeline("sd")
-    shards = EncodedShards(encoded)
+    shards = LatentShards(encoded)
     assert (len(shards), shards.sample_shape) == (6, (4, 8, 8))
     order = [4, 0, 5, 1, 0]
     latents, condition = shards.read(order)
@@ -94,7 +94,7 @@ def test_shards_are_webdataset_shards(encoded: Path) -> None:
     samples = list(webdataset.WebDataset(str(encoded / "pairs-1.tar"), shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in samples] == ["0003", "0004"]
     tensors = load(samples[1]["safetensors"])
-    latents, condition = EncodedShards(encoded).read([4])
+    latents, condition = LatentShards(encoded).read([4])
     assert torch.equal(tensors["latents"], latents[0])
     assert torch.equal(tensors["condition/encoder_hidden_states"], condition["encoder_hidden_states"][0])
 
@@ -102,8 +102,8 @@ def test_shards_are_webdataset_shards(encoded: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_storage_of_two_bytes_rounds_once(models: Path, images: Path, encoded: Path, tmp_path: Path, dtype) -> None:
     encode(models / "sd", images, tmp_path / "half", dtype=dtype)
-    latents, condition = EncodedShards(tmp_path / "half").read(range(6))
-    exact, exact_condition = EncodedShards(encoded).read(range(6))
+    latents, condition = LatentShards(tmp_path / "half").read(range(6))
+    exact, exact_condition = LatentShards(encoded).read(range(6))
     assert latents.dtype == torch.float32
     assert torch.equal(latents, exact.to(getattr(torch, dtype)).float())
     text = condition["encoder_hidden_states"]
@@ -112,7 +112,7 @@ def test_storage_of_two_bytes_rounds_once(models: Path, images: Path, encoded: P
 
 def test_xl_has_pooled_embeddings_and_sizes(models: Path, images: Path, tmp_path: Path) -> None:
     encode(models / "sdxl", images, tmp_path / "xl")
-    shards, denoiser = EncodedShards(tmp_path / "xl"), load_denoiser(models / "sdxl", guidance_scale=3.0)
+    shards, denoiser = LatentShards(tmp_path / "xl"), load_denoiser(models / "sdxl", guidance_scale=3.0)
     shards.check(denoiser)
     latents, condition = shards.read([0, 5])
     assert condition["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
@@ -140,14 +140,14 @@ def test_goes_on_after_a_kill(models: Path, images: Path, encoded: Path, tmp_pat
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with pytest.raises(ValueError, match="incomplete"):
-        EncodedShards(folder)
+        LatentShards(folder)
     made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     assert sorted(made) == ["pairs-0.tar", "pairs-1.tar"]
     encode(models / "sd", images, folder)
     assert {name: (folder / name).stat().st_mtime_ns for name in made} == made
     for path in encoded.glob("*.tar"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
-    assert len(EncodedShards(folder)) == 6
+    assert len(LatentShards(folder)) == 6
 
 
 def test_two_processes_share_the_shards(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_corrupt_sample_is_named_and_skipped_only_when_asked_for(models: Path,
     with pytest.raises(ValueError, match=r"sample 0001 of shard .*a\.tar is corrupt: .*skip_corrupt: true"):
         encode(models / "sd", tmp_path / "images", tmp_path / "out")
     encode(models / "sd", tmp_path / "images", tmp_path / "out", skip_corrupt=True)
-    shards = EncodedShards(tmp_path / "out")
+    shards = LatentShards(tmp_path / "out")
     notes = shards.records["a.tar"]["skipped"]
     assert [note.split()[1] for note in notes] == ["0001", "0002", "0003"]
     assert "it has no caption (.txt), only png, json" in notes[1]
@@ -214,9 +214,9 @@ def test_keys_and_extensions_are_webdataset_s() -> None:
     assert split_name("0001.jpg") == ("0001", "jpg")
 
 
-def data(folder: Path, model: Path | None = None, **options) -> EncodedData:
+def data(folder: Path, model: Path | None = None, **options) -> LatentData:
     """Set up and checked against a model."""
-    module = EncodedData(str(folder), **{"batch_size": 2} | options)
+    module = LatentData(str(folder), **{"batch_size": 2} | options)
     module.setup("fit")
     if model is not None:
         module.check(load_denoiser(model))
@@ -226,7 +226,7 @@ def data(folder: Path, model: Path | None = None, **options) -> EncodedData:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_of_an_epoch_show_each_sample_once(encoded: Path, models: Path, num_workers: int) -> None:
     module = data(encoded, models / "sd", num_workers=num_workers)
-    everything, condition = EncodedShards(encoded).read(range(6))
+    everything, condition = LatentShards(encoded).read(range(6))
     seen = []
     for latents, given in module.train_dataloader():
         distances = torch.cdist(latents.flatten(1), everything.flatten(1))
@@ -246,12 +246,12 @@ def test_shards_of_other_encoders_are_refused(encoded: Path, models: Path, part:
 
 
 def test_the_dtype_of_the_model_makes_no_other_encoder(encoded: Path, models: Path) -> None:
-    EncodedShards(encoded).check(load_denoiser(models / "sd", dtype="bfloat16"))
+    LatentShards(encoded).check(load_denoiser(models / "sd", dtype="bfloat16"))
 
 
 def test_latents_of_another_shape_are_refused(encoded: Path, models: Path) -> None:
     with pytest.raises(ValueError, match=r"latents of shape \(4, 8, 8\), the denoiser takes \(4, 16, 16\)"):
-        EncodedShards(encoded).check(load_denoiser(models / "sd", height=32, width=32))
+        LatentShards(encoded).check(load_denoiser(models / "sd", height=32, width=32))
 
 
 def test_missing_embeddings_are_one_clear_error(copied: Path) -> None:
@@ -306,7 +306,7 @@ def test_processes_leave_out_the_same_shards(copied: Path, tmp_path: Path) -> No
     settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork", "max_steps": 1, "logger": False}
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     trainer = lightning.Trainer(**settings | quiet, enable_model_summary=False)
-    trainer.fit(Counting(tmp_path), datamodule=EncodedData(str(copied), batch_size=2, skip_corrupt=True))
+    trainer.fit(Counting(tmp_path), datamodule=LatentData(str(copied), batch_size=2, skip_corrupt=True))
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
 
 
@@ -326,22 +326,22 @@ def test_refusals(models: Path, images: Path, copied: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="batch_size 0 and workers 4 must be at least 1"):
         EncodeImages(str(models / "sd"), str(images), str(tmp_path / "out"), batch_size=0)
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
-        EncodedData(str(copied), batch_size=0)
+        LatentData(str(copied), batch_size=0)
     with pytest.raises(ValueError, match="holds no encoded shards"):
-        EncodedShards(tmp_path / "none")
+        LatentShards(tmp_path / "none")
     write_image_text(images / "pairs-0.tar.gz.tar", {"a": sample_files(0)})
     with pytest.raises(ValueError, match="4 shards to encode with 3 names"):
         encode(models / "sd", images, tmp_path / "out")
     for path in copied.glob("*.tar"):
         path.unlink()
     with pytest.raises(ValueError, match=r"no sample of .* is left"):
-        EncodedShards(copied, skip_corrupt=True)
+        LatentShards(copied, skip_corrupt=True)
     (copied / "manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match="describes no latents and text embeddings"):
-        EncodedShards(copied)
+        LatentShards(copied)
     (copied / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
-        EncodedShards(copied)
+        LatentShards(copied)
 
 
 def test_encoders_of_another_kind_or_in_part_are_refused(models: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I
 
 
 @dataclass(frozen=True)
-class EncodedSamples:
+class LatentSamples:
     """Latents with the conditions of their captions, on the CPU, in the dtype they are stored in.
 
     Args:
@@ -49,7 +49,7 @@ class EncodedSamples:
         return {"latents": self.latents, **flatten_condition("condition", self.condition)}
 
 
-def write_encoded(path: Path, samples: EncodedSamples) -> None:
+def write_latents(path: Path, samples: LatentSamples) -> None:
     """Write a shard whole or not at all, and beside it first a JSON record with its checksum and layout."""
     tensors = samples.tensors()
     with atomic_write(path) as temporary:
@@ -76,7 +76,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
         ) from error
 
 
-def map_encoded(path: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+def map_latents(path: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     """Every tensor of all samples of a shard, (n, ...), read from the disk where it is indexed."""
     with open(path, "rb") as file:
         member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
@@ -95,7 +95,7 @@ def map_encoded(path: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     return views
 
 
-class EncodedShards:
+class LatentShards:
     """The shards of a folder, as samples 0 .. len - 1.
 
     Args:
@@ -189,7 +189,7 @@ class EncodedShards:
     def _view(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._views:
             name = list(self.records)[shard]
-            self._views[shard] = map_encoded(self.folder / name, self.records[name])
+            self._views[shard] = map_latents(self.folder / name, self.records[name])
         return self._views[shard]
 
     def _try(self, name: str, check: Any) -> None:

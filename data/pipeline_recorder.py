@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data.manifest import describe_teacher
 from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, TrajectoryCache
-from data.writer import TrajectoryWriter
+from data.trajectory_writer import TrajectoryWriter
 from denoisers.conditions import class_labels
 from denoisers.pipeline import PipelineDenoiser
 

@@ -1,0 +1,86 @@
+"""Webdataset shards of images with labels, NAME.jpg (.png, or .npy for latents) and NAME.cls: read into memory."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MANIFEST_NAME = "samples.json"  # beside shards that a teacher made
+
+
+def decode_picture(content: bytes) -> np.ndarray:
+    """A picture file as uint8 (3, height, width)."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def read_array(content: bytes) -> np.ndarray:
+    """A .npy file's array; pickled objects are refused."""
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+PICTURES: dict[str, Callable[[bytes], np.ndarray]] = dict.fromkeys(("jpg", "jpeg", "png"), decode_picture)
+ARRAYS = PICTURES | {"npy": read_array}
+
+
+def read_shards(
+    folder: str | Path, pattern: str, decoders: Mapping[str, Callable[[bytes], np.ndarray]] = PICTURES
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode all images of the webdataset shards that match, in the order of their names.
+
+    Args:
+        folder: where the shards are, .tar or .tar.gz.
+        pattern: glob pattern of their names.
+        decoders: by extension, what turns a file into an array.
+    Returns:
+        (images (n, channels, height, width), uint8 where they were pictures, labels int64 (n,)).
+    Raises:
+        ValueError: no shard matches, or a shard does not hold equally sized images with their .cls labels.
+    """
+    paths = sorted(Path(folder).glob(pattern))
+    if not paths:
+        raise ValueError(
+            f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with "
+            "--data.init_args.data_dir (or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
+        )
+    samples = [sample for path in paths for sample in _read_shard(path, decoders)]
+    images = [image for image, _ in samples]
+    if len({image.shape for image in images}) != 1:
+        raise ValueError(
+            f"the images of {folder}/{pattern} differ in size: crop them to one size when writing the shards"
+        )
+    return np.stack(images), np.array([label for _, label in samples], dtype=np.int64)
+
+
+def describe_samples(folder: str | Path) -> dict[str, Any]:
+    """What an artifact says about shards: their folder, and the teacher and seeds they were sampled from, if any."""
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        return {"data": f"shards {Path(folder).name}"}
+    record = json.loads(path.read_text())
+    return {
+        "data": f"images {Path(folder).name}, sampled from the model with {record['solver']}",
+        "seeds": record["seeds"],
+    }
+
+
+def _read_shard(path: Path, decoders: Mapping[str, Callable]) -> list[tuple[np.ndarray, int]]:
+    images: dict[str, np.ndarray] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            if extension in decoders:
+                images[key] = decoders[extension](archive.extractfile(member).read())
+            elif extension == "cls":
+                labels[key] = int(archive.extractfile(member).read())
+    if not images or images.keys() != labels.keys():
+        raise ValueError(
+            f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key"
+        )
+    return [(images[key], labels[key]) for key in images]
