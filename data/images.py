@@ -1,4 +1,4 @@
-"""Images in [-1, 1] with their labels: CIFAR-10 from webdataset shards or from torchvision, and digits."""
+"""Images in [-1, 1] with their labels, from webdataset shards or from a data set known by its name."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 
 from data.image_shards import describe_samples, read_shards
 from data.loader import EpochBatchSampler, ResumableLoader
+from data.named import NAMED_SETS
 from denoisers import check_labels
 
-SOURCES = ("shards", "cifar10", "digits")
+SOURCES = ("shards", *NAMED_SETS)
 
 
 class ImageArray(Dataset):
@@ -47,13 +48,16 @@ class ImageData(lightning.LightningDataModule):
     """Images and labels for base models.
 
     Args:
-        source: `shards`: webdataset shards with keys NAME.jpg (or .png) and NAME.cls; `cifar10`: torchvision's
-            CIFAR-10, downloaded into `data_dir` on first use; `digits`: scikit-learn's 8x8 digits, one channel.
-        data_dir: folder of the shards or of the download; the environment variable DATA_DIR goes before the default.
+        source: `shards`: webdataset shards with keys NAME.jpg (or .png) and NAME.cls; `cifar10`, `fashion`
+            (Fashion-MNIST) or `mnist`: torchvision's, downloaded into `data_dir` on first use, the last two with one
+            channel and a black frame to 32x32, and read from NAME-train.npz and NAME-test.npz (arrays `images`, uint8
+            (n, 28, 28), and `labels`) where `data_dir` has them; `digits`: scikit-learn's 8x8 digits, one channel.
+        data_dir: folder of the shards or of the download; default: the environment variable DATA_DIR, else data/SOURCE
+            (data/cifar10 for shards).
         train_shards: pattern of the training shards in `data_dir`.
         val_shards: pattern of the validation shards in `data_dir`.
         batch_size: images per batch and process.
-        flip: show every image mirrored too.
+        flip: show every image mirrored too; default: where a mirrored image is one of its kind, so not for figures.
         seed: seed of the order of the images.
         val_images: number of validation images, the first ones of the validation set.
     Raises:
@@ -67,23 +71,26 @@ class ImageData(lightning.LightningDataModule):
         train_shards: str = "*train*.tar*",
         val_shards: str = "*test*.tar*",
         batch_size: int = 64,
-        flip: bool = True,
+        flip: bool | None = None,
         seed: int = 0,
         val_images: int = 2000,
     ) -> None:
         super().__init__()
         if source not in SOURCES:
             raise ValueError(f"unknown image source {source!r}: use one of {', '.join(SOURCES)}")
-        self.source, self.batch_size, self.flip, self.seed = source, batch_size, flip, seed
-        self.data_dir = Path(data_dir or os.environ.get("DATA_DIR") or "data/cifar10")
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self._set = NAMED_SETS.get(source)
+        self.flip = (self._set is None or self._set.mirrored) if flip is None else flip
+        default = "data/cifar10" if self._set is None else f"data/{source}"
+        self.data_dir = Path(data_dir or os.environ.get("DATA_DIR") or default)
         self.train_shards, self.val_shards, self.val_images = train_shards, val_shards, val_images
         self._train: ImageArray | None = None
         self._val: ImageArray | None = None
 
     def prepare_data(self) -> None:
-        """Download torchvision's CIFAR-10 once per machine."""
-        if self.source == "cifar10":
-            _torchvision_cifar10(self.data_dir, train=True, download=True)
+        """Download what is missing of the data, once per machine."""
+        if self._set is not None and self._set.download is not None:
+            self._set.download(self.data_dir)
 
     def setup(self, stage: str) -> None:
         """Decode the images this stage needs into memory."""
@@ -133,24 +140,6 @@ class ImageData(lightning.LightningDataModule):
 
     def _load(self, train: bool) -> tuple[np.ndarray, np.ndarray, int]:
         """(images, labels, value of white)."""
-        if self.source == "digits":
-            return *_digits(train), 16
-        if self.source == "cifar10":
-            return *_torchvision_cifar10(self.data_dir, train), 255
+        if self._set is not None:
+            return *self._set.load(self.data_dir, train), self._set.white
         return *read_shards(self.data_dir, self.train_shards if train else self.val_shards), 255
-
-
-def _digits(train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 digits with values 0..16; every tenth is for validation."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    chosen = (np.arange(len(digits.target)) % 10 == 9) != train
-    return digits.images[chosen].astype(np.uint8)[:, None], digits.target[chosen].astype(np.int64)
-
-
-def _torchvision_cifar10(folder: Path, train: bool, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    from torchvision.datasets import CIFAR10
-
-    data = CIFAR10(str(folder), train=train, download=download)
-    return np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), np.array(data.targets, dtype=np.int64)
