@@ -2,5 +2,6 @@
 
 from parataa.processes import processes
 from parataa.sampler import ParallelStats, parallel_sample
+from parataa.settings import ParallelSettings
 
-__all__ = ["ParallelStats", "parallel_sample", "processes"]
+__all__ = ["ParallelSettings", "ParallelStats", "parallel_sample", "processes"]

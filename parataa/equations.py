@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from parataa.settings import ParallelSettings
 from solvers.prediction import output_weights
 from solvers.table import SolverTable
 
@@ -39,34 +40,21 @@ class Equations:
 
     Args:
         table: the solver.
-        order: rows an equation reaches back, 1 to N.
-        window: most rows of a window, 1 to N.
-        data_std: see `output_slope`; None leaves the outputs as they are.
-        tolerance: see `finished_tolerance`.
-        noise_tolerance: see `finished_tolerance`.
+        settings: order, window, data_std and the tolerances, `filled_in` for the table.
         like: dtype and device of the states.
     """
 
-    def __init__(
-        self,
-        table: SolverTable,
-        order: int,
-        window: int,
-        data_std: float | None,
-        tolerance: float,
-        noise_tolerance: float,
-        like: Tensor,
-    ) -> None:
-        self.table, self.order, self.window = table.detach(), order, window
-        self._like = like
+    def __init__(self, table: SolverTable, settings: ParallelSettings, like: Tensor) -> None:
+        self.table, self._settings, self._like = table.detach(), settings, like
+        data_std = settings.data_std
         self._slope = torch.zeros(table.nfe) if data_std is None else output_slope(self.table, data_std)
-        self._tolerance = finished_tolerance(self.table, tolerance, noise_tolerance)
+        self._tolerance = finished_tolerance(self.table, settings.tolerance, settings.noise_tolerance)
         self._last_use = self.table.last_use()
         self.at = lru_cache(maxsize=256)(self._at)
 
     def stop(self, start: int) -> int:
         """End of the window that begins at row `start`."""
-        return min(start + self.window, self.table.nfe)
+        return min(start + self._settings.window, self.table.nfe)
 
     def keeps(self, kind: int, index: int, start: int) -> bool:
         """Whether rows from `start` on use state (kind 0), output (1) or noise (2) `index`."""
@@ -75,7 +63,7 @@ class Equations:
     def _at(self, start: int) -> WindowEquations:
         stop = self.stop(start)
         window = torch.arange(start, stop)
-        reaching = self._shifted(start).local(self.order, start)
+        reaching = self._shifted(start).local(self._settings.order, start)
         columns = tuple(self._columns(kind, start, stop) for kind in range(3))
         return WindowEquations(
             columns,

@@ -8,25 +8,10 @@ from torch import Tensor
 
 from parataa.acceleration import triangular_anderson
 from parataa.equations import Coefs, Equations, WindowEquations
+from parataa.settings import ParallelSettings
 
 Kept = dict[int, Tensor]
 Draw = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class Acceleration:
-    """How earlier rounds are used.
-
-    Args:
-        memory: rounds remembered, the current one included; 1 is plain iteration.
-        regularization: relative, > 0.
-        safeguard: a row is accelerated only where the residual of all rows up to it fell below `safeguard` times what
-            it was a round ago, > 0; infinity accelerates always.
-    """
-
-    memory: int
-    regularization: float
-    safeguard: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def step(
     equations: Equations,
     iterate: Iterate,
     outputs: Tensor,
-    acceleration: Acceleration,
+    settings: ParallelSettings,
     draw: Draw,
     guess: Tensor | None = None,
 ) -> tuple[Iterate, Progress]:
@@ -98,7 +83,7 @@ def step(
         equations: of the table.
         iterate: the sample.
         outputs: the network's at the rows of the window, (rows, *shape).
-        acceleration: how to improve.
+        settings: memory, regularization and safeguard of the acceleration.
         draw: a row's noise, (*shape).
         guess: states of rows that enter the window, (N+1, *shape); by default copies of the newest state.
     Returns:
@@ -110,7 +95,7 @@ def step(
     plain = _combine(now.reaching, now, iterate, shifted)
     size = _rms(exact - iterate.states[1:])
     finished = int((size <= now.tolerance).long().cumprod(0).sum())
-    improved, history = _improve(iterate, plain, acceleration)
+    improved, history = _improve(iterate, plain, settings)
     states = torch.cat([iterate.states[: finished + 1], exact[finished : finished + 1], improved[finished + 1 :]])
     following = replace(iterate, states=states, history=history)
     following = _slide(equations, following, outputs, min(finished + 1, len(size)))
@@ -134,17 +119,17 @@ def _combine(coefs: Coefs, now: WindowEquations, iterate: Iterate, outputs: Tens
     return total
 
 
-def _improve(iterate: Iterate, plain: Tensor, acceleration: Acceleration) -> tuple[Tensor, History | None]:
+def _improve(iterate: Iterate, plain: Tensor, settings: ParallelSettings) -> tuple[Tensor, History | None]:
     """New states of all rows, accelerated where the last round brought the residual down, and what to remember."""
-    if acceleration.memory == 1:
+    if settings.memory == 1:
         return plain, None
     residual = plain - iterate.states[1:]
-    history = _remember(iterate.history, iterate.states[1:], residual, acceleration.memory)
+    history = _remember(iterate.history, iterate.states[1:], residual, settings.memory)
     if iterate.history is None:
         return plain, history
     moved, changed = history.moved.flatten(2), history.changed.flatten(2)
-    correction = triangular_anderson(residual.flatten(1), moved, changed, acceleration.regularization)
-    trusted = _trusted(residual, iterate.history.residual, acceleration.safeguard)
+    correction = triangular_anderson(residual.flatten(1), moved, changed, settings.regularization)
+    trusted = _trusted(residual, iterate.history.residual, settings.safeguard)
     correction = torch.where(_each(trusted, plain), correction.reshape(plain.shape), 0.0)
     return plain + correction, history
 

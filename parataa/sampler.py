@@ -3,19 +3,19 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from denoisers.conditions import condition_tensors
+from denoisers.conditions import condition_length, condition_tensors
 from parataa.equations import Equations
 from parataa.evaluate import Evaluator
 from parataa.iteration import Draw, Iterate, Progress, init, step, terminate
 from parataa.processes import check_same
-from parataa.settings import Settings, check_inputs, check_settings
+from parataa.settings import ParallelSettings
 from solvers.sampler import Denoiser, StepNoise, noise_source
 from solvers.table import SolverTable
 
@@ -53,23 +53,14 @@ def parallel_sample(
     noise: Tensor,
     condition: Any = None,
     *,
-    order: int | None = None,
-    window: int | None = None,
-    memory: int = 3,
-    regularization: float = 1e-3,
-    safeguard: float = 0.5,
-    data_std: float | None = 0.5,
-    tolerance: float = 1e-3,
-    noise_tolerance: float = 0.0,
-    early_stop: bool = True,
-    max_rounds: int | None = None,
+    settings: ParallelSettings | None = None,
     step_noise: StepNoise = None,
     seeds: Sequence[int] | None = None,
     warm_start: Tensor | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     keep_states: bool = False,
-    batch_size: int | None = None,
     group: ProcessGroup | None = None,
+    **changes: Any,
 ) -> tuple[Tensor, ParallelStats]:
     """Run a solver table in rounds, each of which evaluates the network at all rows of a window at once.
 
@@ -87,29 +78,15 @@ def parallel_sample(
         table: the solver, without unused evaluations; its noise columns need `step_noise` or `seeds`.
         noise: (batch, *shape), unit Gaussian.
         condition: None, a tensor, or nested containers of tensors indexed on dimension 0.
-        order: rows an equation reaches back, 1 (fixed point) to N (Picard, the default).
-        window: most rows of a round, 1 (sequential) to N (the default).
-        memory: rounds used for acceleration, the current one included; 1 is plain iteration.
-        regularization: lambda of the acceleration, relative, > 0.
-        safeguard: a row is accelerated only where the residual of all rows up to it fell below `safeguard` times that
-            of the round before, > 0; infinity accelerates always.
-        data_std: standard deviation of the data; the equations then already know how outputs follow their states for
-            Gaussian data (`output_slope`). About 0.5 for images in [-1, 1], 1 for scaled latents; None leaves it out.
-        tolerance: a row is finished when its first-order residual (root mean square) is at most tolerance * alpha / N
-            at its node and all rows before it are finished; about the relative error of the result.
-        noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
-        early_stop: end a sample when its final state settled, rounds before all rows are finished: going on as in the
-            last two rounds it would move by at most `tolerance` (root mean square), and no first-order residual exceeds
-            tolerance * order / N.
-        max_rounds: most rounds, by default N, which always suffice.
+        settings: how to iterate; default `ParallelSettings()`.
         step_noise: fresh unit noises, (N, batch, *shape), or a function of the row that returns (batch, *shape), the
             same at every call.
         seeds: one integer per sample; row r's noise of sample k is drawn from (seeds[k], r), as in `sample`.
         warm_start: all states of a neighbouring run, (N+1, batch, *shape), as the first guess.
         callback: called after each round with (round, newest states (batch, *shape)).
         keep_states: also return all states, for a warm start.
-        batch_size: most rows of one call of the network, in each process; by default all.
         group: processes that share the rows, all called with the same arguments; see `processes`.
+        **changes: single settings by name, `tolerance=1e-4`, in place of those in `settings`.
     Returns:
         The final states, (batch, *shape), in the dtype of `noise`, and how the run went.
     Raises:
@@ -119,21 +96,8 @@ def parallel_sample(
     Source: arXiv 2402.09970 (ParaTAA), for any linear table instead of DDIM; safeguard, relative lambda, relative
         tolerance and `data_std` are deviations, see parataa/README.md.
     """
-    settings = check_settings(
-        table.nfe,
-        order=order,
-        window=window,
-        memory=memory,
-        regularization=regularization,
-        safeguard=safeguard,
-        data_std=data_std,
-        tolerance=tolerance,
-        noise_tolerance=noise_tolerance,
-        early_stop=early_stop,
-        max_rounds=max_rounds,
-        batch_size=batch_size,
-    )
-    check_inputs(table, noise, condition, warm_start)
+    settings = replace(settings or ParallelSettings(), **changes).filled_in(table.nfe)
+    _check_inputs(table, noise, condition, warm_start)
     start = noise.to(torch.promote_types(noise.dtype, torch.float32)) * table.start_scale
     check_same(group, noise.device, start, *condition_tensors(condition), settings, *_blocks(table))
     run = _Run(settings, table, start, _draws(table, noise, step_noise, seeds), warm_start, keep_states)
@@ -153,7 +117,7 @@ class _Run:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ParallelSettings,
         table: SolverTable,
         start: Tensor,
         draws: list[Draw],
@@ -161,15 +125,7 @@ class _Run:
         keep_states: bool,
     ) -> None:
         self._settings, self._draws = settings, draws
-        self.equations = Equations(
-            table,
-            settings.order,
-            settings.window,
-            settings.data_std,
-            settings.tolerance,
-            settings.noise_tolerance,
-            like=start,
-        )
+        self.equations = Equations(table, settings, like=start)
         self._guesses = [None] * len(start) if warm_start is None else list(warm_start.to(start).unbind(1))
         guessed = zip(start, draws, self._guesses)
         self.iterates: list[Iterate] = [init(self.equations, *arguments) for arguments in guessed]
@@ -189,8 +145,8 @@ class _Run:
             self._step(sample, output)
 
     def _step(self, sample: int, output: Tensor) -> None:
-        old, rule = self.iterates[sample], self._settings.acceleration
-        new, progress = step(self.equations, old, output, rule, self._draws[sample], self._guesses[sample])
+        old, draw, guess = self.iterates[sample], self._draws[sample], self._guesses[sample]
+        new, progress = step(self.equations, old, output, self._settings, draw, guess)
         self.iterates[sample] = new
         self._sample_rounds[sample] = self.rounds
         self._residuals[-1][sample] = progress.residual.max()
@@ -240,6 +196,24 @@ class _Run:
         )
 
 
+def _check_inputs(table: SolverTable, noise: Tensor, condition: Any, warm_start: Tensor | None) -> None:
+    """Whether table, noise, condition and warm start fit each other, and no row is evaluated in vain."""
+    if noise.ndim < 2 or len(noise) == 0 or not noise.is_floating_point():
+        raise ValueError(f"noise has shape {tuple(noise.shape)} and {noise.dtype}: needed is floating (batch, *shape)")
+    unused = table.unused_evaluations()
+    if unused:
+        raise ValueError(
+            f"the outputs of rows {unused} never reach the final state, so that a parallel run would wait for rows "
+            "that do not matter: remove them from the table, or use the sequential sampler"
+        )
+    length = condition_length(condition)
+    if length not in (None, len(noise)):
+        raise ValueError(f"the condition has {length} samples and the noise {len(noise)}: give the same number")
+    needed = (table.nfe + 1, *noise.shape)
+    if warm_start is not None and tuple(warm_start.shape) != needed:
+        raise ValueError(f"warm_start has shape {tuple(warm_start.shape)}: needed are all states, {needed}")
+
+
 def _draws(table: SolverTable, noise: Tensor, step_noise: StepNoise, seeds: Sequence[int] | None) -> list[Draw]:
     """For each sample a function of the row that returns its fresh noise, (*shape)."""
     whole = noise_source(table, noise, step_noise, seeds)
@@ -254,7 +228,7 @@ def _blocks(table: SolverTable) -> tuple[Tensor, ...]:
     return table.timesteps, table.state_coef, table.output_coef, table.noise_coef
 
 
-def _warn(stats: ParallelStats, settings: Settings) -> None:
+def _warn(stats: ParallelStats, settings: ParallelSettings) -> None:
     left = stats.sample_reasons.count("max_rounds")
     warnings.warn(
         f"{left} of {len(stats.sample_reasons)} samples did not converge in {stats.rounds} rounds: the largest "

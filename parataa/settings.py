@@ -1,88 +1,80 @@
-"""The settings of a parallel run, checked once."""
+"""ParallelSettings: how a parallel run iterates."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
-
-from denoisers.conditions import condition_length
-from parataa.iteration import Acceleration
-from solvers.table import SolverTable
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `parallel_sample` documents, with every default filled in."""
-
-    order: int
-    window: int
-    acceleration: Acceleration
-    data_std: float | None
-    tolerance: float
-    noise_tolerance: float
-    early_stop: bool
-    max_rounds: int
-    batch_size: int | None
+_Rule = tuple[Callable[[Any], bool], str]
+_COUNT: _Rule = (lambda value: isinstance(value, Integral) and value >= 1, "a whole number, at least 1")
+_POSITIVE: _Rule = (lambda value: _is_finite(value) and value > 0, "finite and positive")
+_NOT_NEGATIVE: _Rule = (lambda value: _is_finite(value) and value >= 0, "finite and not negative")
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("order", "window", "max_rounds", "batch_size"), _COUNT),
+    "memory": (_COUNT[0], f"{_COUNT[1]} (1 is plain iteration)"),
+    **dict.fromkeys(("tolerance", "regularization"), _POSITIVE),
+    **dict.fromkeys(("noise_tolerance", "data_std"), _NOT_NEGATIVE),
+    "safeguard": (lambda value: isinstance(value, Real) and value > 0, "positive; infinity switches it off"),
+}
+_OPTIONAL = ("order", "window", "max_rounds", "batch_size", "data_std")
 
 
-def check_settings(
-    nfe: int,
-    *,
-    order: int | None,
-    window: int | None,
-    memory: int,
-    regularization: float,
-    safeguard: float,
-    data_std: float | None,
-    tolerance: float,
-    noise_tolerance: float,
-    early_stop: bool,
-    max_rounds: int | None,
-    batch_size: int | None,
-) -> Settings:
-    """Fill in the defaults for a table of `nfe` rows.
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How a parallel run iterates and when it ends; `parallel_sample` takes each by its name, too.
+
+    Args:
+        order: rows an equation reaches back, 1 (fixed point) to N (Picard); None: N.
+        window: most rows of a round, 1 (sequential) to N; None: N.
+        memory: rounds used for acceleration, the current one included; 1 is plain iteration.
+        regularization: lambda of the acceleration, relative, > 0.
+        safeguard: a row is accelerated only where the residual of all rows up to it fell below `safeguard` times that
+            of the round before, > 0; infinity accelerates always.
+        data_std: standard deviation of the data; the equations then already know how outputs follow their states for
+            Gaussian data (`output_slope`). About 0.5 for images in [-1, 1], 1 for scaled latents; None leaves it out.
+        tolerance: a row is finished when its first-order residual (root mean square) is at most tolerance * alpha / N
+            at its node and all rows before it are finished; about the relative error of the result.
+        noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
+        early_stop: end a sample when its final state settled, rounds before all rows are finished: going on as in the
+            last two rounds it would move by at most `tolerance` (root mean square), and no first-order residual exceeds
+            tolerance * order / N.
+        max_rounds: most rounds; None: N, which always suffice.
+        batch_size: most rows of one call of the network, in each process; None: all.
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: one outside its range.
     """
-    order, window, max_rounds = (nfe if value is None else value for value in (order, window, max_rounds))
-    for name, value in (("order", order), ("window", window)):
-        if not 1 <= value <= nfe:
-            raise ValueError(f"{name} is {value}: a table of {nfe} rows allows 1 to {nfe}")
-    for name, value in (("memory", memory), ("max_rounds", max_rounds), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            hint = " (1 is plain iteration)" if name == "memory" else ""
-            raise ValueError(f"{name} is {value}: it must be at least 1{hint}")
-    for name, value in (("tolerance", tolerance), ("regularization", regularization)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}: it must be finite and positive")
-    for name, value in (("noise_tolerance", noise_tolerance), ("data_std", data_std)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}: it must be finite and not negative")
-    if not safeguard > 0:
-        raise ValueError(f"safeguard is {safeguard}: it must be positive; infinity switches it off")
-    rule = Acceleration(memory, regularization, safeguard)
-    return Settings(order, window, rule, data_std, tolerance, noise_tolerance, early_stop, max_rounds, batch_size)
 
+    order: int | None = None
+    window: int | None = None
+    memory: int = 3
+    regularization: float = 1e-3
+    safeguard: float = 0.5
+    data_std: float | None = 0.5
+    tolerance: float = 1e-3
+    noise_tolerance: float = 0.0
+    early_stop: bool = True
+    max_rounds: int | None = None
+    batch_size: int | None = None
 
-def check_inputs(table: SolverTable, noise: Tensor, condition: Any, warm_start: Tensor | None) -> None:
-    """Whether table, noise, condition and warm start fit each other.
+    def __post_init__(self) -> None:
+        for name, (allows, needed) in _RULES.items():
+            value = getattr(self, name)
+            if not (allows(value) or (value is None and name in _OPTIONAL)):
+                raise ValueError(f"{name} is {value}: it must be {needed}")
 
-    Raises:
-        ValueError: they do not, or the table evaluates the network in vain.
-    """
-    if noise.ndim < 2 or len(noise) == 0 or not noise.is_floating_point():
-        raise ValueError(f"noise has shape {tuple(noise.shape)} and {noise.dtype}: needed is floating (batch, *shape)")
-    unused = table.unused_evaluations()
-    if unused:
-        raise ValueError(
-            f"the outputs of rows {unused} never reach the final state, so that a parallel run would wait for rows "
-            "that do not matter: remove them from the table, or use the sequential sampler"
-        )
-    length = condition_length(condition)
-    if length not in (None, len(noise)):
-        raise ValueError(f"the condition has {length} samples and the noise {len(noise)}: give the same number")
-    needed = (table.nfe + 1, *noise.shape)
-    if warm_start is not None and tuple(warm_start.shape) != needed:
-        raise ValueError(f"warm_start has shape {tuple(warm_start.shape)}: needed are all states, {needed}")
+    def filled_in(self, rows: int) -> "ParallelSettings":
+        """The same with order, window and max_rounds stated, for a table of this many rows.
+
+        Raises:
+            ValueError: order or window beyond the table.
+        """
+        for name in ("order", "window"):
+            if (getattr(self, name) or 0) > rows:
+                raise ValueError(f"{name} is {getattr(self, name)}: a table of {rows} rows allows 1 to {rows}")
+        order, window, rounds = (value or rows for value in (self.order, self.window, self.max_rounds))
+        return replace(self, order=order, window=window, max_rounds=rounds)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parataa import parallel_sample
+from parataa import ParallelSettings, parallel_sample
 from solvers import NoiseSchedule, start_noise
 from tests.parataa.problems import SHAPE, euler_table, mixing_denoiser
 
@@ -12,22 +12,44 @@ TABLE, NOISE = euler_table(VP, 6), start_noise(range(2), SHAPE)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("setting", "message"),
     [
-        ({"order": 0}, "order is 0: a table of 6 rows allows 1 to 6"),
-        ({"order": 7}, "order is 7"),
-        ({"window": 0}, "window is 0: a table of 6 rows allows 1 to 6"),
-        ({"window": 7}, "window is 7"),
-        ({"memory": 0}, r"memory is 0: it must be at least 1 \(1 is plain iteration\)"),
-        ({"max_rounds": 0}, "max_rounds is 0: it must be at least 1"),
-        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"order": 0}, "order is 0: it must be a whole number, at least 1$"),
+        ({"window": 0}, "window is 0: it must be a whole number, at least 1$"),
+        ({"window": 2.5}, "window is 2.5: it must be a whole number"),
+        ({"memory": 0}, r"memory is 0: it must be a whole number, at least 1 \(1 is plain iteration\)"),
+        ({"memory": None}, "memory is None: it must be a whole number"),
+        ({"max_rounds": 0}, "max_rounds is 0: it must be a whole number, at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: it must be a whole number, at least 1"),
         ({"tolerance": 0.0}, "tolerance is 0.0: it must be finite and positive"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"tolerance": "1e-3"}, "tolerance is 1e-3: it must be finite and positive"),
+        ({"tolerance": None}, "tolerance is None"),
         ({"regularization": 0.0}, "regularization is 0.0"),
         ({"noise_tolerance": -0.1}, "noise_tolerance is -0.1: it must be finite and not negative"),
         ({"data_std": -0.5}, "data_std is -0.5"),
+        ({"data_std": float("inf")}, "data_std is inf"),
         ({"safeguard": 0.0}, "safeguard is 0.0: it must be positive; infinity switches it off"),
+        ({"safeguard": float("nan")}, "safeguard is nan"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelSettings(**setting)
+    with pytest.raises(ValueError, match=message):
+        parallel_sample(mixing_denoiser(VP), TABLE, NOISE, **setting)
+
+
+@pytest.mark.parametrize("name", ["order", "window"])
+def test_settings_beyond_the_table(name):
+    with pytest.raises(ValueError, match=f"{name} is 7: a table of 6 rows allows 1 to 6"):
+        parallel_sample(mixing_denoiser(VP), TABLE, NOISE, settings=ParallelSettings(**{name: 7}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (
             {"warm_start": torch.zeros(6, 2, *SHAPE)},
             r"warm_start has shape .*: needed are all states, \(7, 2, 2, 3, 3\)",
@@ -35,9 +57,14 @@ TABLE, NOISE = euler_table(VP, 6), start_noise(range(2), SHAPE)
         ({"condition": torch.zeros(3)}, "the condition has 3 samples and the noise 2"),
     ],
 )
-def test_settings_out_of_range(options, message):
+def test_inputs_that_do_not_fit_each_other(options, message):
     with pytest.raises(ValueError, match=message):
         parallel_sample(mixing_denoiser(VP), TABLE, NOISE, **options)
+
+
+def test_an_unknown_setting():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tolerence'"):
+        parallel_sample(mixing_denoiser(VP), TABLE, NOISE, tolerence=1e-3)
 
 
 @pytest.mark.parametrize("noise", [torch.zeros(4), torch.zeros(0, *SHAPE), torch.zeros(2, *SHAPE, dtype=torch.int64)])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from parataa import ParallelSettings
 from parataa.equations import Equations, finished_tolerance, output_slope
 from solvers import NoiseSchedule, SolverTable
 from solvers.named import named_solver
@@ -11,7 +12,8 @@ VP = NoiseSchedule.linear()
 
 
 def equations(table, order, window, data_std=None):
-    return Equations(table, order, window, data_std, 1e-3, 0.0, like=torch.zeros((), dtype=torch.float64))
+    settings = ParallelSettings(order=order, window=window, data_std=data_std)
+    return Equations(table, settings, like=torch.zeros((), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])

@@ -1,11 +1,12 @@
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parataa import parallel_sample
+from parataa import ParallelSettings, parallel_sample
 from solvers import NoiseSchedule, sample, sample_trace, start_noise
 from solvers.named import named_solver, solver_names
 from tests.analytic import gaussian_denoiser
@@ -105,6 +106,17 @@ def test_permuting_or_splitting_the_batch_changes_nothing():
         images, part = run(index)
         assert torch.allclose(images, whole[index], rtol=0, atol=1e-13)
         assert part.sample_rounds == tuple(stats.sample_rounds[i] for i in index)
+
+
+def test_settings_may_be_given_as_one_object_by_name_or_both():
+    table, denoiser, noise = euler_table(VP, 9), mixing_denoiser(VP), start_noise(range(2), SHAPE)
+    named, stats = parallel_sample(denoiser, table, noise, tolerance=1e-6, window=4)
+    together = ParallelSettings(tolerance=1e-6, window=4)
+    for options in ({"settings": together}, {"settings": replace(together, window=2), "window": 4}):
+        images, same = parallel_sample(denoiser, table, noise, **options)
+        assert torch.equal(images, named)
+        assert same.rounds == stats.rounds
+    assert parallel_sample(denoiser, table, noise)[1].rounds < stats.rounds
 
 
 def test_batch_size_only_splits_the_calls():
