@@ -1,13 +1,49 @@
 """Train anything in this repository: `python train.py fit --config configs/<method>/<experiment>.yaml`."""
 
+import sys
 from collections.abc import Sequence
+
+from training.arguments import fail
+
+SUBCOMMANDS = {
+    "fit": "train a network, or learn a solver, and write what it leaves behind",
+    "validate": "measure a base model's loss on held-out data",
+    "test": "compare a run's solver tables with their teacher",
+    "predict": "run the teacher: trajectories, samples, or encoded pictures as shards",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run fit, validate, test or predict with a config and overrides (`--help` lists them)."""
+    """Run fit, validate, test or predict with a config and overrides (`fit --help` lists them).
+
+    Help and mistakes in the subcommand are answered at once: importing Lightning takes seconds.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    if not given:
+        fail(f"no subcommand: give one of {', '.join(SUBCOMMANDS)} (see --help)")
+    if given[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if not given[0].startswith("-") and given[0] not in SUBCOMMANDS:
+        fail(f"unknown subcommand {given[0]!r}: use one of {', '.join(SUBCOMMANDS)} (see --help)")
     from training.cli import run
 
     run(args)
+
+
+def usage() -> str:
+    """What the command line offers, one line for each subcommand."""
+    lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python train.py SUBCOMMAND --config configs/<method>/<experiment>.yaml [--option value ...]",
+            "",
+            *lines,
+            "",
+            "`python train.py SUBCOMMAND --help` lists the trainer's options,",
+            "`python train.py SUBCOMMAND --model.help CLASS` those of a model, such as slam.module.SLAM.",
+        ]
+    )
 
 
 if __name__ == "__main__":

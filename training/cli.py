@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from training.arguments import OneLineErrors, guarded
-from training.wandb import forget_run
+from training.run_id import forget_run
 
 
 class Parser(OneLineErrors, LightningArgumentParser):

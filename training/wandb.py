@@ -1,16 +1,13 @@
 """W&B logging that never asks: offline when not logged in, one run id per run folder."""
 
 import os
-import uuid
 from pathlib import Path
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
-from solvers.files import atomic_write
-
-RUN_ID_NAME = "wandb_run_id.txt"
+from training.run_id import run_id
 
 
 class Wandb(WandbLogger):
@@ -49,24 +46,6 @@ class Wandb(WandbLogger):
     def save_dir(self) -> str:
         """The run folder, where the trainer keeps its checkpoints too."""
         return self._folder
-
-
-def run_id(folder: str | Path) -> str:
-    """The id kept in a run folder; the first process makes it on first use."""
-    path = Path(folder) / RUN_ID_NAME
-    if path.exists():
-        return path.read_text().strip()
-    new = uuid.uuid4().hex[:8]
-    if rank_zero_only.rank == 0:
-        with atomic_write(path) as temporary:
-            temporary.write_text(new)
-    return new
-
-
-@rank_zero_only
-def forget_run(folder: str | Path) -> None:
-    """Let the next run in this folder be a new one."""
-    (Path(folder) / RUN_ID_NAME).unlink(missing_ok=True)
 
 
 def _logged_in() -> bool:

@@ -1,14 +1,17 @@
 """The training command line: configs, one-line errors, resume arguments, W&B run ids."""
 
+import ast
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import train
 from denoisers import load_denoiser
 from train import main
-from training.wandb import Wandb, forget_run, run_id
+from training.run_id import forget_run, run_id
 
 CONFIGS = sorted(Path("configs/base").glob("*.yaml"))
 SMALL = [
@@ -42,6 +45,80 @@ def fit(folder, *options: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _no_arguments(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
+
+
+class NoImport:
+    """Refuses to find a module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname, *_):
+        if fullname == self.name:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """Make a module impossible to import, as if it were not installed, after forgetting it and `others`."""
+
+    def without(name: str, *others: str) -> None:
+        for loaded in [one for one in sys.modules if one in others or f"{one}.".startswith(f"{name}.")]:
+            monkeypatch.delitem(sys.modules, loaded)
+        monkeypatch.setattr(sys, "meta_path", [NoImport(name), *sys.meta_path])
+
+    return without
+
+
+def test_help_and_mistakes_need_no_lightning(refuse, capsys):
+    refuse("training.cli")
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for name, text in train.SUBCOMMANDS.items():
+        assert [line.split(maxsplit=1) for line in shown.splitlines() if text in line] == [[name, text]]
+    for args, message in (
+        ([], "no subcommand: give one of fit, "),
+        (["fitt"], "unknown subcommand 'fitt': use one of "),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(args)
+        assert left.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
+    with pytest.raises(ModuleNotFoundError):
+        main(["fit"])
+
+
+def test_the_command_line_starts_without_lightning():
+    assert modules_at_the_top(Path("train.py")) == {"sys", "collections.abc", "training.arguments"}
+    assert modules_at_the_top(Path("training/arguments.py")) <= sys.stdlib_module_names | {"collections.abc"}
+
+
+def test_subcommands_are_lightnings():
+    from training.cli import CLI
+
+    assert train.SUBCOMMANDS.keys() == CLI.subcommands().keys()
+
+
+def modules_at_the_top(path: Path) -> set[str]:
+    """What a file imports when it is imported itself."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def test_training_works_without_wandb(tmp_path, refuse):
+    refuse("wandb", "training.wandb", "training.cli")
+    main(fit(tmp_path, "--trainer.logger", "false"))
+    assert load_denoiser(tmp_path / "out").sample_shape == (1, 8, 8)
+    assert "wandb" not in sys.modules
+    with pytest.raises(ModuleNotFoundError, match="wandb"):
+        __import__("training.wandb")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -88,6 +165,8 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, capsys, options, message)
 
 
 def test_run_id_is_kept_until_forgotten(tmp_path):
+    from training.wandb import Wandb
+
     first = run_id(tmp_path)
     assert run_id(tmp_path) == first
     logger = Wandb(str(tmp_path))

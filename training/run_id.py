@@ -1,0 +1,28 @@
+"""The id of a run folder in W&B: a run that is resumed goes on in the same place."""
+
+import uuid
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from solvers.files import atomic_write
+
+RUN_ID_NAME = "wandb_run_id.txt"
+
+
+def run_id(folder: str | Path) -> str:
+    """The id kept in a run folder; the first process makes it on first use."""
+    path = Path(folder) / RUN_ID_NAME
+    if path.exists():
+        return path.read_text().strip()
+    new = uuid.uuid4().hex[:8]
+    if rank_zero_only.rank == 0:
+        with atomic_write(path) as temporary:
+            temporary.write_text(new)
+    return new
+
+
+@rank_zero_only
+def forget_run(folder: str | Path) -> None:
+    """Let the next run in this folder be a new one."""
+    (Path(folder) / RUN_ID_NAME).unlink(missing_ok=True)
