@@ -18,8 +18,8 @@ from data.manifest import FORMAT_VERSION, MANIFEST_NAME, precision, short
 from data.shard_writer import ShardWriter
 from data.shards import flatten_condition
 from data.teacher import StoreTrajectories
-from denoisers.conditions import concatenate_conditions, map_condition
 from denoisers.encoders import Encoders, load_encoders
+from solvers.conditions import concatenate_conditions, map_condition
 from solvers.files import atomic_write, sha256
 
 DTYPES = ("float16", "bfloat16", "float32")

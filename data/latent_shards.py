@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME
 from data.shards import add_member, check_shard, flatten_condition, record_path, unflatten_condition
-from denoisers.conditions import map_condition
+from solvers.conditions import map_condition
 from solvers.files import atomic_write, sha256
 
 MAKE = "python train.py predict --config configs/encode/..."

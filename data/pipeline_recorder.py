@@ -11,7 +11,7 @@ from data.manifest import describe_teacher
 from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, TrajectoryCache
 from data.trajectory_writer import TrajectoryWriter
-from denoisers.conditions import class_labels
+from denoisers.labels import class_labels
 from denoisers.pipeline import PipelineDenoiser
 
 PLAIN = (str, int, float, bool, type(None))

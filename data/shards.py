@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from denoisers.conditions import concatenate_conditions, condition_to, index_condition
+from solvers.conditions import concatenate_conditions, condition_to, index_condition
 from solvers.files import atomic_write, sha256
 
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from data.manifest import denoiser_hash, describe_teacher, read_manifest, short
 from data.shards import Trajectories, check_shard, read_shard
 from data.trajectory_writer import TrajectoryWriter
-from denoisers.conditions import class_labels, condition_to
+from denoisers.labels import class_labels
 from solvers.artifact import table_from_dict
+from solvers.conditions import condition_to
 from solvers.noise import start_noise
 from solvers.sampler import sample_trace
 from solvers.schedule import NoiseSchedule

@@ -1,17 +1,10 @@
 """A network as (state, timestep, condition) -> output: protocol, guidance, DiT, diffusers adapters."""
 
-from denoisers.conditions import (
-    check_labels,
-    class_labels,
-    concatenate_conditions,
-    condition_length,
-    condition_to,
-    index_condition,
-    map_condition,
-)
 from denoisers.guidance import GuidedDenoiser, with_guidance, with_precision
+from denoisers.labels import check_labels, class_labels
 from denoisers.load import load_denoiser
 from denoisers.protocol import Denoiser
+from solvers.conditions import concatenate_conditions, condition_length, condition_to, index_condition, map_condition
 
 __all__ = [
     "Denoiser",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.conditions import map_condition
 from denoisers.protocol import drop_learned_variance
+from solvers.conditions import map_condition
 from solvers.schedule import NoiseSchedule
 
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from torch import nn
 
-from denoisers.conditions import condition_to
 from denoisers.diffusers_base import DiffusersDenoiser, Source
 from denoisers.diffusers_models import FAMILIES, from_network, vae_scale
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
+from solvers.conditions import condition_to
 
 DTYPES = ("float32", "bfloat16", "float16")
 NETWORKS = ("transformer", "unet")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.conditions import concatenate_conditions
 from denoisers.protocol import DenoiserWrapper, drop_learned_variance
+from solvers.conditions import concatenate_conditions
 
 PRECISIONS = ("float32", "bf16")
 

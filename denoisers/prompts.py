@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from denoisers.conditions import concatenate_conditions
 from denoisers.diffusers_base import DiffusersDenoiser
 from denoisers.diffusers_models import from_pipeline
+from solvers.conditions import concatenate_conditions
 
 Encode = Callable[..., dict[str, Any]]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from denoisers import load_denoiser
-from denoisers.conditions import condition_tensors
 from solvers import SolverTable
 from solvers.artifact import TENSORS, guidance_fits, load_solver, student_path
+from solvers.conditions import condition_tensors
 from solvers.named import resolve_solver
 
 

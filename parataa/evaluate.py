@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from denoisers.conditions import index_condition
 from parataa.equations import Equations
 from parataa.iteration import Iterate
 from parataa.processes import gather, own_share
+from solvers.conditions import index_condition
 from solvers.sampler import Denoiser
 
 

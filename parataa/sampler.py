@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from denoisers.conditions import condition_length, condition_tensors
 from parataa.equations import Equations
 from parataa.evaluate import Evaluator
 from parataa.iteration import Draw, Iterate, Progress, init, step, terminate
 from parataa.processes import check_same
 from parataa.settings import ParallelSettings
+from solvers.conditions import condition_length, condition_tensors
 from solvers.sampler import Denoiser, StepNoise, noise_source
 from solvers.table import SolverTable
 

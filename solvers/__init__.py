@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from solvers.artifact import load_solver, save_solver, student_path
+from solvers.calls import Call
 from solvers.errors import SolverError
 from solvers.export import export_solver
 from solvers.hub import push_to_hub
@@ -11,16 +12,21 @@ from solvers.named import baseline_names, named_solver, resolve_solver, solver_n
 from solvers.noise import row_noise, start_noise
 from solvers.sampler import Trace, sample, sample_trace
 from solvers.schedule import NoiseSchedule
-from solvers.table import CanonicalTable, Consistency, SolverTable, propagate
+from solvers.space import Bands, Plain
+from solvers.table import SolverTable
 from solvers.tabulate import tabulate
+from solvers.views import CanonicalTable, Consistency, propagate
 
 if TYPE_CHECKING:
     from solvers.scheduler import TableScheduler
 
 __all__ = [
+    "Bands",
+    "Call",
     "CanonicalTable",
     "Consistency",
     "NoiseSchedule",
+    "Plain",
     "SolverError",
     "SolverTable",
     "TableScheduler",

@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from solvers.executor import NOISE, OUTPUT, STATE, Denoiser, Executor, Key, evaluator
 from solvers.noise import row_noise
 from solvers.table import SolverTable
 
-Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
 StepNoise = Tensor | Callable[[int], Tensor] | None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """All states (N+1) and outputs (N) of a run, each (batch, *shape)."""
+    """All states (N+1) and the outputs of all calls of a run, each (batch, *shape)."""
 
     states: list[Tensor]
     outputs: list[Tensor]
@@ -96,72 +96,22 @@ def noise_source(
 
 def _run(denoiser, table, noise, condition, step_noise, seeds, callback, keep_all) -> Trace:
     accumulate = torch.promote_types(noise.dtype, torch.float32)
-    timesteps = table.timesteps.to(noise.device, accumulate).unbind()
-    terms = _terms(table, noise.device, accumulate)
-    dead = [[] for _ in terms] if keep_all else _dead(terms)
-    draw = noise_source(table, noise, step_noise, seeds)
-    call = row_call(denoiser, table)
-    states = {0: noise.to(accumulate) * table.start_scale}
-    history: tuple[dict[int, Tensor], ...] = (states, {}, {})
-    for row in range(table.nfe):
-        history[_OUTPUT][row] = call(states[row], timesteps[row], condition, row).to(accumulate)
-        for block, column, _ in terms[row]:
-            if block == _NOISE and column not in history[_NOISE]:
-                history[_NOISE][column] = draw(column).to(accumulate)
-        states[row + 1] = _combine(terms[row], history) if terms[row] else torch.zeros_like(states[row])
-        for block, column in dead[row]:
-            del history[block][column]
+    state = noise.to(accumulate) * table.start_scale
+    run, draw = Executor(table, state), noise_source(table, noise, step_noise, seeds)
+    evaluate = evaluator(denoiser, table, condition)
+    states, outputs = [state], []
+    history: dict[Key, Tensor] = {(STATE, 0): run.space.split(state)}
+    for row in run.rows:
+        for column, output in zip(row.calls, evaluate(state, run.timesteps[row.index], row)):
+            outputs += [output.to(accumulate)] * keep_all
+            history[OUTPUT, column] = run.space.split(output.to(accumulate))
+        history |= {(NOISE, column): run.space.split(draw(column).to(accumulate)) for column in row.noises}
+        total = run.combine(row.index, history)
+        state = torch.zeros_like(state) if total is None else run.space.merge(total)
+        history[STATE, row.index + 1] = run.space.split(state) if total is None else total
+        for key in row.dead:
+            del history[key]
+        states = [*states, state] if keep_all else [state]
         if callback is not None:
-            callback(row, states[row + 1])
-    return Trace(list(states.values()), list(history[_OUTPUT].values()))
-
-
-_STATE, _OUTPUT, _NOISE = range(3)
-_Term = tuple[int, int, Tensor]
-
-
-def _terms(table: SolverTable, device: torch.device, dtype: torch.dtype) -> list[list[_Term]]:
-    """What each row combines, (block, column, weight), the newest output first; moved once, so that rows are not."""
-    rows: list[list[_Term]] = [[] for _ in range(table.nfe)]
-    for block, coef, support in (
-        (_OUTPUT, table.output_coef, table.output_support),
-        (_STATE, table.state_coef, table.state_support),
-        (_NOISE, table.noise_coef, table.noise_coef.detach() != 0),
-    ):
-        places = support.nonzero().flip(0)
-        weights = coef[places[:, 0], places[:, 1]].to(device, dtype).unbind()
-        for (row, column), weight in zip(places.tolist(), weights):
-            rows[row].append((block, column, weight))
-    return rows
-
-
-def _dead(terms: list[list[_Term]]) -> list[list[tuple[int, int]]]:
-    """What may go after each row, (block, column): no later row uses it."""
-    last = {(block, row): row for row in range(len(terms)) for block in (_STATE, _OUTPUT)}
-    last |= {(block, column): row for row, row_terms in enumerate(terms) for block, column, _ in row_terms}
-    dead: list[list[tuple[int, int]]] = [[] for _ in terms]
-    for place, row in last.items():
-        dead[row].append(place)
-    return dead
-
-
-def _combine(terms: list[_Term], history: tuple[dict[int, Tensor], ...]) -> Tensor:
-    """One row of the table, each term one pass; in place where nothing is differentiated.
-
-    The newest output comes first because under `vmap` it is batched whenever anything is.
-    """
-    add = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
-    (block, column, weight), *others = terms
-    total = weight * history[block][column]
-    for block, column, weight in others:
-        total = add(total, weight, history[block][column])
-    return total
-
-
-def row_call(denoiser: Denoiser, table: SolverTable) -> Callable[[Tensor, Tensor, Any, int], Tensor]:
-    """(state, timestep, condition, row) -> output: the denoiser, told its node where it asks for one."""
-    if not getattr(denoiser, "needs_node", False):
-        return lambda state, timestep, condition, row: denoiser(state, timestep, condition)
-    nodes = list(zip(table.alpha, table.sigma))
-    told = cast(Callable[..., Tensor], denoiser)
-    return lambda state, timestep, condition, row: told(state, timestep, condition, node=nodes[row])
+            callback(row.index, state)
+    return Trace(states, outputs)

@@ -1,37 +1,48 @@
 """SolverTable: every fast sampler as the same small object."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.prediction import check_prediction_type, output_weights
+from solvers import views
+from solvers.calls import CONDITIONAL, UNCONDITIONAL, Call, check_calls, one_call_a_row
+from solvers.executor import OUTPUT, STATE, Row, plan_rows
+from solvers.prediction import check_prediction_type
+from solvers.space import Plain, Space
+from solvers.views import CanonicalTable, Consistency
 
 
 @dataclass(frozen=True, eq=False)
 class SolverTable:
-    """What the network sees and is told at every evaluation, and how the next state is combined.
+    """What the network sees and is told at every call, and how the next state is combined.
 
-        output[i]  = network(state[i], timesteps[i], condition)
-        state[i+1] = sum_j state_coef[i,j] state[j] + output_coef[i,j] output[j] + noise_coef[i,j] noise[j],   j <= i
+        output[k]  = network(state[calls[k].row], timesteps[calls[k].row], calls[k].branch of the condition)
+        state[i+1] = sum_j state_coef[i,j] state[j] + sum_k output_coef[i,k] output[k] + sum_j noise_coef[i,j] noise[j],
+                     j <= i, calls[k].row <= i
 
-    Index 0 is pure noise (state[0] = start_scale * unit noise), index N the image; N is the number of network
-    evaluations (NFE). All tensors are float64 on the CPU and may require grad.
+    Index 0 is pure noise (state[0] = start_scale * unit noise), index N the image; N is the number of rows, K that of
+    network calls. Most tables make one conditional call a row. A weight is a number, or what `space` says (*ops). All
+    tensors are float64 on the CPU and may require grad.
 
     Args:
         timesteps: (N,) what the network is told, in the checkpoint's units; may be fractional.
         alpha, sigma: (N+1,) where state i really is, x = alpha * data + sigma * noise.
-        state_coef, output_coef, noise_coef: (N, N), lower triangular.
+        state_coef, noise_coef: (N, N, *ops), lower triangular.
+        output_coef: (N, K, *ops), zero where the call comes after the row.
         start_scale: scale of state 0.
         prediction_type: what an output is, by diffusers' names.
-        state_support, output_support: (N, N) bool, which states and outputs a row may use; default coef != 0. A
-            trainable table states them, because a coefficient that starts at zero still gets its gradient.
+        calls: K network calls in the order of their rows; default one conditional call a row.
+        space: what a weight is.
+        state_support, output_support: (N, N) and (N, K) bool, which states and outputs a row may use; default
+            coef != 0. A trainable table states them, because a coefficient that starts at zero still gets its gradient.
         info: metadata of the artifact the table came from; never used in computation.
     Raises:
-        ValueError: a wrong shape or dtype, an entry above the diagonal, outside the support or not finite, N < 1,
-            an unknown prediction type.
+        ValueError: a wrong shape or dtype, an entry of a later state or call, outside the support or not finite, N < 1,
+            an unknown prediction type, calls out of order or outside the table.
     """
 
     timesteps: Tensor
@@ -42,46 +53,96 @@ class SolverTable:
     noise_coef: Tensor
     start_scale: float
     prediction_type: str
+    calls: tuple[Call, ...] = ()
+    space: Space = Plain()  # noqa: RUF009 - frozen
     state_support: Tensor = field(default=None)  # type: ignore[assignment]
     output_support: Tensor = field(default=None)  # type: ignore[assignment]
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
+        if not self.calls:
+            object.__setattr__(self, "calls", one_call_a_row(self.num_rows))
         _check_shapes(self)
         for name in ("state", "output"):
-            coef, support = getattr(self, f"{name}_coef").detach(), getattr(self, f"{name}_support")
+            used, support = self.used(f"{name}_coef"), getattr(self, f"{name}_support")
             if support is None:
-                object.__setattr__(self, f"{name}_support", coef != 0)
+                object.__setattr__(self, f"{name}_support", used)
             else:
-                _check_support(name, coef, support)
+                _check_support(name, used, support, self._reached(f"{name}_coef"))
         if not (torch.isfinite(torch.tensor(self.start_scale)) and self.start_scale > 0):
             raise ValueError(f"start_scale is {self.start_scale}: it must be finite and positive")
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows, N: of states the network sees."""
+        return len(self.timesteps) if self.timesteps.ndim == 1 else 0
+
+    @property
     def nfe(self) -> int:
-        """Number of network evaluations, N."""
-        return len(self.timesteps)
+        """Number of network calls, K: what a solver costs."""
+        return len(self.calls)
 
     @property
     def is_stochastic(self) -> bool:
         """Whether a fresh noise enters any row."""
-        return bool((self.noise_coef.detach() != 0).any())
+        return bool(self.used("noise_coef").any())
 
-    def canonical(self) -> "CanonicalTable":
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights are numbers and every row makes one conditional call, as a scheduler does."""
+        return isinstance(self.space, Plain) and self.calls == one_call_a_row(self.num_rows)
+
+    @cached_property
+    def call_rows(self) -> Tensor:
+        """Row of each call, int64 (K,)."""
+        return torch.tensor([call.row for call in self.calls])
+
+    @cached_property
+    def plan(self) -> tuple[Row, ...]:
+        """What each row evaluates, combines and forgets."""
+        return plan_rows(self.calls, (self.state_support, self.output_support, self.used("noise_coef")))
+
+    def guided(self, guidance_scale: float, rows: Sequence[int] | None = None) -> "SolverTable":
+        """The same solver with guidance as weights: each conditional call becomes two, u + g (c - u).
+
+        Args:
+            guidance_scale: g; the conditional outputs get g times the weight, the unconditional ones 1 - g.
+            rows: where; default all. A row left out goes on with its conditional output alone.
+        Raises:
+            ValueError: a table that makes other calls than conditional ones.
+        """
+        if any(call.branch != CONDITIONAL for call in self.calls):
+            raise ValueError("this solver is guided already: its calls have branches of their own")
+        chosen = set(range(self.num_rows) if rows is None else rows)
+        calls, columns, weights = [], [], []
+        for column, call in enumerate(self.calls):
+            split = call.row in chosen
+            calls += [call, Call(call.row, UNCONDITIONAL)][: 1 + split]
+            columns += [column] * (1 + split)
+            weights += [guidance_scale, 1 - guidance_scale] if split else [1.0]
+        weight = torch.tensor(weights, dtype=torch.float64).reshape(-1, *[1] * len(self.space.ops))
+        return replace(
+            self,
+            calls=tuple(calls),
+            output_coef=self.output_coef[:, columns] * weight,
+            output_support=self.output_support[:, columns],
+        )
+
+    def used(self, name: str) -> Tensor:
+        """Which weights of a block, such as `state_coef`, are not zero: bool (N, columns)."""
+        return (getattr(self, name).detach() != 0).flatten(2).any(2) if self.space.ops else getattr(self, name) != 0
+
+    def scalar_part(self) -> "SolverTable":
+        """The table of numbers nearest to this one: what diagnostics and pictures of an operator table show."""
+        if isinstance(self.space, Plain):
+            return self
+        names = ("state_coef", "output_coef", "noise_coef")
+        return replace(self, space=Plain(), **{name: self.space.mean(getattr(self, name)) for name in names})
+
+    def canonical(self) -> CanonicalTable:
         """Every state in the start noise, the outputs and the fresh noises alone, by forward substitution."""
-        n = self.nfe
-        eye = torch.eye(n, dtype=torch.float64)
-        first = torch.zeros(2 * n + 1, dtype=torch.float64)
-        first[0] = self.start_scale
-        rows = [first]
-        for i in range(n):
-            fresh = torch.cat(
-                [torch.zeros(1, dtype=torch.float64), self.output_coef[i] @ eye, self.noise_coef[i] @ eye]
-            )
-            rows.append(self.state_coef[i, : i + 1] @ torch.stack(rows) + fresh)
-        stacked = torch.stack(rows[1:])
-        return CanonicalTable(stacked[:, 0], stacked[:, 1 : n + 1], stacked[:, n + 1 :])
+        return views.canonical(self)
 
     def local(self, order: int, start: int = 0) -> "SolverTable":
         """The same solver with each row reaching back `order` rows instead of one.
@@ -97,48 +158,27 @@ class SolverTable:
             ValueError: order or start outside its range.
         Source: arXiv 2402.09970, eq. 9, for any linear table instead of DDIM.
         """
-        n = self.nfe
-        if not 1 <= order <= n:
-            raise ValueError(f"order is {order}: a table of {n} rows has orders 1 to {n}")
-        if not 0 <= start < n:
-            raise ValueError(f"start is {start}: the frozen states of a table of {n} rows are 0 to {n - 1}")
-        blocks = torch.stack([self.state_coef, self.output_coef, self.noise_coef], dim=1).detach()
-        rows = blocks.clone()
-        if order >= n - start:  # nothing but `start` stops the substitution: one triangular system
-            rows[start:] = _substituted(rows[start:], start)
-        else:
-            for back in range(order - 1):
-                row = torch.arange(start + 1 + back, n)  # state row - back, all rows at once
-                weight = rows[row, 0, row - back]
-                rows[row, 0, row - back] = 0
-                rows[row] += weight[:, None, None] * blocks[row - back - 1]
-        state_coef, output_coef, noise_coef = (block.contiguous() for block in rows.unbind(1))
-        return replace(
-            self,
-            state_coef=state_coef,
-            output_coef=output_coef,
-            noise_coef=noise_coef,
-            state_support=None,
-            output_support=None,
-        )
+        return views.local(self, order, start)
 
     def last_use(self) -> tuple[list[int], list[int], list[int]]:
-        """Last row that uses state j, output j and noise j, by the supports; -1 where none does: (N,) each."""
-        return _last_use(self.state_support), _last_use(self.output_support), _last_use(self.noise_coef.detach() != 0)
+        """Last row that uses state j, output k and noise j, by the supports; -1 where none does: (N,), (K,), (N,)."""
+        supports = (self.state_support, self.output_support, self.used("noise_coef"))
+        rows = torch.arange(1, self.num_rows + 1)[:, None]
+        states, outputs, noises = ((rows * support).amax(0).sub(1).tolist() for support in supports)
+        return states, outputs, noises
 
     def unused_evaluations(self) -> list[int]:
-        """Rows whose output never reaches the final state (a diagnostic: such a row is evaluated in vain)."""
-        n = self.nfe
-        states, outputs = self.state_support.tolist(), self.output_support.tolist()
-        needed, used = {n}, set()
-        for i in reversed(range(n)):
-            if i + 1 in needed:
-                reached = {j for j in range(n) if outputs[i][j]}
+        """Calls whose output never reaches the final state (a diagnostic: such a call is made in vain)."""
+        needed, used = {self.num_rows}, set()
+        for row in reversed(self.plan):
+            if row.index + 1 in needed:
+                reached = {column for block, column in row.terms if block == OUTPUT}
                 used |= reached
-                needed |= reached | {j for j in range(n) if states[i][j]}  # output j needs state j
-        return [i for i in range(n) if i not in used]
+                needed |= {self.calls[column].row for column in reached}  # an output needs its state
+                needed |= {column for block, column in row.terms if block == STATE}
+        return [column for column in range(self.nfe) if column not in used]
 
-    def consistency(self) -> "Consistency":
+    def consistency(self) -> Consistency:
         """How well the rows keep to the table's own nodes when every output is perfect.
 
         State 0 gets the data part alpha[0] and the noise vector sigma[0] e, each output the parts its own node
@@ -147,92 +187,37 @@ class SolverTable:
         Returns:
             Data part and norm of the noise part of states 1..N minus alpha and sigma there: (N,) each.
         """
-        data, noise = propagate(self, (self.alpha, self.sigma))
-        return Consistency(data[1:] - self.alpha[1:], noise[1:] - self.sigma[1:])
+        return views.consistency(self)
 
     def noise_amplification(self) -> float:
         """Standard deviation of the image when every output has an independent error of unit variance."""
-        return float(self.canonical().output[-1].detach().norm())
+        last = self.canonical().output[-1].detach()
+        return float(last.norm()) / (self.space.ops[0] * self.space.ops[1] if self.space.ops else 1) ** 0.5
 
     def noise_level_rises(self) -> list[int]:
         """Rows after which sigma / alpha is higher than before, beyond rounding (PNDM's warm-up, restart samplers)."""
         angle = torch.atan2(self.sigma, self.alpha).detach()
-        return [i for i in range(self.nfe) if angle[i + 1] > angle[i] + 1e-6]
+        return [i for i in range(self.num_rows) if angle[i + 1] > angle[i] + 1e-6]
 
     def detach(self) -> "SolverTable":
         """The same numbers without gradients."""
         names = ("timesteps", "alpha", "sigma", "state_coef", "output_coef", "noise_coef")
         return replace(self, **{name: getattr(self, name).detach().clone() for name in names})
 
-
-@dataclass(frozen=True)
-class CanonicalTable:
-    """states 1..N in {unit start noise, outputs, fresh noises}: start (N,), output (N, N), noise (N, N)."""
-
-    start: Tensor
-    output: Tensor
-    noise: Tensor
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """Differences to the nodes of states 1..N: alpha_error (N,), sigma_error (N,)."""
-
-    alpha_error: Tensor
-    sigma_error: Tensor
-
-    @property
-    def worst(self) -> float:
-        """Largest absolute difference."""
-        return float(torch.cat([self.alpha_error, self.sigma_error]).abs().max())
-
-
-def propagate(table: SolverTable, nodes: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Data part and noise norm of all states under perfect outputs, (N+1,) each.
-
-    Args:
-        table: the rows; its alpha[0] and sigma[0] are where state 0 starts.
-        nodes: (alpha, sigma), (N+1,) each, at which outputs are read; by default the propagated ones (induction),
-            which is how the nodes of a table are found when only its rows are known.
-    """
-    n = table.nfe
-    state_coef, output_coef, noise_coef = (c.detach() for c in (table.state_coef, table.output_coef, table.noise_coef))
-    states = torch.zeros(n + 1, n + 2, dtype=torch.float64)  # columns: data, start noise, fresh noises
-    outputs = torch.zeros(n, n + 2, dtype=torch.float64)
-    states[0, :2] = torch.stack([table.alpha[0], table.sigma[0]]).detach()
-    for i in range(n):
-        norm = states[i, 1:].norm()
-        alpha, sigma = (states[i, 0], norm) if nodes is None else (nodes[0][i].detach(), nodes[1][i].detach())
-        on_data, on_noise = output_weights(table.prediction_type, alpha, sigma)
-        outputs[i, 0] = on_data
-        outputs[i, 1:] = on_noise * states[i, 1:] / norm.clamp_min(1e-300)
-        states[i + 1] = state_coef[i] @ states[:n] + output_coef[i] @ outputs
-        states[i + 1, 2:] += noise_coef[i]
-    return states[:, 0], states[:, 1:].norm(dim=1)
-
-
-def _substituted(rows: Tensor, start: int) -> Tensor:
-    """Rows start to N - 1, (N - start, 3, N), without the states after `start`."""
-    known, count = rows.clone(), len(rows)
-    known[:, 0, start + 1 :] = 0
-    matrix = torch.eye(count, dtype=rows.dtype)
-    matrix[:, :-1] -= rows[:, 0, start + 1 :]
-    solved = torch.linalg.solve_triangular(matrix, known.flatten(1), upper=False, unitriangular=True)
-    return solved.reshape(rows.shape)
-
-
-def _last_use(support: Tensor) -> list[int]:
-    n = len(support)
-    rows = torch.arange(1, n + 1)[:, None] * support
-    return (rows.amax(0) - 1).tolist()
+    def _reached(self, name: str) -> Tensor:
+        """Which columns of a block a row may use, bool (N, columns)."""
+        columns = self.call_rows if name == "output_coef" else torch.arange(self.num_rows)
+        return columns <= torch.arange(self.num_rows)[:, None]
 
 
 def _check_shapes(table: SolverTable) -> None:
-    n = len(table.timesteps) if table.timesteps.ndim == 1 else 0
+    n = table.num_rows
     if n < 1:
         raise ValueError(f"timesteps have shape {tuple(table.timesteps.shape)}: a table needs (N,) with N >= 1")
-    shapes = {"timesteps": (n,), "alpha": (n + 1,), "sigma": (n + 1,)}
-    shapes |= dict.fromkeys(("state_coef", "output_coef", "noise_coef"), (n, n))
+    check_calls(table.calls, n)
+    ops = table.space.ops
+    shapes = {"timesteps": (n,), "alpha": (n + 1,), "sigma": (n + 1,), "state_coef": (n, n, *ops)}
+    shapes |= {"output_coef": (n, table.nfe, *ops), "noise_coef": (n, n, *ops)}
     for name, shape in shapes.items():
         value = getattr(table, name)
         if tuple(value.shape) != shape:
@@ -241,12 +226,14 @@ def _check_shapes(table: SolverTable) -> None:
             raise ValueError(f"{name} is {value.dtype} on {value.device}: tables are float64 on the CPU")
         if not bool(torch.isfinite(value.detach()).all()):
             raise ValueError(f"{name} has entries that are not finite")
-        if len(shape) == 2 and bool(value.detach().triu(1).any()):
-            raise ValueError(f"{name} has entries above the diagonal: row i may only use indices 0 to i")
+        if name.endswith("coef") and bool((table.used(name) & ~table._reached(name)).any()):
+            raise ValueError(
+                f"{name} has entries above the diagonal: row i may only use indices and calls of rows 0 to i"
+            )
 
 
-def _check_support(name: str, coef: Tensor, support: Tensor) -> None:
-    if support.shape != coef.shape or support.dtype != torch.bool or bool(support.triu(1).any()):
-        raise ValueError(f"{name}_support must be a lower-triangular bool tensor of shape {tuple(coef.shape)}")
-    if bool(((coef != 0) & ~support).any()):
+def _check_support(name: str, used: Tensor, support: Tensor, reached: Tensor) -> None:
+    if support.shape != used.shape or support.dtype != torch.bool or bool((support & ~reached).any()):
+        raise ValueError(f"{name}_support must be a lower-triangular bool tensor of shape {tuple(used.shape)}")
+    if bool((used & ~support).any()):
         raise ValueError(f"{name}_coef has entries outside {name}_support")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from solvers.prediction import PREDICTION_TYPES
-from solvers.table import SolverTable, propagate
+from solvers.table import SolverTable
+from solvers.views import propagate
 
 _LOCK = threading.Lock()
 _SCALES = (1e-3, 1.0, 1e3)
