@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from solver_search.losses import SearchLoss, TeacherPath, Term
 from solver_search.parameters import Parameters
 from solvers import SolverTable
-from solvers.sampler import row_call
+from solvers.executor import evaluator
 
 
 @dataclass
@@ -72,7 +72,7 @@ def linearize(
     dtype = torch.promote_types(noise.dtype, torch.float32)
     d_time, d_state, d_output = (value.to(noise.device, dtype) for value in jacobian[:3])
     moves = [[(block[:, i] != 0).reshape(len(theta), -1).any(1) for block in jacobian[:3]] for i in range(table.nfe)]
-    calls = [row_call(network or denoiser, table) for network in (denoiser, tangent_denoiser)]
+    calls = [evaluator(network or denoiser, table, condition) for network in (denoiser, tangent_denoiser)]
     weights = [coef.to(noise.device, dtype) for coef in (table.state_coef, table.output_coef)]
     supports = [support.tolist() for support in (table.state_support, table.output_support)]
     values = [[noise.to(dtype) * table.start_scale], []]
@@ -81,7 +81,7 @@ def linearize(
     for i in range(table.nfe):
         live = reached | moves[i][0]
         output, tangent = _evaluate(
-            calls, i, table.timesteps[i], values[0][i], tangents[0][i], condition, d_time[:, i], live, chunk
+            calls, table.plan[i], table.timesteps[i], values[0][i], tangents[0][i], d_time[:, i], live, chunk
         )
         values[1].append(output.to(dtype))
         tangents[1].append(tangent)
@@ -101,12 +101,12 @@ def linearize(
     return Linearization(table, (jacobian[3], jacobian[4]), values[0], tangents[0])
 
 
-def _evaluate(calls, row, timestep, state, tangent, condition, d_time, live, chunk) -> tuple[Tensor, Tensor | None]:
+def _evaluate(calls, row, timestep, state, tangent, d_time, live, chunk) -> tuple[Tensor, Tensor | None]:
     """Output of a row and its tangents; those of numbers that are not `live` are zero."""
     timestep = timestep.to(state)
 
     def run(call: Callable) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, t: call(x, t, condition, row).to(state.dtype)
+        return lambda x, t: call(x, t, row)[0].to(state.dtype)
 
     with torch.no_grad():
         output = run(calls[0])(state, timestep)
