@@ -15,7 +15,7 @@ def compare(
     guidance_scale: float | list[float] | None = None,
     precision: Literal["float32", "bf16"] = "float32",
     metrics: list[Literal["rmse", "fd", "kid", "precision_recall", "inception_score"]] | None = None,
-    extractor: str = "checkpoints/cifar10-classifier",
+    extractor: str | None = None,
     statistics: str | None = None,
     bootstrap: int = 200,
     cache: str = "runs/cache/reference",
@@ -38,7 +38,8 @@ def compare(
         guidance_scale: one or more scales; default: the one the artifacts were fitted for, else 1 (none).
         precision: of the network; states stay in float32.
         metrics: default: rmse, and the others as far as the images fit the extractor and are numerous enough.
-        extractor: classifier folder, `timm:NAME` or `inception` (the last two need the network once).
+        extractor: classifier folder, `timm:NAME` or `inception` (the last two need the network once); default: the
+            shipped classifier that is named like the model, `fashion-classifier` for `fashion-sit`, else cifar10's.
         statistics: reference statistics file, or a folder of image shards; default: those beside the extractor.
         bootstrap: number of resamplings for the 95 % intervals; 0 leaves them out.
         cache: folder that keeps the reference solver's images.

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from evaluation.blocks import TRACED, Drawn, ReferenceImages, blocks_of, draw, read_count, read_tensors, write_tensors
 from evaluation.contenders import Contender, Group, check_seeds, load_groups
 from evaluation.distances import squared_errors
-from evaluation.extractors import Extractor, load_extractor
+from evaluation.extractors import Extractor, extractor_of, load_extractor
 from evaluation.generate import as_images, device_of, image_shape
 from evaluation.rows import Measure, choose_metrics, make_row, trajectory_error
 from evaluation.statistics import ReferenceStatistics, describe, find_statistics
@@ -48,7 +48,7 @@ def compare_paths(
     guidance_scale: float | Sequence[float] | None,
     precision: str,
     metrics: Sequence[str] | None,
-    extractor: str,
+    extractor: str | None,
     statistics: str | None,
     samplers: Mapping[str, Callable] | None = None,
     **options: Any,
@@ -58,8 +58,9 @@ def compare_paths(
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
     groups = load_groups(denoiser, solvers, reference, scales, precision, device, samplers)
     wants_features = metrics is None or set(metrics) - {"rmse"}
-    network = _load_extractor(extractor, metrics is not None, device) if wants_features else None
-    data = find_statistics(statistics, network, extractor) if network is not None else None
+    folder = extractor or str(extractor_of(groups[0].reference.denoiser))
+    network = _load_extractor(folder, metrics is not None, device) if wants_features else None
+    data = find_statistics(statistics, network, folder) if network is not None else None
     return compare_groups(
         groups, output, metrics=metrics, extractor=network, statistics=data, precision=precision, **options
     )

@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from evaluation.contenders import check_disjoint
-from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
+from evaluation.extractors import Extractor, extractor_of, load_extractor
 from evaluation.generate import as_images, device_of, generate, image_shape
 from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
 from evaluation.rows import Measure, choose_metrics
@@ -15,19 +15,18 @@ from evaluation.statistics import find_statistics
 from solvers import SolverTable
 
 
-def shipped_measure(num_images: int, shape: Sequence[int], metrics: Sequence[str] | None = None) -> Measure:
+def shipped_measure(denoiser: Any, num_images: int, metrics: Sequence[str] | None = None) -> Measure:
     """What can be measured offline of this many images: with the shipped classifier where images fit it, else RMSE.
 
     Args:
+        denoiser: the network whose images are measured; its name chooses the classifier (`extractor_of`).
         num_images: images per solver.
-        shape: of an image.
         metrics: as in `evaluation.rows.choose_metrics`.
     """
-    extractor = (
-        load_extractor() if (metrics is None or set(metrics) - {"rmse"}) and DEFAULT_EXTRACTOR.is_dir() else None
-    )
-    statistics = None if extractor is None else find_statistics(None, extractor)
-    return choose_metrics(metrics, extractor, statistics, num_images, shape)
+    folder = extractor_of(denoiser)
+    extractor = load_extractor(folder) if (metrics is None or set(metrics) - {"rmse"}) and folder.is_dir() else None
+    statistics = None if extractor is None else find_statistics(None, extractor, folder)
+    return choose_metrics(metrics, extractor, statistics, num_images, image_shape(denoiser))
 
 
 @torch.no_grad()
@@ -55,7 +54,7 @@ def evaluate_table(
         num_images: images in total, at least one per process.
         seed: of the first image.
         batch_size: images per network call.
-        measure: what to measure; default: `shipped_measure(num_images, image_shape(denoiser))`.
+        measure: what to measure; default: `shipped_measure(denoiser, num_images)`.
         fitted_seeds: half-open ranges the table was fitted on.
         reference_denoiser: the network of `reference`; default `denoiser`. (A student's teacher.)
     Returns:
@@ -66,7 +65,7 @@ def evaluate_table(
     seeds = range(seed, seed + num_images)
     check_disjoint(seeds, fitted_seeds)
     share = _share(seeds)
-    measure = measure or shipped_measure(num_images, image_shape(denoiser))
+    measure = measure or shipped_measure(reference_denoiser or denoiser, num_images)
     device = device_of(denoiser)
     images = generate(denoiser, table, share, batch_size=batch_size).to(device)
     found: dict[str, Any] = {"nfe": float(table.nfe), "num_images": float(num_images)}

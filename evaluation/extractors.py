@@ -12,7 +12,8 @@ from torch.nn.functional import interpolate
 from evaluation.classifier import load_classifier
 from evaluation.distances import require_finite
 
-DEFAULT_EXTRACTOR = Path(__file__).parent.parent / "checkpoints" / "cifar10-classifier"
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+DEFAULT_EXTRACTOR = CHECKPOINTS / "cifar10-classifier"
 
 
 class Extractor(nn.Module):
@@ -125,6 +126,16 @@ class InceptionExtractor(Extractor):
         """torch-fidelity's own resizing, on bytes."""
         features, scores = self.network._torch_fidelity_forward(((images + 1) * 127.5).round().byte())
         return features.float(), scores.float()
+
+
+def extractor_of(denoiser: Any) -> Path:
+    """Folder of the shipped classifier of a model's data, which its name begins with: cifar10's where there is none.
+
+    `fashion-sit` and `fashion-sit-student` are measured by `fashion-classifier`.
+    """
+    data = str(getattr(denoiser, "name", "")).partition("-")[0]
+    folder = CHECKPOINTS / f"{data}-classifier"
+    return folder if folder.is_dir() else DEFAULT_EXTRACTOR
 
 
 def load_extractor(name: str | Path = DEFAULT_EXTRACTOR) -> Extractor:

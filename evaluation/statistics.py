@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from data.image_shards import read_shards
+from data.named import NAMED_SETS
 from evaluation.distances import FrechetTo, Gaussian, KernelTo, Manifold
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
 from evaluation.generate import device_of
@@ -182,8 +184,6 @@ def find_statistics(
         return load_statistics(shipped, extractor) if shipped.is_file() else None
     if not Path(source).is_dir():
         return load_statistics(source, extractor)
-    from data.image_shards import read_shards
-
     if not any(Path(source).glob("*train*.tar*")):
         raise ValueError(f"{source} has no image shards *train*.tar: give a folder of them, or a statistics file")
     images, _ = read_shards(source, "*train*.tar*")
@@ -199,15 +199,18 @@ def describe(statistics: ReferenceStatistics | None) -> dict[str, Any] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the statistics of image shards beside an extractor's weights, where comparisons find them."""
+    """Write the statistics of a data set beside a classifier's weights, where comparisons find them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("data_dir", help="folder of the webdataset shards; the training ones are used")
+    parser.add_argument("data_dir", help="folder of the data")
+    parser.add_argument("--source", choices=NAMED_SETS, help="default: webdataset shards")
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="which of its images")
     parser.add_argument("--extractor", default=str(DEFAULT_EXTRACTOR), help="folder of a classifier")
     parser.add_argument("--description", default="", help="what the images are, for reports")
     options = parser.parse_args(arguments)
-    from data.image_shards import read_shards
-
-    images, _ = read_shards(options.data_dir, "*train*.tar*")
+    if options.source is None:
+        images, _ = read_shards(options.data_dir, f"*{options.split}*.tar*")
+    else:
+        images, _ = NAMED_SETS[options.source].load(Path(options.data_dir), options.split == "train")
     found = compute_statistics(torch.from_numpy(images), load_extractor(options.extractor), options.description)
     save_statistics(found, Path(options.extractor) / STATISTICS_NAME)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from evaluation.contenders import fitted_seeds
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
-from evaluation.generate import image_shape
 from solvers import SolverTable, load_solver, resolve_solver
 from training.clock import Clock
 from training.record import log_table
@@ -122,7 +121,7 @@ class TableModule(lightning.LightningModule):
     def on_test_start(self) -> None:
         """The reference's images, once for all tables."""
         options = self.evaluation
-        self._measure = shipped_measure(options.num_images, image_shape(self.denoiser), options.metrics)
+        self._measure = shipped_measure(self.reference_denoiser, options.num_images, options.metrics)
         name = options.reference or self.default_reference
         network = self.reference_denoiser
         table = resolve_solver(name, network.schedule, denoiser=network)

@@ -1,6 +1,7 @@
 """The classifier: whitening, files, training, and the shipped one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn.functional import unfold
 
 from evaluation.classifier import Classifier, load_classifier, save_classifier
 from evaluation.classifier_module import ClassifierModule, random_crop
-from evaluation.extractors import DEFAULT_EXTRACTOR, load_extractor, quantised
+from evaluation.extractors import CHECKPOINTS, DEFAULT_EXTRACTOR, extractor_of, load_extractor, quantised
 from evaluation.statistics import STATISTICS_NAME, load_statistics
 
 
@@ -84,19 +85,38 @@ def test_quantising_gives_the_values_of_saved_pictures():
     assert torch.equal(quantised(torch.tensor([[-3.0, 3.0, 1 / 300]])), saved[[0, 255, 128]][None])
 
 
-def test_the_shipped_classifier_is_small_and_has_its_statistics():
-    folder = DEFAULT_EXTRACTOR
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 4e6
-    extractor = load_extractor()
-    assert json.loads((folder / "config.json").read_text())["training"]["val/accuracy"] > 0.85
+@pytest.mark.parametrize(
+    ("name", "channels", "accuracy", "count", "size"),
+    [("cifar10", 3, 0.85, 50000, 4e6), ("fashion", 1, 0.92, 10000, 1e6)],
+)
+def test_the_shipped_classifiers_are_small_and_have_their_statistics(name, channels, accuracy, count, size):
+    folder = CHECKPOINTS / f"{name}-classifier"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < size
+    extractor = load_extractor(folder)
+    assert json.loads((folder / "config.json").read_text())["training"]["val/accuracy"] > accuracy
     statistics = load_statistics(folder / STATISTICS_NAME, extractor)
-    assert statistics.gaussian.count == 50000
-    features, scores = extractor(torch.zeros(2, 3, 32, 32))
+    assert statistics.gaussian.count == count
+    features, scores = extractor(torch.zeros(2, channels, 32, 32))
     assert (features.shape, scores.shape) == ((2, extractor.num_features), (2, 10))
     # The mean of the data's features is inside their spread; noise is far outside.
-    noise, _ = extractor(torch.randn(64, 3, 32, 32))
+    noise, _ = extractor(torch.randn(64, channels, 32, 32))
     spread = statistics.gaussian.covariance.diagonal().sum()
     assert float((noise.double().mean(0) - statistics.gaussian.mean).square().sum()) > 0.3 * float(spread)
+
+
+def test_a_models_name_chooses_the_classifier_of_its_data():
+    chosen = {
+        name: extractor_of(SimpleNamespace(name=name)).name
+        for name in ("fashion-sit", "fashion-sit-student", "cifar10-dit", "my-fashion", "mnist-sit")
+    }
+    assert chosen == {
+        "fashion-sit": "fashion-classifier",
+        "fashion-sit-student": "fashion-classifier",
+        "cifar10-dit": "cifar10-classifier",
+        "my-fashion": "cifar10-classifier",
+        "mnist-sit": "cifar10-classifier",
+    }
+    assert extractor_of(lambda x, timestep, condition: x) == DEFAULT_EXTRACTOR
 
 
 def test_extractor_errors():

@@ -59,6 +59,14 @@ def test_artifacts_and_names_side_by_side(folder, tmp_path):
     assert "takes images (3, 32, 32), the model makes (1, 8, 8)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_models_name_chooses_the_features(tmp_path):
+    save_denoiser(DiT(NoiseSchedule.flow(), 32, 16, 1, 16, 1, 1), tmp_path / "model" / "fashion-tiny")
+    options = {"reference": "euler:3", "num_samples": 65, "bootstrap": 0, "cache": str(tmp_path / "cache")}
+    rows = compare(str(tmp_path / "model" / "fashion-tiny"), ["euler:2"], output=str(tmp_path / "out"), **options)
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["extractor"] == "fashion-classifier"
+    assert all(row["fd"] > 0 for row in rows)
+
+
 def test_the_command_line_runs_solvers_in_parallel_rounds(folder, tmp_path):
     one = str(folder / "one.json")
     options = ["--reference", "ddim:6", "--num_samples", "4", "--cache", str(tmp_path / "cache")]

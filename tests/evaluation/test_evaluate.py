@@ -1,6 +1,7 @@
 """evaluate_table gives the figures of a comparison, in any number of processes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,9 +43,14 @@ def test_processes_share_the_work(tmp_path):
 
 
 def test_what_few_or_latent_images_leave():
-    assert shipped_measure(16, (4, 16, 16)).metrics == ("rmse",)
-    assert shipped_measure(16, (3, 32, 32)).metrics == ("rmse", "kid", "precision_recall", "inception_score")
-    assert "fd" in shipped_measure(129, (3, 32, 32)).metrics
+    latent, picture, clothes = (
+        SimpleNamespace(sample_shape=shape, name=name)
+        for shape, name in (((4, 16, 16), "dit"), ((3, 32, 32), "dit"), ((1, 32, 32), "fashion-dit"))
+    )
+    assert shipped_measure(latent, 16).metrics == ("rmse",)
+    assert shipped_measure(picture, 16).metrics == ("rmse", "kid", "precision_recall", "inception_score")
+    assert "fd" in shipped_measure(picture, 129).metrics
+    assert "fd" in shipped_measure(clothes, 129).metrics
     light = evaluated(measure=replace(MEASURE, extractor=None, metrics=("rmse",)))
     assert set(light) == {"nfe", "num_images", "rmse", "psnr"}
 

@@ -1,15 +1,19 @@
 """Reference statistics: cached by data, extractor and preprocessing; never mixed up."""
 
+import numpy as np
 import pytest
 import torch
 
+from data.named import NAMED_SETS
+from evaluation.classifier import Classifier, save_classifier
 from evaluation.distances import Gaussian
-from evaluation.extractors import Extractor
+from evaluation.extractors import Extractor, load_extractor
 from evaluation.statistics import (
     compute_statistics,
     data_hash,
     find_statistics,
     load_statistics,
+    main,
     reference_statistics,
     save_statistics,
 )
@@ -80,6 +84,21 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no image shards"):
         find_statistics(str(tmp_path), extractor())
     assert find_statistics(None, extractor(), tmp_path / "nowhere") is None
+
+
+def test_the_command_writes_them_beside_a_classifier(tmp_path):
+    save_classifier(Classifier((4, 4, 4), in_channels=1), tmp_path / "classifier")
+    for part, count in (("train", 9), ("test", 7)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        np.savez(tmp_path / f"mnist-{part}.npz", images=images, labels=np.zeros(count, np.uint8))
+    options = ["--extractor", str(tmp_path / "classifier"), "--source", "mnist"]
+    for split, count in (("train", 9), ("test", 7)):
+        main([str(tmp_path), *options, "--split", split, "--description", f"{split} images"])
+        network = load_extractor(tmp_path / "classifier")
+        found = find_statistics(None, network, tmp_path / "classifier")
+        assert (found.gaussian.count, found.description) == (count, f"{split} images")
+    images, _ = NAMED_SETS["mnist"].load(tmp_path, False)
+    assert found.data == data_hash(torch.from_numpy(images))
 
 
 class Elsewhere(Extractor):
