@@ -14,8 +14,10 @@ MANIFEST_NAME = "samples.json"  # beside shards that a teacher made
 
 
 def decode_picture(content: bytes) -> np.ndarray:
-    """A picture file as uint8 (3, height, width)."""
+    """A picture file as uint8 (3, height, width), a grey one (1, height, width)."""
     with Image.open(io.BytesIO(content)) as image:
+        if image.mode == "L":
+            return np.asarray(image)[None]
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
@@ -38,7 +40,8 @@ def read_shards(
         pattern: glob pattern of their names.
         decoders: by extension, what turns a file into an array.
     Returns:
-        (images (n, channels, height, width), uint8 where they were pictures, labels int64 (n,)).
+        (images (n, channels, height, width), uint8 where they were pictures, labels int64 (n,)); pictures have three
+        channels as soon as one of them has colour.
     Raises:
         ValueError: no shard matches, or a shard does not hold equally sized images with their .cls labels.
     """
@@ -49,7 +52,8 @@ def read_shards(
             "--data.init_args.data_dir (or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
         )
     samples = [sample for path in paths for sample in _read_shard(path, decoders)]
-    images = [image for image, _ in samples]
+    channels = max(len(image) for image, _ in samples)
+    images = [np.repeat(image, channels, axis=0) if len(image) == 1 else image for image, _ in samples]
     if len({image.shape for image in images}) != 1:
         raise ValueError(
             f"the images of {folder}/{pattern} differ in size: crop them to one size when writing the shards"

@@ -14,12 +14,12 @@ from data.images import ImageArray, ImageData
 from data.loader import EpochBatchSampler, ResumableLoader, seed_of
 
 
-def write_shard(path: Path, start: int, count: int, size: int = 4, labels: bool = True) -> None:
+def write_shard(path: Path, start: int, count: int, size: int = 4, labels: bool = True, mode: str = "RGB") -> None:
     """Grey PNGs whose brightness is their number, with the number modulo 10 as label."""
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
         for k in range(start, start + count):
             picture = io.BytesIO()
-            Image.fromarray(np.full((size, size, 3), k, dtype=np.uint8)).save(picture, "PNG")
+            Image.fromarray(np.full((size, size, 3), k, dtype=np.uint8)).convert(mode).save(picture, "PNG")
             files = {"png": picture.getvalue()} | ({"cls": str(k % 10).encode()} if labels else {})
             for extension, content in files.items():
                 info = tarfile.TarInfo(f"{k:05d}.{extension}")
@@ -49,6 +49,16 @@ def test_shards_are_read_in_order(shards):
     assert images.shape == (10, 3, 4, 4)
     assert images.dtype == np.uint8
     assert images[:, 0, 0, 0].tolist() == list(range(10)) == labels.tolist()
+
+
+def test_grey_pictures_keep_one_channel_among_their_own_kind(tmp_path):
+    write_shard(tmp_path / "a.tar", 5, 2, mode="L")
+    images, _ = read_shards(tmp_path, "a.tar")
+    assert images.shape == (2, 1, 4, 4)
+    write_shard(tmp_path / "b.tar", 7, 2)
+    images, _ = read_shards(tmp_path, "*.tar")
+    assert images.shape == (4, 3, 4, 4)
+    assert images[:, :, 0, 0].tolist() == [[k] * 3 for k in range(5, 9)]
 
 
 def test_values_span_minus_one_to_one():
