@@ -92,7 +92,8 @@ def _main_curves(report: dict[str, Any], denoiser: nn.Module, options: argparse.
     for name in names:
         full = name in ("defaults", "plain, order 20")
         settings = {
-            key: min(value, table.nfe) if key in ("order", "window") else value for key, value in METHODS[name].items()
+            key: min(value, table.num_rows) if key in ("order", "window") else value
+            for key, value in METHODS[name].items()
         }
         seeds = options.seeds if full else options.baseline_seeds
         _record(report, f"ddim:{options.steps}, {name}", curve(denoiser, table, seeds, options, **settings))
@@ -122,7 +123,7 @@ def curve(
 ) -> list[float]:
     """Relative error of the final states after each round, over all seeds, down to the smallest threshold."""
     parts = [range(first, min(first + options.samples, num_seeds)) for first in range(0, num_seeds, options.samples)]
-    squares = torch.zeros(min(options.rounds, table.nfe) + 1, dtype=torch.float64)
+    squares = torch.zeros(min(options.rounds, table.num_rows) + 1, dtype=torch.float64)
     for seeds in parts:
         squares += _squared_errors(denoiser, table, list(seeds), len(squares) - 1, options.device, settings)
     errors = (squares[1:] / squares[0]).sqrt().tolist()

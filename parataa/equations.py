@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from parataa.settings import ParallelSettings
+from solvers.executor import NOISE, OUTPUT
 from solvers.prediction import output_weights
 from solvers.table import SolverTable
 
@@ -18,20 +19,22 @@ class WindowEquations:
     """The equations of rows start to stop - 1, on the columns (states, outputs, noises) they use.
 
     Args:
-        columns: indices of the states, outputs and noises that enter; the last rows of each of the first two are
-            the window's own.
-        plain: weights of the table's own rows, (rows, columns) for each kind.
+        columns: indices of the states, outputs and noises that enter; the last of each of the first two are the
+            window's own: its rows, and the network calls at them.
+        plain: weights of the table's own rows, (rows, columns, *ops) for each kind.
         reaching: weights of the order-k rows, for outputs minus `slope` times their states.
-        slope: (rows,), see `output_slope`.
-        timesteps: (rows,), what the network is told.
+        calls: the network calls at the window's rows.
+        seen: (calls,), which of the window's states each call sees.
+        slope: (calls,), see `output_slope`.
         tolerance: (rows,), the root mean square first-order residual at which a row is finished.
     """
 
     columns: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     plain: Coefs
     reaching: Coefs
+    calls: tuple[int, ...]
+    seen: Tensor
     slope: Tensor
-    timesteps: Tensor
     tolerance: Tensor
 
 
@@ -41,48 +44,59 @@ class Equations:
     Args:
         table: the solver.
         settings: order, window, data_std and the tolerances, `filled_in` for the table.
-        like: dtype and device of the states.
+        like: states, (batch, *shape), of the dtype and on the device they accumulate in.
+    Raises:
+        ValueError: states that the table's weights do not act on.
     """
 
     def __init__(self, table: SolverTable, settings: ParallelSettings, like: Tensor) -> None:
         self.table, self._settings, self._like = table.detach(), settings, like
-        data_std = settings.data_std
-        self._slope = torch.zeros(table.nfe) if data_std is None else output_slope(self.table, data_std)
+        self.space = table.space.bind(like.shape[1:], like.device)
+        self._slope = torch.zeros(table.nfe, dtype=torch.float64)
+        if settings.data_std is not None:
+            self._slope = output_slope(self.table, settings.data_std)[table.call_rows]
         self._tolerance = finished_tolerance(self.table, settings.tolerance, settings.noise_tolerance)
         self._last_use = self.table.last_use()
         self.at = lru_cache(maxsize=256)(self._at)
 
     def stop(self, start: int) -> int:
         """End of the window that begins at row `start`."""
-        return min(start + self._settings.window, self.table.nfe)
+        return min(start + self._settings.window, self.table.num_rows)
+
+    def calls(self, start: int, stop: int) -> range:
+        """The network calls at rows start to stop - 1."""
+        return range(*torch.searchsorted(self.table.call_rows, torch.tensor([start, stop])).tolist())
 
     def keeps(self, kind: int, index: int, start: int) -> bool:
-        """Whether rows from `start` on use state (kind 0), output (1) or noise (2) `index`."""
+        """Whether rows from `start` on use the state, output or noise (STATE, OUTPUT, NOISE) of this index."""
         return self._last_use[kind][index] >= start
 
     def _at(self, start: int) -> WindowEquations:
         stop = self.stop(start)
-        window = torch.arange(start, stop)
+        window, calls = torch.arange(start, stop), tuple(self.calls(start, stop))
         reaching = self._shifted(start).local(self._settings.order, start)
         columns = tuple(self._columns(kind, start, stop) for kind in range(3))
         return WindowEquations(
             columns,
             self._block(self.table, window, columns),
             self._block(reaching, window, columns),
-            *(values[window].to(self._like) for values in (self._slope, self.table.timesteps, self._tolerance)),
+            calls,
+            (self.table.call_rows[list(calls)] - start).to(self._like.device),
+            self._slope[list(calls)].to(self._like),
+            self._tolerance[window].to(self._like),
         )
 
     def _shifted(self, start: int) -> SolverTable:
         """The table for outputs from `start` on minus slope * state."""
-        slope = torch.where(torch.arange(self.table.nfe) >= start, self._slope, 0.0)
-        return replace(
-            self.table, state_coef=self.table.state_coef + self.table.output_coef * slope, state_support=None
-        )
+        table = self.table
+        slope = torch.where(table.call_rows >= start, self._slope, 0.0).reshape(-1, *[1] * len(table.space.ops))
+        followed = table.state_coef.index_add(1, table.call_rows, table.output_coef * slope)
+        return replace(table, state_coef=followed, state_support=None)
 
     def _columns(self, kind: int, start: int, stop: int) -> tuple[int, ...]:
-        kept = tuple(j for j in range(start) if self.keeps(kind, j, start))
-        inside = range(start, stop) if kind < 2 else [j for j in range(start, stop) if self.keeps(2, j, start)]
-        return (*kept, *inside)
+        inside = self.calls(start, stop) if kind == OUTPUT else range(start, stop)
+        kept = [j for j in range(inside.start) if self.keeps(kind, j, start)]
+        return (*kept, *(j for j in inside if kind != NOISE or self.keeps(kind, j, start)))
 
     def _block(self, table: SolverTable, rows: Tensor, columns: tuple[tuple[int, ...], ...]) -> Coefs:
         coefs = (table.state_coef, table.output_coef, table.noise_coef)
@@ -123,4 +137,4 @@ def finished_tolerance(table: SolverTable, tolerance: float, noise_tolerance: fl
     alpha, sigma = table.alpha, table.sigma
     ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1]).clamp_min(1e-300)
     noise_scale = sigma[1:] * (1 - ratio**2).clamp_min(0).sqrt()
-    return torch.maximum(tolerance * alpha[1:] / table.nfe, noise_tolerance * noise_scale)
+    return torch.maximum(tolerance * alpha[1:] / table.num_rows, noise_tolerance * noise_scale)

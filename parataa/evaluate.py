@@ -1,4 +1,4 @@
-"""The network on the rows of many windows: in batches, and on several processes."""
+"""The network calls of many windows: in batches, and on several processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,62 +10,78 @@ from torch.distributed import ProcessGroup
 from parataa.equations import Equations
 from parataa.iteration import Iterate
 from parataa.processes import gather, own_share
-from solvers.conditions import index_condition
-from solvers.sampler import Denoiser
+from solvers.conditions import concatenate_conditions, condition_length, index_condition
+from solvers.executor import Denoiser, branch_conditions, told_node
+from solvers.table import SolverTable
 
 
 class Evaluator:
-    """Calls the network on all rows of a round.
+    """Makes the network calls at all rows of a round.
 
     Args:
         denoiser: as `parallel_sample` takes it.
+        table: the solver.
         condition: of the whole batch.
-        batch_size: most rows of one call; None: all of this process.
-        group: processes that share the rows; None: this one alone.
+        batch_size: most calls in one batch; None: all of this process.
+        group: processes that share the calls; None: this one alone.
+    Raises:
+        ValueError: a call that the denoiser cannot make.
     """
 
     def __init__(
-        self, denoiser: Denoiser, condition: Any, batch_size: int | None = None, group: ProcessGroup | None = None
+        self,
+        denoiser: Denoiser,
+        table: SolverTable,
+        condition: Any,
+        batch_size: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.denoiser, self.condition, self.batch_size, self.group = denoiser, condition, batch_size, group
+        self._denoiser, self._table, self._batch_size, self._group = denoiser, table.detach(), batch_size, group
+        conditions = branch_conditions(denoiser, table, condition)
+        first = {branch: number * (condition_length(condition) or 0) for number, branch in enumerate(conditions)}
+        self._conditions = concatenate_conditions(list(conditions.values()))
+        self._first = torch.tensor([first[call.branch] for call in table.calls])
 
     def __call__(self, equations: Equations, samples: Sequence[int], iterates: Sequence[Iterate]) -> list[Tensor]:
-        """Outputs of each sample's window, (rows, *shape) each.
+        """Outputs of each sample's window, (calls, *shape) each.
 
         Raises:
             ValueError: outputs of another shape, or not finite.
             RuntimeError: another process ended or did not answer in time.
         """
-        counts = [len(iterate.states) - 1 for iterate in iterates]
-        states = torch.cat([iterate.states[:-1] for iterate in iterates])
+        windows = [equations.at(iterate.start) for iterate in iterates]
+        counts = [len(window.calls) for window in windows]
+        states = torch.cat([iterate.states[window.seen] for iterate, window in zip(iterates, windows)])
         sample = torch.tensor(samples).repeat_interleave(torch.tensor(counts))
-        row = torch.cat([iterate.start + torch.arange(count) for iterate, count in zip(iterates, counts)])
-        own = own_share(len(states), self.group)
-        outputs = gather(self._batches(equations, states[own], sample[own], row[own]), len(states), self.group)
-        _check_finite(outputs, sample, row, equations)
+        call = torch.tensor([column for window in windows for column in window.calls], dtype=torch.int64)
+        own = own_share(len(states), self._group)
+        outputs = gather(self._batches(states[own], sample[own], call[own]), len(states), self._group)
+        self._check_finite(outputs, sample, call)
         return list(outputs.split(counts))
 
-    def _batches(self, equations: Equations, states: Tensor, sample: Tensor, row: Tensor) -> Tensor:
+    def _batches(self, states: Tensor, sample: Tensor, call: Tensor) -> Tensor:
         if not len(states):
             return states
-        parts = zip(*(values.split(self.batch_size or len(states)) for values in (states, sample, row)))
-        return torch.cat([self._call(equations, *part) for part in parts])
+        parts = zip(*(values.split(self._batch_size or len(states)) for values in (states, sample, call)))
+        return torch.cat([self._call(*part) for part in parts])
 
-    def _call(self, equations: Equations, states: Tensor, sample: Tensor, row: Tensor) -> Tensor:
-        table = equations.table
-        node = {"node": (table.alpha[row], table.sigma[row])} if getattr(self.denoiser, "needs_node", False) else {}
-        output = self.denoiser(states, table.timesteps[row].to(states), index_condition(self.condition, sample), **node)
+    def _call(self, states: Tensor, sample: Tensor, call: Tensor) -> Tensor:
+        table, row = self._table, self._table.call_rows[call]
+        condition = index_condition(self._conditions, self._first[call] + sample)
+        output = self._denoiser(
+            states, table.timesteps[row].to(states), condition, **told_node(self._denoiser, table, row)
+        )
         if output.shape != states.shape:
             raise ValueError(f"the denoiser returned shape {tuple(output.shape)} for states {tuple(states.shape)}")
         return output.to(states)
 
-
-def _check_finite(outputs: Tensor, sample: Tensor, row: Tensor, equations: Equations) -> None:
-    wrong = (~torch.isfinite(outputs.flatten(1)).all(dim=1)).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise ValueError(
-            f"the denoiser returned values that are not finite for {len(wrong)} of {len(outputs)} rows, first for "
-            f"sample {int(sample[first])} at row {int(row[first])}, timestep "
-            f"{float(equations.table.timesteps[row[first]]):g}: check the network's precision and its inputs"
-        )
+    def _check_finite(self, outputs: Tensor, sample: Tensor, call: Tensor) -> None:
+        wrong = (~torch.isfinite(outputs.flatten(1)).all(dim=1)).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            row = self._table.calls[call[first]].row
+            raise ValueError(
+                f"the denoiser returned values that are not finite in {len(wrong)} of {len(outputs)} calls, first for "
+                f"sample {int(sample[first])} at row {row}, timestep {float(self._table.timesteps[row]):g}: check the "
+                "network's precision and its inputs"
+            )

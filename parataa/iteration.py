@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from parataa.acceleration import triangular_anderson
-from parataa.equations import Coefs, Equations, WindowEquations
+from parataa.equations import Coefs, Equations
 from parataa.settings import ParallelSettings
+from solvers.executor import NOISE
 
 Kept = dict[int, Tensor]
 Draw = Callable[[int], Tensor]
@@ -82,7 +83,7 @@ def step(
     Args:
         equations: of the table.
         iterate: the sample.
-        outputs: the network's at the rows of the window, (rows, *shape).
+        outputs: of the network calls at the rows of the window, (calls, *shape).
         settings: memory, regularization and safeguard of the acceleration.
         draw: a row's noise, (*shape).
         guess: states of rows that enter the window, (N+1, *shape); by default copies of the newest state.
@@ -90,9 +91,9 @@ def step(
         The next iterate, and how far the round went.
     """
     now = equations.at(iterate.start)
-    shifted = outputs - _each(now.slope, outputs) * iterate.states[:-1]
-    exact = _combine(now.plain, now, iterate, outputs)
-    plain = _combine(now.reaching, now, iterate, shifted)
+    shifted = outputs - _each(now.slope, outputs) * iterate.states[now.seen]
+    exact = _combine(now.plain, equations, iterate, outputs)
+    plain = _combine(now.reaching, equations, iterate, shifted)
     size = _rms(exact - iterate.states[1:])
     finished = int((size <= now.tolerance).long().cumprod(0).sum())
     improved, history = _improve(iterate, plain, settings)
@@ -105,18 +106,22 @@ def step(
 
 def terminate(equations: Equations, iterate: Iterate) -> bool:
     """Whether every row is finished."""
-    return iterate.start == equations.table.nfe
+    return iterate.start == equations.table.num_rows
 
 
-def _combine(coefs: Coefs, now: WindowEquations, iterate: Iterate, outputs: Tensor) -> Tensor:
+def _combine(coefs: Coefs, equations: Equations, iterate: Iterate, outputs: Tensor) -> Tensor:
     """New states of the window's rows, (rows, *shape)."""
+    columns, space = equations.at(iterate.start).columns, equations.space
     inside = (iterate.states[:-1], outputs, outputs[:0])
-    total = torch.zeros_like(outputs)
-    for coef, columns, kept, values in zip(coefs, now.columns, iterate.kept, inside):
-        earlier = [kept[j] for j in columns[: len(columns) - len(values)]]
-        values = torch.cat([torch.stack(earlier), values]) if earlier else values
-        total += torch.tensordot(coef, values, 1)
-    return total
+    values = [_stacked(*kind) for kind in zip(columns, iterate.kept, inside)]
+    batches = ((coef, value[:, None]) for coef, value in zip(coefs, values) if len(value))  # of one sample each
+    return space.merge(sum(space.mix(coef, space.split(batch)) for coef, batch in batches))[:, 0]
+
+
+def _stacked(columns: tuple[int, ...], kept: Kept, own: Tensor) -> Tensor:
+    """The states, outputs or noises that enter the window's rows, its `own` last, (columns, *shape)."""
+    earlier = [kept[j] for j in columns[: len(columns) - len(own)]]
+    return torch.cat([torch.stack(earlier), own]) if earlier else own
 
 
 def _improve(iterate: Iterate, plain: Tensor, settings: ParallelSettings) -> tuple[Tensor, History | None]:
@@ -161,9 +166,8 @@ def _difference(new: Tensor, old: Tensor) -> Tensor:
 def _slide(equations: Equations, iterate: Iterate, outputs: Tensor, rows: int) -> Iterate:
     """Drop the first rows of the window, keeping what later rows use."""
     start = iterate.start + rows
-    fresh = ({}, {}, {})
-    for kind, values in enumerate((iterate.states, outputs)):
-        fresh[kind].update({iterate.start + j: values[j] for j in range(rows)})
+    states = dict(zip(range(iterate.start, start), iterate.states))
+    fresh = (states, dict(zip(equations.calls(iterate.start, start), outputs)), {})
     kept = tuple(
         {j: value.clone() for j, value in {**old, **new}.items() if equations.keeps(kind, j, start)}
         for kind, (old, new) in enumerate(zip(iterate.kept, fresh))
@@ -189,7 +193,8 @@ def _refill(equations: Equations, iterate: Iterate, draw: Draw, guess: Tensor | 
     missing = stop + 1 - iterate.start - len(states)
     fresh = states[-1:].expand(missing, *states.shape[1:]) if guess is None else guess[stop + 1 - missing : stop + 1]
     noises = {
-        j: iterate.kept[2][j] if j in iterate.kept[2] else draw(j) for j in equations.at(iterate.start).columns[2]
+        j: iterate.kept[NOISE][j] if j in iterate.kept[NOISE] else draw(j)
+        for j in equations.at(iterate.start).columns[NOISE]
     }
     return replace(iterate, states=torch.cat([states, fresh]), kept=(*iterate.kept[:2], noises))
 

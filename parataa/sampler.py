@@ -26,7 +26,7 @@ class ParallelStats:
 
     Args:
         rounds: of the slowest sample.
-        evaluations: network evaluations of all samples together; the sequential sampler needs N per sample.
+        evaluations: network calls of all samples together; the sequential sampler needs `table.nfe` per sample.
         residuals: largest first-order residual (root mean square over a sample's elements) in the window of each
             sample, (rounds, batch), float64, NaN after a sample is done.
         converged: whether every sample converged.
@@ -62,7 +62,7 @@ def parallel_sample(
     group: ProcessGroup | None = None,
     **changes: Any,
 ) -> tuple[Tensor, ParallelStats]:
-    """Run a solver table in rounds, each of which evaluates the network at all rows of a window at once.
+    """Run a solver table in rounds, each of which makes the network calls at all rows of a window at once.
 
         x[i+1] <- G[i](x) + triangular Anderson acceleration,   R = G(x) - x
 
@@ -71,10 +71,10 @@ def parallel_sample(
     rounds; on one CPU that takes longer, because nothing is idle there.
 
     Memory between rounds, in states per sample: at most (2 memory + 2) window + 2, and what the table's own rows use of
-    the past (one-step tables: nothing); N + 1 more with `keep_states`. The network sees `batch_size` rows at once.
+    the past (one-step tables: nothing); N + 1 more with `keep_states`. At most `batch_size` calls are made at once.
 
     Args:
-        denoiser: as for `sample`; the timestep is (rows,), and so is the `node` where needed.
+        denoiser: as for `sample`; the timestep is (calls,), and so is the `node` where needed.
         table: the solver, without unused evaluations; its noise columns need `step_noise` or `seeds`.
         noise: (batch, *shape), unit Gaussian.
         condition: None, a tensor, or nested containers of tensors indexed on dimension 0.
@@ -85,23 +85,23 @@ def parallel_sample(
         warm_start: all states of a neighbouring run, (N+1, batch, *shape), as the first guess.
         callback: called after each round with (round, newest states (batch, *shape)).
         keep_states: also return all states, for a warm start.
-        group: processes that share the rows, all called with the same arguments; see `processes`.
+        group: processes that share the calls, all called with the same arguments; see `processes`.
         **changes: single settings by name, `tolerance=1e-4`, in place of those in `settings`.
     Returns:
         The final states, (batch, *shape), in the dtype of `noise`, and how the run went.
     Raises:
         ValueError: a setting out of range, a table with unused evaluations, inputs that do not fit each other, noises
-            that are missing, or outputs that have another shape or are not finite.
+            that are missing, a call that the denoiser cannot make, or outputs of another shape or not finite.
         RuntimeError: another process ended or did not answer in time.
     Source: arXiv 2402.09970 (ParaTAA), for any linear table instead of DDIM; safeguard, relative lambda, relative
         tolerance and `data_std` are deviations, see parataa/README.md.
     """
-    settings = replace(settings or ParallelSettings(), **changes).filled_in(table.nfe)
+    settings = replace(settings or ParallelSettings(), **changes).filled_in(table.num_rows)
     _check_inputs(table, noise, condition, warm_start)
     start = noise.to(torch.promote_types(noise.dtype, torch.float32)) * table.start_scale
-    check_same(group, noise.device, start, *condition_tensors(condition), settings, *_blocks(table))
+    check_same(group, noise.device, start, *condition_tensors(condition), settings, *_parts(table))
     run = _Run(settings, table, start, _draws(table, noise, step_noise, seeds), warm_start, keep_states)
-    evaluator = Evaluator(denoiser, condition, settings.batch_size, group)
+    evaluator = Evaluator(denoiser, table, condition, settings.batch_size, group)
     while run.active and run.rounds < settings.max_rounds:
         run.advance(evaluator(run.equations, run.active, [run.iterates[b] for b in run.active]))
         if callback is not None:
@@ -134,7 +134,7 @@ class _Run:
         self._sample_rounds, self._reasons = [0] * len(start), ["max_rounds"] * len(start)
         self._residuals: list[Tensor] = []
         self._moved = [0.0] * len(start)
-        self._states = start.expand(table.nfe + 1, *start.shape).clone() if keep_states else None
+        self._states = start.expand(table.num_rows + 1, *start.shape).clone() if keep_states else None
 
     def advance(self, outputs: list[Tensor]) -> None:
         """One round of every active sample."""
@@ -168,14 +168,14 @@ class _Run:
         state of low order hears of distant rows late, so that their residuals must be smaller.
         """
         settings, table = self._settings, self.equations.table
-        if not settings.early_stop or self.equations.stop(start) < table.nfe:
+        if not settings.early_stop or self.equations.stop(start) < table.num_rows:
             return False
         size = torch.hypot(table.alpha, table.sigma)
         moved, before = float(progress.moved / size[-1]), self._moved[sample]
         self._moved[sample] = moved
         ahead = moved * max(1.0, moved / (before - moved)) if moved < before else math.inf
-        worst = float((progress.residual / size[start + 1 :].to(progress.residual)).max()) * table.nfe / settings.order
-        return max(ahead, worst) <= settings.tolerance
+        worst = float((progress.residual / size[start + 1 :].to(progress.residual)).max())
+        return max(ahead, worst * table.num_rows / settings.order) <= settings.tolerance
 
     def images(self) -> Tensor:
         """The newest state of each sample, (batch, *shape): the final one once the window reaches it."""
@@ -203,13 +203,13 @@ def _check_inputs(table: SolverTable, noise: Tensor, condition: Any, warm_start:
     unused = table.unused_evaluations()
     if unused:
         raise ValueError(
-            f"the outputs of rows {unused} never reach the final state, so that a parallel run would wait for rows "
+            f"the outputs of calls {unused} never reach the final state, so that a parallel run would wait for rows "
             "that do not matter: remove them from the table, or use the sequential sampler"
         )
     length = condition_length(condition)
     if length not in (None, len(noise)):
         raise ValueError(f"the condition has {length} samples and the noise {len(noise)}: give the same number")
-    needed = (table.nfe + 1, *noise.shape)
+    needed = (table.num_rows + 1, *noise.shape)
     if warm_start is not None and tuple(warm_start.shape) != needed:
         raise ValueError(f"warm_start has shape {tuple(warm_start.shape)}: needed are all states, {needed}")
 
@@ -224,8 +224,8 @@ def _draws(table: SolverTable, noise: Tensor, step_noise: StepNoise, seeds: Sequ
     return [lambda row, draw=draw: draw(row)[0].to(dtype) for draw in single]
 
 
-def _blocks(table: SolverTable) -> tuple[Tensor, ...]:
-    return table.timesteps, table.state_coef, table.output_coef, table.noise_coef
+def _parts(table: SolverTable) -> tuple[object, ...]:
+    return table.timesteps, table.state_coef, table.output_coef, table.noise_coef, table.calls, table.space
 
 
 def _warn(stats: ParallelStats, settings: ParallelSettings) -> None:

@@ -44,7 +44,7 @@ class ParallelSettings:
             last two rounds it would move by at most `tolerance` (root mean square), and no first-order residual exceeds
             tolerance * order / N.
         max_rounds: most rounds; None: N, which always suffice.
-        batch_size: most rows of one call of the network, in each process; None: all.
+        batch_size: most network calls at once, in each process; None: all.
     Raises:
         ValueError: one outside its range.
     """

@@ -103,30 +103,37 @@ def _row_weights(table: "SolverTable", like: Tensor) -> list[tuple[Tensor, ...]]
 
 
 def evaluator(denoiser: Denoiser, table: "SolverTable", condition: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """(state, timestep, row) -> the outputs of the calls of that row.
+    """(state, timestep, row) -> the outputs of the calls of that row; see `branch_conditions` and `told_node`."""
+    conditions = branch_conditions(denoiser, table, condition)
 
-    A denoiser that sets `needs_node` is told the row's (alpha, sigma).
+    def evaluate(state: Tensor, timestep: Tensor, row: Row) -> tuple[Tensor, ...]:
+        if not row.calls:
+            return ()
+        chosen = [conditions[branch] for branch in row.branches]
+        return call_branches(denoiser, state, timestep, chosen, **told_node(denoiser, table, row.index))
+
+    return evaluate
+
+
+def branch_conditions(denoiser: Denoiser, table: "SolverTable", condition: Any) -> dict[str, Any]:
+    """The condition of each branch that the table calls.
 
     Args:
         denoiser: see `solvers.sample`.
         table: the solver.
         condition: of the samples.
     Raises:
-        ValueError: a call of a branch that the denoiser does not have, or of one whose outputs are not linear.
+        ValueError: a branch that the denoiser does not have, or several of one whose outputs are not linear.
     """
-    needs_node = bool(getattr(denoiser, "needs_node", False))
-    branches = {call.branch for call in table.calls}
-    if needs_node and branches != {CONDITIONAL}:
+    branches = sorted({call.branch for call in table.calls})
+    if getattr(denoiser, "needs_node", False) and branches != [CONDITIONAL]:
         raise ValueError(
             "the denoiser thresholds its outputs, which is not linear in the calls that the solver combines: "
             "switch thresholding off, or use a solver for the guided denoiser"
         )
-    conditions = {branch: branch_condition(denoiser, condition, branch) for branch in sorted(branches)}
+    return {branch: branch_condition(denoiser, condition, branch) for branch in branches}
 
-    def evaluate(state: Tensor, timestep: Tensor, row: Row) -> tuple[Tensor, ...]:
-        options = {"node": (table.alpha[row.index], table.sigma[row.index])} if needs_node else {}
-        if not row.calls:
-            return ()
-        return call_branches(denoiser, state, timestep, [conditions[branch] for branch in row.branches], **options)
 
-    return evaluate
+def told_node(denoiser: Denoiser, table: "SolverTable", row: int | Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """(alpha, sigma) of a row or of several, as the keyword `node`, for a denoiser that sets `needs_node`."""
+    return {"node": (table.alpha[row], table.sigma[row])} if getattr(denoiser, "needs_node", False) else {}

@@ -77,7 +77,7 @@ def test_a_table_with_unused_evaluations():
     output_coef = TABLE.output_coef.clone()
     output_coef[2] = 0
     table = replace(TABLE, output_coef=output_coef, output_support=None)
-    with pytest.raises(ValueError, match=r"outputs of rows \[2\] never reach the final state.*sequential sampler"):
+    with pytest.raises(ValueError, match=r"outputs of calls \[2\] never reach the final state.*sequential sampler"):
         parallel_sample(mixing_denoiser(VP), table, NOISE)
 
 
@@ -94,7 +94,7 @@ def test_a_denoiser_that_returns_nan_in_one_row():
         output[9, 0, 0, 0] = float("nan")
         return output
 
-    message = r"not finite for 1 of 12 rows, first for sample 1 at row 3, timestep 499.5"
+    message = r"not finite in 1 of 12 calls, first for sample 1 at row 3, timestep 499.5"
     with pytest.raises(ValueError, match=message):
         parallel_sample(broken, TABLE, NOISE)
 
