@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from denoisers import load_denoiser
 from evaluation.compare import compare
 from solvers import load_solver, resolve_solver
-from solvers.artifact import guidance_fits
 from solvers.files import atomic_write
+from solvers.identity import guidance_fits
 from training.arguments import guarded
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,7 +28,7 @@ from solver_search.losses import SearchLoss, TeacherPath
 from solver_search.objective import Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
-from solvers import SolverTable, resolve_solver, save_solver
+from solvers import SolverTable, identify, resolve_solver, save_solver
 
 PAPER_LOSS = SearchLoss(endpoint=0.0, path=1.0, huber=1000.0)
 PAPER_ITERATIONS = (313, 1562)  # 10,000 and 50,000 samples in batches of 32
@@ -137,10 +137,8 @@ def save(denoiser, options: argparse.Namespace, tables: dict[str, SolverTable]) 
         save_solver(
             table,
             Path(options.output, f"{name}-{options.nfe}.json"),
+            identify(denoiser),
             method="solver_search",
-            schedule=denoiser.schedule,
-            denoiser_name=denoiser.name,
-            weight_hash=denoiser.weight_hash,
             fitted_on={"seeds": [[FIRST_SEED, FIRST_SEED + 2**18]]},
         )
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from solvers.artifact import table_to_dict
+from solvers.identity import identify
 from solvers.table import SolverTable
+from solvers.table_json import table_to_dict
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -18,26 +18,17 @@ MANIFEST_NAME = "manifest.json"
 
 def describe_teacher(denoiser: Callable, table: SolverTable, dtype: torch.dtype) -> dict[str, Any]:
     """What makes trajectories comparable: network, guidance, schedule, solver and number formats; JSON types."""
+    identity = identify(denoiser)
     return {
-        "denoiser": getattr(denoiser, "name", None),
-        "weight_hash": denoiser_hash(denoiser),
-        "guidance_scale": float(getattr(denoiser, "guidance_scale", 1.0)),
-        "schedule": denoiser.schedule.to_dict(),
+        "denoiser": identity.name,
+        "weight_hash": identity.weight_hash,
+        "guidance_scale": identity.guidance_scale,
+        "schedule": identity.schedule.to_dict(),
         "sample_shape": list(denoiser.sample_shape),
         "dtype": str(dtype).removeprefix("torch."),
         "precision": precision(dtype),
         "table": table_to_dict(table),
     }
-
-
-def denoiser_hash(denoiser: Callable) -> str | None:
-    """The denoiser's own `weight_hash`, else the hash of a module's weights, else None."""
-    known = getattr(denoiser, "weight_hash", None)
-    if known is None and isinstance(denoiser, nn.Module):
-        from denoisers.checkpoint import weight_hash  # imports timm, which takes seconds
-
-        return weight_hash(denoiser)
-    return known
 
 
 def check_same(folder: Path, wanted: dict[str, Any]) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.manifest import denoiser_hash, describe_teacher, read_manifest, short
+from data.manifest import describe_teacher, read_manifest
 from data.shards import Trajectories, check_shard, read_shard
 from data.trajectory_writer import TrajectoryWriter
 from denoisers.labels import class_labels
 from solvers.artifact import table_from_dict
 from solvers.conditions import condition_to
+from solvers.identity import DenoiserIdentity, identify
 from solvers.noise import start_noise
 from solvers.sampler import sample_trace
 from solvers.schedule import NoiseSchedule
@@ -127,29 +128,30 @@ class TrajectoryCache:
         """Shape of a state."""
         return tuple(self.manifest["teacher"]["sample_shape"])
 
+    @cached_property
+    def identity(self) -> DenoiserIdentity:
+        """The denoiser that made them, as far as the manifest says: nothing about thresholding."""
+        teacher = self.manifest["teacher"]
+        return DenoiserIdentity(
+            self.schedule, teacher["guidance_scale"], name=teacher["denoiser"], weight_hash=teacher["weight_hash"]
+        )
+
     def check(self, denoiser: Callable, guidance_scale: float | None = None) -> None:
         """Make sure that these are trajectories of `denoiser`.
 
         Args:
-            denoiser: with `.schedule`, and its weight hash if it has weights.
+            denoiser: see `identify`.
             guidance_scale: default: the denoiser's own.
         Raises:
             ValueError: another network, schedule or guidance.
         """
-        teacher = self.manifest["teacher"]
-        if guidance_scale is None:
-            guidance_scale = float(getattr(denoiser, "guidance_scale", 1.0))
-        found = {
-            "weight_hash": denoiser_hash(denoiser),
-            "schedule": denoiser.schedule.to_dict(),
-            "guidance_scale": guidance_scale,
-        }
-        for name, value in found.items():
-            if value != teacher[name]:
-                raise ValueError(
-                    f"the trajectories in {self.folder} were made with {name} {short(teacher[name])}, the denoiser "
-                    f"has {short(value)}: generate trajectories of this denoiser in a folder of their own"
-                )
+        stated = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        found = identify(denoiser, thresholding=None, **stated)
+        if reasons := self.identity.differences(found):
+            raise ValueError(
+                f"the trajectories in {self.folder} are not of this denoiser: {'; '.join(reasons)}. Generate "
+                "trajectories of this denoiser in a folder of their own"
+            )
 
     def units(self, batch_size: int, limit: int | None = None) -> list[tuple[int, int, int]]:
         """(shard, start, stop) of batches of at most `batch_size` within shards, for the first `limit` trajectories."""

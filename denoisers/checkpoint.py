@@ -3,7 +3,6 @@
 A folder holds `config.json` (network, noise schedule, hash, how it was trained) and `model.safetensors` (bf16).
 """
 
-import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from denoisers.dit import DiT
 from solvers.files import atomic_write, sha256
+from solvers.identity import hash_weights
 from solvers.schedule import NoiseSchedule
 
 FORMAT_VERSION = 1
@@ -158,20 +158,6 @@ def load_weights(denoiser: DiT, weights: dict[str, Tensor], source: str | Path) 
         listed = "; ".join(f"{name}: found {found.get(name)}, need {own.get(name)}" for name in differ[:3])
         raise ValueError(f"the weights of {source} do not fit the network, {len(differ)} differ: {listed}")
     denoiser.load_state_dict(weights)
-
-
-def weight_hash(module: nn.Module) -> str:
-    """SHA-256 of all weights in float32 with their names and shapes, independent of the file that held them."""
-    return hash_weights(module.state_dict())
-
-
-def hash_weights(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of named tensors, each in float32, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _finish(denoiser: DiT, weights: dict[str, Tensor], source: Path, name: str) -> DiT:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from denoisers.protocol import drop_learned_variance
 from solvers.conditions import map_condition
+from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
 
@@ -120,8 +121,6 @@ class DiffusersDenoiser(nn.Module):
     @cached_property
     def weight_hash(self) -> str:
         """SHA-256 of the network's weights; computed when first asked for."""
-        from denoisers.checkpoint import weight_hash
-
         return weight_hash(self.network)
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:

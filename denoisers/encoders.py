@@ -7,13 +7,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
-from denoisers.checkpoint import weight_hash
 from denoisers.diffusers_base import Size, Source
 from denoisers.diffusers_load import locate, read_config, text_pipeline
 from denoisers.diffusers_models import vae_scale
 from denoisers.load import describe
 from denoisers.prompts import encode_prompts
 from solvers.conditions import map_condition
+from solvers.identity import weight_hash
 
 KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from denoisers.guidance import with_guidance, with_precision
+from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
 DESCRIPTION = "denoiser.yaml"
@@ -177,8 +178,6 @@ def _load_file(path: Path, family: str | None = None, num_heads: int | None = No
 
 
 def _with_hash(denoiser: nn.Module) -> nn.Module:
-    from denoisers.checkpoint import weight_hash
-
     denoiser.weight_hash = weight_hash(denoiser)
     return denoiser
 

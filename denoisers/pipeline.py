@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from denoisers.diffusers_base import read_schedule
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
+from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
@@ -75,8 +76,6 @@ class PipelineDenoiser(nn.Module):
     @cached_property
     def weight_hash(self) -> str:
         """SHA-256 of the network's weights (of an unknown pipeline: its largest module); computed when asked for."""
-        from denoisers.checkpoint import weight_hash
-
         modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         largest = max(modules, key=lambda name: sum(value.numel() for value in modules[name].parameters()))
         return weight_hash(modules[next((name for name in NETWORKS if name in modules), largest)])

@@ -4,6 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from solvers.identity import own_hash
 from solvers.schedule import NoiseSchedule
 
 
@@ -25,7 +26,8 @@ class Denoiser(Protocol):
     | `set_guidance(scale)` | tells a guidance-distilled network its scale, instead of a second evaluation |
     | `decode(states)` | images (batch, 3, height, width) in [-1, 1] of a latent model's states |
     | `needs_node` | also pass `node=(alpha, sigma)`, as thresholding requires |
-    | `name`, `weight_hash` | what artifacts record about the network |
+    | `name`, `weight_hash` | what artifacts record about the network; by default the hash of a module's weights |
+    | `thresholding` | settings of clipping or thresholding inside the outputs, JSON types; None when absent |
     | `settings` | what else outputs depend on, such as a pipeline's prompts; comparisons tell models apart by it |
     """
 
@@ -51,6 +53,11 @@ class DenoiserWrapper(nn.Module):
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+
+    @property
+    def weight_hash(self) -> str | None:
+        """The inner denoiser's: a wrapper is the same network."""
+        return own_hash(self.denoiser)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -9,9 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from denoisers.checkpoint import hash_weights
 from denoisers.diffusers_models import PromptUNet
 from denoisers.pipeline_folder import lcm_scheduler, save_pipeline
+from solvers.identity import hash_weights
 
 EMBEDDING_WIDTH = 256
 

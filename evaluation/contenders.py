@@ -11,8 +11,9 @@ import torch
 
 from denoisers import load_denoiser
 from solvers import SolverTable
-from solvers.artifact import TENSORS, guidance_fits, load_solver, student_path
+from solvers.artifact import TENSORS, load_solver, student_path
 from solvers.conditions import condition_tensors
+from solvers.identity import guidance_fits, own_guidance, own_hash
 from solvers.named import resolve_solver
 
 
@@ -43,7 +44,7 @@ class Contender:
         digest = hashlib.sha256(self.table.prediction_type.encode())
         for name in TENSORS:
             digest.update(getattr(self.table, name).detach().contiguous().numpy().tobytes())
-        own_scale = float(getattr(self.denoiser, "guidance_scale", 1.0))
+        own_scale = own_guidance(self.denoiser)
         digest.update(f"{self.table.start_scale!r} {own_scale!r} {network_hash(self.denoiser)}".encode())
         digest.update(f"{inputs_hash(self.denoiser)} {self.sampler_name} {_described(self.sampler)}".encode())
         return digest.hexdigest()[:16]
@@ -68,13 +69,9 @@ def network_hash(denoiser: Any) -> str:
     Raises:
         ValueError: a plain function without a `weight_hash`, which nothing tells from another.
     """
-    known = getattr(denoiser, "weight_hash", None)
+    known = own_hash(denoiser)
     if known is not None:
         return known
-    if isinstance(denoiser, torch.nn.Module):
-        from denoisers.checkpoint import weight_hash
-
-        return weight_hash(denoiser)
     raise ValueError(
         f"{_described(denoiser)} has neither weights nor a weight_hash, so its images cannot be told from those of "
         "another function: give it an attribute weight_hash, any text that changes when it does"

@@ -8,6 +8,7 @@ import torch
 from data.shards import seed_ranges
 from olss.student import Fit
 from solvers.artifact import save_solver
+from solvers.identity import identify
 from solvers.sampler import sample
 from training.record import log_table, upload_solver
 
@@ -30,21 +31,16 @@ def held_out_error(module: Any, fit: Fit) -> float:
 def save_student(module: Any, nfe: int) -> Path:
     """Write the artifact of a finished student; its picture and file go into the log."""
     fit, table, manifest = module.fits[nfe], module.table(nfe), module.data.cache.manifest
-    teacher = manifest["teacher"]
     path = save_solver(
         table,
         module.output / f"olss-{nfe}.json",
+        identify(module.denoiser),
         method="olss",
-        schedule=module.denoiser.schedule,
-        guidance_scale=teacher["guidance_scale"],
-        thresholding=getattr(module.denoiser, "thresholding", None),
-        denoiser_name=teacher["denoiser"],
-        weight_hash=teacher["weight_hash"],
         fitted_on={
             "seeds": seed_ranges(module.data.fitted_seeds),
             "teacher": manifest["solver"],
             "teacher_steps": module.teacher.nfe,
-            "precision": teacher["precision"],
+            "precision": manifest["teacher"]["precision"],
             "seconds": module.fitting_seconds,
         },
         validation={

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from slam.lora import plain_weights
-from solvers import save_solver
+from solvers import identify, save_solver
 
 STUDENT_NAME = "student"
 
@@ -20,14 +20,13 @@ def export(module: Any, folder: Path) -> list[Path]:
         file, digest = module.target.save(
             folder / STUDENT_NAME, record, {name: value.cpu() for name, value in weights.items()}
         )
+        identity = identify(module.target, name=STUDENT_NAME, weight_hash=digest)
         for path, table in zip(paths, module.tables.values()):
             save_solver(
                 table,
                 path,
+                identity,
                 method="slam",
-                schedule=module.schedule,
-                denoiser_name=STUDENT_NAME,
-                weight_hash=digest,
                 fitted_on=record,
                 config=config(module),
                 student=file.relative_to(folder),
@@ -37,11 +36,11 @@ def export(module: Any, folder: Path) -> list[Path]:
 
 def fitted_on(module: Any) -> dict[str, Any]:
     """Teacher, data and cost."""
-    teacher = module.teacher
+    teacher = module.identity
     return {
-        "teacher": getattr(teacher, "name", None),
-        "teacher_weight_hash": getattr(teacher, "weight_hash", None),
-        "guidance_scale": module.guidance_scale,
+        "teacher": teacher.name,
+        "teacher_weight_hash": teacher.weight_hash,
+        "guidance_scale": teacher.guidance_scale,
         "teacher_points": module.num_points,
         "method": module.method,
         "iterations": module.global_step,

@@ -17,7 +17,7 @@ from slam.lines import teacher_points as spread_points
 from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
 from slam.objective import WEIGHTINGS, Weights, predictions
 from slam.tables import student_table
-from solvers import NoiseSchedule, SolverTable
+from solvers import NoiseSchedule, SolverTable, identify
 from solvers.prediction import per_sample
 from training.adamw import AdamWModule
 from training.ema import averaged_network
@@ -103,6 +103,7 @@ class SLAM(AdamWModule, TableModule):
             method, noise_level, line_timestep, weighting, loss, huber_c, target_decay, decay_fraction, steps
         )
         network = load_network(teacher)
+        self.identity = identify(network, guidance_scale=guidance_scale)  # of weights not yet cast or sharded
         self.schedule: NoiseSchedule = network.schedule
         self.points, self.num_points = spread_points(self.schedule, teacher_points), teacher_points
         self.tables = {count: student_table(self.schedule, count, teacher_points) for count in sorted(set(steps))}
@@ -110,7 +111,6 @@ class SLAM(AdamWModule, TableModule):
         self.target = make_target(self.student)
         guided = make_teacher(network, guidance_scale, teacher_dtype)
         object.__setattr__(self, "teacher", guided)  # no submodule: not in checkpoints, and keeps its dtype
-        self.guidance_scale = float(getattr(guided, "guidance_scale", 1.0))
         self.output, self.method, self.seed = output, method, seed
         self.noise_level, self.line_timestep, self.weighting = noise_level, line_timestep, weighting
         self.loss, self.huber_c, self.target_decay = loss, huber_c, target_decay

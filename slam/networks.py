@@ -47,7 +47,6 @@ def load_network(teacher: str | nn.Module) -> Any:
     network = load_denoiser(teacher) if isinstance(teacher, str) else teacher
     if not isinstance(getattr(network, "schedule", None), NoiseSchedule):
         raise ValueError(f"the teacher {type(network).__name__} has no `schedule`: give it a solvers.NoiseSchedule")
-    getattr(network, "weight_hash", None)  # computed now, of weights that are neither cast nor sharded yet
     return network
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from solver_search.parameters import PaperParameters
-from solvers import NoiseSchedule, SolverTable, save_solver
+from solvers import DenoiserIdentity, NoiseSchedule, SolverTable, save_solver
 
 NUMBERS = Path(__file__).with_name("published_tables.json")
 FOLDER = Path("checkpoints/solvers/published")
@@ -58,9 +58,8 @@ def write_artifacts(folder: Path = FOLDER) -> list[Path]:
             save_solver(
                 published_table(kind, nfe),
                 path,
+                DenoiserIdentity(SCHEDULES[kind], GUIDANCE),
                 method="solver_search",
-                schedule=SCHEDULES[kind],
-                guidance_scale=GUIDANCE,
                 fitted_on={"model": SEARCHED_ON[kind], "seeds": []},
                 config={"source": _read()["source"], "finish": "end"},
             )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from solvers import sample, save_solver
+from solvers import identify, sample, save_solver
 
 
 def save_table(search: Any, stage: Any) -> Path | None:
@@ -25,11 +25,8 @@ def save_table(search: Any, stage: Any) -> Path | None:
         save_solver(
             stage.parameters.table(theta).detach(),
             path,
+            identify(search.denoiser, guidance_scale=scale),
             method="solver_search",
-            schedule=search.denoiser.schedule,
-            guidance_scale=tuple(scale) if isinstance(scale, list | tuple) else float(scale),
-            denoiser_name=getattr(search.denoiser, "name", None),
-            weight_hash=getattr(search.denoiser, "weight_hash", None),
             fitted_on=_fitted_on(search),
             validation=_validation(stage),
             config=_config(search, stage),

@@ -7,6 +7,7 @@ from solvers.calls import Call
 from solvers.errors import SolverError
 from solvers.export import export_solver
 from solvers.hub import push_to_hub
+from solvers.identity import DenoiserIdentity, identify
 from solvers.ipndm import ipndm
 from solvers.named import baseline_names, named_solver, resolve_solver, solver_names
 from solvers.noise import row_noise, start_noise
@@ -25,6 +26,7 @@ __all__ = [
     "Call",
     "CanonicalTable",
     "Consistency",
+    "DenoiserIdentity",
     "NoiseSchedule",
     "Plain",
     "SolverError",
@@ -33,6 +35,7 @@ __all__ = [
     "Trace",
     "baseline_names",
     "export_solver",
+    "identify",
     "ipndm",
     "load_solver",
     "named_solver",

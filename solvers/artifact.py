@@ -8,6 +8,7 @@ from typing import Any
 from solvers import strict_json
 from solvers.errors import SolverError
 from solvers.files import atomic_write, sha256
+from solvers.identity import DenoiserIdentity, guidance_range, identify
 from solvers.provenance import provenance
 from solvers.schedule import NoiseSchedule
 from solvers.strict_json import check_fields, check_number, check_typed
@@ -17,8 +18,8 @@ from solvers.table_json import TENSORS, table_from_dict, table_to_dict
 __all__ = [
     "TENSORS",
     "check_fit",
-    "guidance_fits",
     "load_solver",
+    "made_for",
     "save_solver",
     "student_path",
     "table_from_dict",
@@ -45,13 +46,9 @@ FIELDS = (
 def save_solver(
     table: SolverTable,
     path: str | Path,
+    denoiser: DenoiserIdentity,
     *,
     method: str,
-    schedule: NoiseSchedule,
-    guidance_scale: float | tuple[float, float] = 1.0,
-    thresholding: Mapping[str, Any] | None = None,
-    denoiser_name: str | None = None,
-    weight_hash: str | None = None,
     fitted_on: Mapping[str, Any] | None = None,
     validation: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -62,11 +59,8 @@ def save_solver(
     Args:
         table: the solver; gradients are dropped, doubles are kept bit for bit.
         path: the file to write, `*.json`.
+        denoiser: what it was made for, `identify(denoiser)`; without a weight hash it is bound to no network.
         method: what made the table (`olss`, `solver_search`, `timestep_tuner`, `slam`, `tabulate`, ...).
-        schedule: the schedule of the denoiser the table was made for.
-        guidance_scale: the scale it was made at, or the (lowest, highest) it may be used at.
-        thresholding: settings of the denoiser's clipping or thresholding, None for none.
-        denoiser_name, weight_hash: the denoiser it was made for, where it is bound to one.
         fitted_on: teacher solver, samples, and `seeds` as half-open ranges [[start, stop], ...].
         validation: figures measured on unseen seeds.
         config: the resolved configuration.
@@ -82,10 +76,10 @@ def save_solver(
             "format_version": FORMAT_VERSION,
             "method": method,
             "table": table_to_dict(table),
-            "schedule": schedule.to_dict() | {"fingerprint": schedule.fingerprint()},
-            "guidance_scale": guidance_scale,
-            "thresholding": None if thresholding is None else dict(thresholding),
-            "denoiser": {"name": denoiser_name, "weight_hash": weight_hash},
+            "schedule": denoiser.schedule.to_dict() | {"fingerprint": denoiser.schedule.fingerprint()},
+            "guidance_scale": denoiser.guidance_scale,
+            "thresholding": denoiser.thresholding,
+            "denoiser": {"name": denoiser.name, "weight_hash": denoiser.weight_hash},
             "fitted_on": dict(fitted_on or {}),
             "validation": dict(validation or {}),
             "config": dict(config or {}),
@@ -106,7 +100,7 @@ def load_solver(
 
     Args:
         path: a JSON file written by `save_solver`.
-        denoiser: has `.schedule` and perhaps `.guidance_scale`, `.thresholding`, `.weight_hash`; None skips the check.
+        denoiser: what it will be used with, see `identify`; None skips the check.
         guidance_scale: the scale it will be used at; by default the denoiser's.
         allow_mismatch: accept a denoiser or a guidance scale the solver was not made for.
     Returns:
@@ -128,27 +122,20 @@ def load_solver(
 
 def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | None = None) -> None:
     """Raise SolverError unless the loaded `table` was made for this denoiser and guidance scale."""
-    info, reasons = table.info, []
-    if denoiser is not None:
-        if getattr(denoiser, "schedule", None) is None:
-            raise SolverError("the denoiser has no `schedule`, so the solver cannot be checked against it: give it one")
-        reasons += _schedule_reasons(info["schedule"], denoiser.schedule) + _setting_reasons(info, denoiser)
-        if guidance_scale is None:
-            guidance_scale = float(getattr(denoiser, "guidance_scale", 1.0))
-    if guidance_scale is not None and not guidance_fits(info["guidance_scale"], guidance_scale):
-        reasons.append(f"it was made for guidance scale {info['guidance_scale']}, asked for is {guidance_scale}")
-    if reasons:
+    wanted = made_for(table)
+    stated = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    found = replace(wanted, **stated) if denoiser is None else identify(denoiser, **stated)
+    if reasons := wanted.differences(found):
         raise SolverError(
-            f"{info.get('path', 'this solver')} does not fit: {'; '.join(reasons)}. "
+            f"{table.info.get('path', 'this solver')} does not fit: {'; '.join(reasons)}. "
             "Use a solver made for this model and scale, or pass allow_mismatch=True to use it all the same"
         )
 
 
-def guidance_fits(allowed: float | list[float], guidance_scale: float) -> bool:
-    """Whether a guidance scale is the artifact's, or inside its range."""
-    low, high = allowed if isinstance(allowed, list | tuple) else (allowed, allowed)
-    tolerance = 1e-9 * max(1.0, abs(guidance_scale))
-    return low - tolerance <= guidance_scale <= high + tolerance
+def made_for(table: SolverTable) -> DenoiserIdentity:
+    """The denoiser that the artifact of a loaded `table` was made for."""
+    schedule, settings = table.info["schedule"], {name: table.info[name] for name in ("guidance_scale", "thresholding")}
+    return DenoiserIdentity(NoiseSchedule.from_dict(schedule), **settings, **table.info["denoiser"])
 
 
 def student_path(table: SolverTable) -> Path | None:
@@ -222,9 +209,9 @@ def _check_metadata(values: Mapping[str, Any]) -> None:
 
 
 def _check_guidance(value: Any) -> None:
-    ends = value if isinstance(value, list) else [value, value]
-    if len(ends) != 2 or check_number("guidance_scale", ends[0]) > check_number("guidance_scale", ends[1]):
-        raise SolverError(f"guidance_scale is {value}: give one number or [lowest, highest]")
+    for end in value if isinstance(value, list) else [value]:
+        check_number("guidance_scale", end)
+    guidance_range(value)
 
 
 def _check_seeds(seeds: Any) -> None:
@@ -267,25 +254,3 @@ def _inside(folder: Path, name: Any) -> Path:
     if leaves or not file.resolve().is_relative_to(folder.resolve()):
         raise SolverError(f"student.path {name!r} leaves the artifact's folder: use a relative path inside it")
     return file
-
-
-def _schedule_reasons(made_for: Mapping[str, Any], schedule: NoiseSchedule) -> list[str]:
-    if made_for["prediction_type"] != schedule.prediction_type:
-        return [f"it expects {made_for['prediction_type']} outputs, the model gives {schedule.prediction_type}"]
-    if made_for["fingerprint"] != schedule.fingerprint():
-        return [
-            f"it was made for the schedule {made_for['kind']} {made_for['parameters']}, "
-            f"the model has {schedule.kind} {schedule.parameters}"
-        ]
-    return []
-
-
-def _setting_reasons(info: Mapping[str, Any], denoiser: Any) -> list[str]:
-    reasons = []
-    thresholding, wanted = getattr(denoiser, "thresholding", None), info["thresholding"]
-    if thresholding != wanted:
-        reasons.append(f"it was made with thresholding {wanted}, the model has {thresholding}")
-    weights, wanted = getattr(denoiser, "weight_hash", None), info["denoiser"]["weight_hash"]
-    if weights is not None and wanted is not None and weights != wanted:
-        reasons.append(f"it was made for weights {wanted[:12]}, the model has {weights[:12]}")
-    return reasons

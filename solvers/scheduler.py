@@ -14,6 +14,7 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import diffusers
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from solvers.artifact import guidance_fits, load_solver
+from solvers.artifact import load_solver
 from solvers.errors import SolverError
+from solvers.identity import DenoiserIdentity
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
 from solvers.table import SolverTable
@@ -118,30 +120,21 @@ class TableScheduler(StandaloneScheduler):
         if allow_mismatch:
             return
         original, pipeline_class = _parts(pipe)
-        reasons = self._schedule_reasons(original) + self._start_reasons(pipeline_class)
-        allowed = self.config["guidance_scale"]
-        if guidance_scale is not None and allowed is not None and not guidance_fits(allowed, guidance_scale):
-            reasons.append(f"guidance scale is {guidance_scale}, made for {allowed}")
+        reasons = self._identity_reasons(original, guidance_scale) + self._start_reasons(pipeline_class)
         if reasons:
             raise SolverError(
                 f"this solver does not fit the pipeline: {'; '.join(reasons)}. Use a solver made for this pipeline, "
                 "or pass allow_mismatch=True to use it all the same"
             )
 
-    def _schedule_reasons(self, original: Any) -> list[str]:
-        made_for = self.config["schedule"]
-        if made_for is None:
+    def _identity_reasons(self, original: Any, guidance_scale: float | None) -> list[str]:
+        if self.config["schedule"] is None:
             return ["its schedule is not known: load it from an artifact, or pass schedule= to from_solver"]
-        found, reasons = _schedule_of(original), []
-        if found.prediction_type != made_for["prediction_type"]:
-            reasons.append(f"prediction type is {found.prediction_type}, made for {made_for['prediction_type']}")
-        made = {"kind": made_for["kind"], **made_for["parameters"]}
-        has = {"kind": found.kind, **found.parameters}
-        if _config(original).get("use_dynamic_shifting"):
-            has["shift"] = made.get("shift")  # set_timesteps compares it with the mu of each call
-        if has != made:
-            reasons.append(f"noise schedule is {has}, made for {made}")
-        return reasons
+        schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), _schedule_of(original)
+        if _config(original).get("use_dynamic_shifting"):  # set_timesteps compares the shift with the mu of each call
+            found = replace(found, parameters=found.parameters | {"shift": schedule.parameters.get("shift")})
+        scales = [scale for scale in (self.config["guidance_scale"], guidance_scale) if scale is not None] or [1.0]
+        return DenoiserIdentity(schedule, scales[0]).differences(DenoiserIdentity(found, scales[-1]))
 
     def _start_reasons(self, pipeline_class: type | None) -> list[str]:
         """Whether the first state gets its scale, from the pipeline or from this scheduler."""

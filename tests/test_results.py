@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from benchmarks import results
 from denoisers.checkpoint import save_denoiser
 from denoisers.dit import DiT
-from solvers import NoiseSchedule, save_solver
+from solvers import DenoiserIdentity, NoiseSchedule, save_solver
 from solvers.named import named_solver
 
 START, END = "<!-- table tiny 1 -->", "<!-- end -->"
@@ -27,10 +28,11 @@ def folder(tmp_path, monkeypatch):
     network = DiT(NoiseSchedule.linear(), 8, 4, 1, 32, 1, 2)
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
     weights = save_denoiser(network, tmp_path / "checkpoints" / "tiny")
-    common = {"method": "olss", "schedule": network.schedule, "weight_hash": weights}
+    own = DenoiserIdentity(network.schedule, weight_hash=weights)
     solvers = tmp_path / "checkpoints" / "solvers" / "tiny"
-    save_solver(named_solver("unipc:3", network.schedule), solvers / "olss-3.json", **common)
-    save_solver(named_solver("unipc:2", network.schedule), solvers / "b" / "olss-2.json", **common, guidance_scale=1.5)
+    save_solver(named_solver("unipc:3", network.schedule), solvers / "olss-3.json", own, method="olss")
+    guided = replace(own, guidance_scale=1.5)
+    save_solver(named_solver("unipc:2", network.schedule), solvers / "b" / "olss-2.json", guided, method="olss")
     (tmp_path / "results.md").write_text(f"Before.\n\n{START}\nold\n{END}\n\nAfter.\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "REFERENCES", {"tiny": "ddim:6"})
@@ -77,7 +79,7 @@ def test_artifacts_by_guidance_scale(folder):
 
 def test_published_tables_and_students_are_compared_too(folder):
     schedule = NoiseSchedule.linear()
-    common = {"method": "slam", "schedule": schedule}
+    common = {"method": "slam", "denoiser": DenoiserIdentity(schedule)}
     published, student = "checkpoints/solvers/published/vp-3.json", "checkpoints/tiny-student/slam-1.json"
     save_solver(named_solver("ddim:3", schedule), published, **common)
     save_denoiser(DiT(schedule, 8, 4, 1, 32, 1, 2), "checkpoints/tiny-student/student")

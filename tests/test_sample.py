@@ -8,7 +8,7 @@ import torch
 
 import sample
 from denoisers import class_labels, load_denoiser
-from solvers import load_solver, named_solver, save_solver, start_noise
+from solvers import identify, load_solver, named_solver, save_solver, start_noise
 from solvers import sample as run_table
 from tests.tiny_models import tiny_checkpoint
 
@@ -90,7 +90,7 @@ def test_inspect_draws_and_prints(model, tmp_path, capsys):
 def test_export_runs_elsewhere(model, tmp_path):
     denoiser = load_denoiser(model)
     table = named_solver("dpmpp:4", denoiser.schedule)
-    save_solver(table, tmp_path / "dpmpp-4.json", method="tabulate", schedule=denoiser.schedule)
+    save_solver(table, tmp_path / "dpmpp-4.json", identify(denoiser), method="tabulate")
     run("export", tmp_path / "dpmpp-4.json", "--to", "diffusers", "--output", tmp_path / "scheduler")
     assert (tmp_path / "scheduler" / "scheduler_config.json").is_file()
 
@@ -120,9 +120,8 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
 def test_an_artifact_of_another_model_or_guidance_is_refused(model, tmp_path, capsys):
     denoiser = load_denoiser(model)
     table = named_solver("ddim:4", denoiser.schedule)
-    own = {"schedule": denoiser.schedule, "denoiser_name": denoiser.name}
-    save_solver(table, tmp_path / "a.json", method="tabulate", weight_hash=denoiser.weight_hash, **own)
-    save_solver(table, tmp_path / "b.json", method="tabulate", weight_hash="0" * 64, **own)
+    save_solver(table, tmp_path / "a.json", identify(denoiser), method="tabulate")
+    save_solver(table, tmp_path / "b.json", identify(denoiser, weight_hash="0" * 64), method="tabulate")
     assert load_solver(tmp_path / "a.json", denoiser).nfe == 4
     out = ("--num_samples", 1, "--output", tmp_path / "out")
     assert "weight" in fails(capsys, "generate", "--denoiser", model, "--solver", tmp_path / "b.json", *out)

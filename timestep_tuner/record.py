@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from solvers import save_solver
+from solvers import identify, save_solver
 from timestep_tuner.objective import Evaluations
 from timestep_tuner.stage import Stage
 
@@ -20,11 +20,8 @@ def save_tuned(tuner: Any, index: int, stage: Stage, spent: Evaluations) -> Path
         save_solver(
             tuner.table(index),
             path,
+            identify(tuner.denoiser),
             method="timestep_tuner",
-            schedule=tuner.denoiser.schedule,
-            guidance_scale=tuner.guidance_scale,
-            denoiser_name=getattr(tuner.denoiser, "name", None),
-            weight_hash=getattr(tuner.denoiser, "weight_hash", None),
             fitted_on=_fitted_on(tuner, index) | {"evaluations": vars(spent), "seconds": tuner.fitting_seconds},
             validation={
                 "objective": tuner.kind,

@@ -200,8 +200,7 @@ def test_from_a_saved_pipeline_to_a_fast_one(kind: str, tmp_path: Path) -> None:
     denoiser = PipelineDenoiser(pipe, prompts, batch_size=3, **call)
     fit = fit_on_student(denoiser, cache.table, [cache.load()], uniform_path(cache.table.nfe, STEPS))
     artifact = tmp_path / "olss.json"
-    hashes = {"denoiser_name": denoiser.name, "weight_hash": denoiser.weight_hash}
-    save_solver(fit.table(cache.table), artifact, method="olss", schedule=cache.schedule, guidance_scale=2.0, **hashes)
+    save_solver(fit.table(cache.table), artifact, cache.identity, method="olss")
     export_solver(artifact, "diffusers", tmp_path / "scheduler")
     exported = TableScheduler.from_pretrained(tmp_path / "scheduler")
     guided = with_guidance(from_pipeline(pipe, 16, 16), 2.0)

@@ -187,13 +187,13 @@ def test_refuses_to_mix(tmp_path, change, name):
 def test_check_refuses_another_denoiser(tmp_path):
     generate(tmp_path)
     cache = TrajectoryCache(tmp_path)
-    with pytest.raises(ValueError, match="weight_hash"):
+    with pytest.raises(ValueError, match="made for weights"):
         cache.check(Toy(0.9))
-    with pytest.raises(ValueError, match=r"guidance_scale 1.0, the denoiser has 2.0"):
+    with pytest.raises(ValueError, match=r"made for guidance scale 1\.0, found 2\.0"):
         cache.check(Toy(), guidance_scale=2.0)
     other = Toy()
     other.schedule = NoiseSchedule.scaled_linear()
-    with pytest.raises(ValueError, match="schedule"):
+    with pytest.raises(ValueError, match="made for noise schedule"):
         cache.check(other)
 
 

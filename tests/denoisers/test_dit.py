@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from denoisers import load_denoiser
-from denoisers.checkpoint import load_checkpoint, load_public_checkpoint, load_weights, save_denoiser, weight_hash
+from denoisers.checkpoint import load_checkpoint, load_public_checkpoint, load_weights, save_denoiser
 from denoisers.dit import DiT, position_embedding, sinusoids
+from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 4}

@@ -12,7 +12,7 @@ from denoisers.checkpoint import save_denoiser
 from denoisers.dit import DiT
 from evaluation.compare import compare
 from evaluation.contenders import load_groups
-from solvers import NoiseSchedule, save_solver
+from solvers import DenoiserIdentity, NoiseSchedule, save_solver
 from solvers.named import named_solver
 
 
@@ -27,14 +27,15 @@ def folder(tmp_path_factory):
     torch.nn.init.normal_(network.final_layer.linear.bias, std=0.5)
     save_denoiser(network, folder / "student")
     table = named_solver("unipc:3", network.schedule)
-    common = {"method": "olss", "schedule": network.schedule, "weight_hash": weight_hash}
-    save_solver(table, folder / "one.json", **common, fitted_on={"seeds": [[2**31, 2**31 + 64]], "seconds": 12.5})
-    save_solver(table, folder / "range.json", **common, guidance_scale=(1.0, 2.0))
+    own = DenoiserIdentity(network.schedule, weight_hash=weight_hash)
+    fitted_on = {"seeds": [[2**31, 2**31 + 64]], "seconds": 12.5}
+    save_solver(table, folder / "one.json", own, method="olss", fitted_on=fitted_on)
+    save_solver(table, folder / "range.json", replace(own, guidance_scale=(1.0, 2.0)), method="olss")
     save_solver(
         table,
         folder / "student.json",
+        DenoiserIdentity(network.schedule),
         method="slam",
-        schedule=network.schedule,
         fitted_on={"guidance_scale": 1.5},
         student="student/model.safetensors",
     )
@@ -171,7 +172,7 @@ def test_a_refitted_artifact_takes_the_place_of_the_old_one(folder, tmp_path):
     schedule = load_denoiser(folder / "model").schedule
 
     def fitted(name):
-        save_solver(named_solver(name, schedule), path, method="olss", schedule=schedule)
+        save_solver(named_solver(name, schedule), path, DenoiserIdentity(schedule), method="olss")
         return run(folder, tmp_path, str(path), "ddim:2")
 
     first, second = fitted("ddim:3"), fitted("unipc:3")
@@ -184,7 +185,7 @@ def test_a_solver_that_fails_can_be_left_out(folder, tmp_path):
     schedule = load_denoiser(folder / "model").schedule
     table = named_solver("ddim:3", schedule)
     huge = replace(table, output_coef=table.output_coef * 1e30)
-    save_solver(huge, tmp_path / "broken.json", method="olss", schedule=schedule)
+    save_solver(huge, tmp_path / "broken.json", DenoiserIdentity(schedule), method="olss")
     expected = run(folder, tmp_path, "ddim:2")
     with pytest.raises(ValueError, match="NaN or infinity"):
         run(folder, tmp_path, "ddim:2", str(tmp_path / "broken.json"))

@@ -12,7 +12,7 @@ from evaluation.evaluate import evaluate_table
 from olss.data import FitTrajectories
 from olss.module import OLSS
 from olss.student import fit_on_student, fit_on_teacher, teacher_factor
-from solvers import NoiseSchedule, load_solver, sample
+from solvers import NoiseSchedule, SolverError, load_solver, sample
 from tests.olss.toy import SEEDS, Toy, teacher
 from training.testing import Evaluation
 
@@ -78,6 +78,15 @@ def test_equals_the_plain_fit(tmp_path, cache, path):
         close(table, plain, 1e-7)  # log_snr: coefficients of 2e6, condition number 1e8
         assert torch.equal(table.alpha, teacher().alpha[[*indices, 20]])
         assert len(indices) == nfe
+
+
+def test_an_artifact_fits_a_denoiser_that_thresholds(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(Toy, "thresholding", {"ratio": 0.9, "range": (-1, 1)}, raising=False)
+    fit(tmp_path, cache, path="uniform")
+    assert tables(tmp_path)[3].info["thresholding"] == {"ratio": 0.9, "range": [-1, 1]}
+    monkeypatch.setattr(Toy, "thresholding", None)
+    with pytest.raises(SolverError, match=r"made for thresholding .*0\.9.*, found None"):
+        tables(tmp_path)
 
 
 def test_teacher_basis(tmp_path, cache):

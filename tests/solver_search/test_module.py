@@ -80,6 +80,13 @@ def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds
     assert _rmse(search.table(4), denoiser) < _rmse(search.table(3), denoiser)
 
 
+def test_an_artifact_fits_a_denoiser_that_thresholds(cache, tmp_path):
+    denoiser = TwoPoints(SCHEDULE)
+    denoiser.thresholding = {"ratio": 0.9}
+    _fit(SolverSearch(denoiser, str(tmp_path / "s.json"), nfe=3, steps=1), SearchData(cache, num_val=4))
+    assert load_solver(tmp_path / "s.json", denoiser).info["thresholding"] == {"ratio": 0.9}
+
+
 def test_an_artifact_counts_the_evaluations_of_its_own_stage(cache, tmp_path):
     found = []
     for name, nfe in (("sweep", [3, 4]), ("alone", [4])):
@@ -239,9 +246,9 @@ def test_not_a_number_stops_with_the_last_good_artifact_kept(cache, tmp_path):
 
 def test_refusals(cache, tmp_path):
     data = partial(SearchData, cache, num_val=4)
-    with pytest.raises(ValueError, match="were made with weight_hash"):
+    with pytest.raises(ValueError, match="made for weights"):
         _fit(SolverSearch(TwoPoints(SCHEDULE, 0.9), nfe=3), data())
-    with pytest.raises(ValueError, match="were made with guidance_scale 1"):
+    with pytest.raises(ValueError, match=r"made for guidance scale 1\.0, found 2\.0"):
         _fit(SolverSearch(Labelled(SCHEDULE), nfe=3, guidance_scale=2.0), data())
     with pytest.raises(ValueError, match="13 evaluations are more than the teacher's 12 steps"):
         _fit(SolverSearch(TwoPoints(SCHEDULE), nfe=[3, 13]), data())

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from solvers import (
+    DenoiserIdentity,
     NoiseSchedule,
     SolverError,
     SolverTable,
@@ -59,7 +60,7 @@ def learned_table(kind: str, steps: int = 4, stochastic: bool = False, start_sca
 
 def artifact(tmp_path, table: SolverTable, schedule: NoiseSchedule | None = None, name: str = "solver.json") -> Path:
     schedule = schedule or schedule_of(table.prediction_type)
-    return save_solver(table, tmp_path / name, method="olss", schedule=schedule, guidance_scale=3.0)
+    return save_solver(table, tmp_path / name, DenoiserIdentity(schedule, 3.0), method="olss")
 
 
 def load_module(path: Path, name: str):
@@ -222,7 +223,7 @@ def test_a_saved_pipeline_that_does_not_fit_stays_as_it_is(tmp_path):
     tiny_pipeline("sd").save_pretrained(tmp_path / "pipe")
     path = artifact(tmp_path, learned_table("epsilon"))
     before = (tmp_path / "pipe" / "model_index.json").read_text()
-    with pytest.raises(SolverError, match="noise schedule is"):
+    with pytest.raises(SolverError, match="made for noise schedule"):
         export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe")
     assert (tmp_path / "pipe" / "model_index.json").read_text() == before
     export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe", allow_mismatch=True)

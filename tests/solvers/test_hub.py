@@ -5,19 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from solvers import NoiseSchedule, SolverError, SolverTable, push_to_hub, save_solver
+from solvers import DenoiserIdentity, NoiseSchedule, SolverError, SolverTable, push_to_hub, save_solver
 
 
 def save(folder, name="olss-2.json", **options):
     eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     nodes = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
     table = SolverTable(torch.tensor([900.0, 400.0]).double(), nodes, nodes.flip(0), eye, eye, zero, 1.0, "epsilon")
-    settings = {
-        "method": "olss",
-        "schedule": NoiseSchedule.linear(),
-        "guidance_scale": 2.0,
-        "denoiser_name": "cifar10-dit",
-    }
+    settings = {"method": "olss", "denoiser": DenoiserIdentity(NoiseSchedule.linear(), 2.0, name="cifar10-dit")}
     return save_solver(table, folder / name, **settings | options)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from solvers import (
+    DenoiserIdentity,
     NoiseSchedule,
     baseline_names,
     ipndm,
@@ -205,5 +206,5 @@ def test_resolve_loads_an_artifact(tmp_path):
 
     path = tmp_path / "solver.json"
     table = named_solver("unipc:6", VP)
-    save_solver(table, path, method="test", schedule=VP)
+    save_solver(table, path, DenoiserIdentity(VP), method="test")
     assert torch.equal(resolve_solver(str(path), VP).state_coef, table.state_coef)

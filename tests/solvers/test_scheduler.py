@@ -17,6 +17,7 @@ from diffusers import (
 )
 
 from solvers import (
+    DenoiserIdentity,
     NoiseSchedule,
     SolverError,
     SolverTable,
@@ -377,9 +378,8 @@ def artifact(tmp_path, pipe, table, guidance_scale=3.0, schedule=None) -> Path:
     return save_solver(
         table,
         tmp_path / "solver.json",
+        DenoiserIdentity(schedule or NoiseSchedule.from_scheduler(pipe.scheduler), guidance_scale),
         method="olss",
-        schedule=schedule or NoiseSchedule.from_scheduler(pipe.scheduler),
-        guidance_scale=guidance_scale,
     )
 
 
@@ -388,14 +388,14 @@ def test_a_pipeline_that_fits_and_those_that_do_not(tmp_path):
     path = artifact(tmp_path, pipe, pipeline_table(pipe, "sd", 4))
     scheduler = TableScheduler.for_pipeline(path, pipe, guidance_scale=3.0)
     assert not scheduler.config["scale_start"]
-    with pytest.raises(SolverError, match=r"guidance scale is 7.5, made for 3.0"):
+    with pytest.raises(SolverError, match=r"made for guidance scale 3.0, found 7.5"):
         TableScheduler.for_pipeline(path, pipe, guidance_scale=7.5)
     dit = tiny_pipeline("dit")
-    with pytest.raises(SolverError, match=r"noise schedule is .*'beta_end': 0.02.* made for .*'beta_end': 0.012"):
+    with pytest.raises(SolverError, match=r"made for noise schedule .*'beta_end': 0.012.* found .*'beta_end': 0.02,"):
         TableScheduler.for_pipeline(path, dit)
     assert TableScheduler.for_pipeline(path, dit, allow_mismatch=True).config["allow_mismatch"]
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
-    with pytest.raises(SolverError, match="prediction type is v_prediction, made for epsilon"):
+    with pytest.raises(SolverError, match="made for prediction type epsilon, found v_prediction"):
         scheduler.check_pipeline(pipe)
     scheduler.check_pipeline(pipe, allow_mismatch=True)
     with pytest.raises(SolverError, match="its schedule is not known"):
@@ -407,7 +407,7 @@ def test_the_static_shift_is_compared(tmp_path):
     path = artifact(tmp_path, pipe, flow_solver(4))
     TableScheduler.for_pipeline(path, pipe)
     path = artifact(tmp_path, pipe, flow_solver(4), schedule=NoiseSchedule.flow(shift=1.5))
-    with pytest.raises(SolverError, match=r"'shift': 3.0.* made for .*'shift': 1.5"):
+    with pytest.raises(SolverError, match=r"made for .*'shift': 1.5.* found .*'shift': 3.0"):
         TableScheduler.for_pipeline(path, pipe)
 
 

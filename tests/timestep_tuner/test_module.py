@@ -15,7 +15,7 @@ from PIL import Image
 from data.trajectories import FIRST_SEED, generate_trajectories
 from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
-from solvers import NoiseSchedule, TableScheduler, load_solver, named_solver, save_solver
+from solvers import DenoiserIdentity, NoiseSchedule, TableScheduler, load_solver, named_solver, save_solver
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 from timestep_tuner.data import TunerData
 from timestep_tuner.module import OPTIMIZERS, TimestepTuner, solver_name
@@ -68,6 +68,13 @@ def test_test_measures_the_tuned_tables(cache, tmp_path):
     for index, name in enumerate(("ddim-4", "unipc-3")):
         same = evaluate_table(tuner.denoiser, tuner.table(index), named_solver("ddim:16", SCHEDULE), num_images=8)
         assert found[f"test/{name}/rmse"] == pytest.approx(same["rmse"], rel=1e-6)
+
+
+def test_an_artifact_fits_a_denoiser_that_thresholds(cache, tmp_path):
+    denoiser = TwoPoints(SCHEDULE)
+    denoiser.thresholding = {"ratio": 0.9}
+    fit(make(denoiser, output=str(tmp_path / "tuned.json"), steps=1), data(cache))
+    assert load_solver(tmp_path / "tuned.json", denoiser).info["thresholding"] == {"ratio": 0.9}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -232,7 +239,7 @@ def test_images_are_never_further_from_the_teachers(cache, tmp_path, strategy):
     state_coef[1, 1], output_coef[1, 1] = 2 * state_coef[1, 1], output_coef[1, 1]
     path = tmp_path / "odd.json"
     odd = replace(base, state_coef=state_coef, output_coef=output_coef)
-    save_solver(odd, path, method="tabulate", schedule=SCHEDULE)
+    save_solver(odd, path, DenoiserIdentity(SCHEDULE), method="tabulate")
     tuner = make(solvers=str(path), objective="trajectory", strategy=strategy, output=str(tmp_path / "tuned.json"))
     fit(tuner, data(cache))
     found = load_solver(tmp_path / "tuned.json").info["validation"]
@@ -259,7 +266,7 @@ def test_ratios_go_back_until_the_images_are_no_worse(cache):
 
 def test_a_learned_base_is_warned_about(tmp_path):
     path = tmp_path / "olss-4.json"
-    save_solver(named_solver("ddim:4", SCHEDULE), path, method="olss", schedule=SCHEDULE)
+    save_solver(named_solver("ddim:4", SCHEDULE), path, DenoiserIdentity(SCHEDULE), method="olss")
     with pytest.warns(UserWarning, match=r"olss-4.json was learned for the timesteps it has"):
         make(solvers=str(path))
 
@@ -339,7 +346,7 @@ def test_refusals(cache, tmp_path):
         fit(make(), TunerData(images=str(tmp_path)))
     with pytest.raises(ValueError, match="needs the teacher's states"):
         fit(make(objective="trajectory"), TunerData(images=str(tmp_path)))
-    with pytest.raises(ValueError, match="were made with weight_hash"):
+    with pytest.raises(ValueError, match="made for weights"):
         fit(make(TwoPoints(SCHEDULE, 0.9), objective="trajectory"), data(cache))
     with pytest.raises(ValueError, match="give one source"):
         TunerData()

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from solvers import NoiseSchedule, save_solver
+from solvers import DenoiserIdentity, NoiseSchedule, save_solver
 from solvers.named import named_solver
 from training.record import log_table, upload_solver
 
@@ -21,7 +21,7 @@ class Logger:
 def test_a_picture_and_a_small_artifact(tmp_path):
     schedule, logger = NoiseSchedule.linear(), Logger()
     table = named_solver("ddim:4", schedule)
-    path = save_solver(table, tmp_path / "olss-4.json", method="olss", schedule=schedule)
+    path = save_solver(table, tmp_path / "olss-4.json", DenoiserIdentity(schedule), method="olss")
     log_table(logger, "olss-4", table)
     upload_solver(logger, path)
     assert list(logger.images) == ["olss-4"]

@@ -7,7 +7,7 @@ import lightning
 import pytest
 
 from evaluation.evaluate import evaluate_table
-from solvers import save_solver
+from solvers import identify, save_solver
 from solvers.named import named_solver
 from tests.olss.toy import Toy
 from training.testing import Evaluation, TableData, TableModule
@@ -53,7 +53,7 @@ def test_figures_are_those_of_evaluate_table(tmp_path):
 def test_artifacts_are_tested_where_nothing_is_in_memory(tmp_path):
     toy = Toy()
     table = named_solver("ddim:3", toy.schedule)
-    save_solver(table, tmp_path / "ddim-3.json", method="test", schedule=toy.schedule, guidance_scale=1.0)
+    save_solver(table, tmp_path / "ddim-3.json", identify(toy), method="test")
     assert run(Method(tmp_path, [], SMALL)) == pytest.approx(run(Method(tmp_path, [3], SMALL)))
 
 
@@ -73,8 +73,8 @@ def test_seeds_that_the_artifact_states_are_refused(tmp_path, source):
     save_solver(
         named_solver("ddim:3", toy.schedule),
         tmp_path / "ddim-3.json",
+        identify(toy),
         method="test",
-        schedule=toy.schedule,
         **{source: {"seeds": [[5, 9]]}},
     )
     with pytest.raises(ValueError, match="seeds 5 to 8, which overlap"):

@@ -1,0 +1,146 @@
+"""Who a denoiser is, as far as solvers and trajectories depend on it: read, stated and compared in one place."""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from solvers import strict_json
+from solvers.errors import SolverError
+from solvers.schedule import NoiseSchedule
+
+Guidance = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class DenoiserIdentity:
+    """What a table's coefficients depend on beside the table.
+
+    Args:
+        schedule: the noise schedule, with the prediction type of the network.
+        guidance_scale: of the outputs that a table combines, or the [lowest, highest] it may be used at; kept as a
+            float or a tuple of two.
+        thresholding: settings of the denoiser's clipping or thresholding, JSON types; None for none.
+        name: what the network is called; not compared.
+        weight_hash: of the network; None where it is not known, which fits any.
+    Raises:
+        SolverError: a guidance scale that is neither, or thresholding that JSON cannot keep.
+    """
+
+    schedule: NoiseSchedule
+    guidance_scale: Guidance = 1.0
+    thresholding: Mapping[str, Any] | None = None
+    name: str | None = None
+    weight_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        low, high = guidance_range(self.guidance_scale)
+        is_range = isinstance(self.guidance_scale, Sequence)
+        object.__setattr__(self, "guidance_scale", (low, high) if is_range else low)
+        object.__setattr__(self, "thresholding", strict_json.loads(strict_json.dumps(self.thresholding)))
+
+    def differences(self, found: "DenoiserIdentity") -> list[str]:
+        """Why what was made for this denoiser does not fit another one: a line for each field, none where it fits."""
+        pairs = {field: (value, found._compared[field]) for field, value in self._compared.items()}
+        return [
+            f"made for {field} {_short(made)}, found {_short(other)}"
+            for field, (made, other) in pairs.items()
+            if made != other and not (field in _FITS and _FITS[field](made, other))
+        ]
+
+    @property
+    def _compared(self) -> dict[str, Any]:
+        schedule = self.schedule
+        return {
+            "prediction type": schedule.prediction_type,
+            "noise schedule": {"kind": schedule.kind, **schedule.parameters},
+            "guidance scale": self.guidance_scale,
+            "thresholding": self.thresholding,
+            "weights": self.weight_hash,
+        }
+
+
+def identify(denoiser: Any, **stated: Any) -> DenoiserIdentity:
+    """The identity of a denoiser.
+
+    Args:
+        denoiser: has `.schedule`, and perhaps `.guidance_scale`, `.thresholding`, `.name` and `.weight_hash`; of a
+            module without a hash the weights are hashed.
+        stated: fields of DenoiserIdentity that are known otherwise; the denoiser is not asked for them.
+    Raises:
+        SolverError: a denoiser without `schedule`.
+    """
+    asked = {
+        "schedule": _schedule,
+        "guidance_scale": own_guidance,
+        "thresholding": lambda one: getattr(one, "thresholding", None),
+        "name": lambda one: getattr(one, "name", None),
+        "weight_hash": own_hash,
+    }
+    return DenoiserIdentity(**stated, **{name: ask(denoiser) for name, ask in asked.items() if name not in stated})
+
+
+def own_guidance(denoiser: Any) -> Guidance:
+    """The guidance scale inside a denoiser's outputs, or the range of them; 1 for none."""
+    return getattr(denoiser, "guidance_scale", 1.0)
+
+
+def own_hash(denoiser: Any) -> str | None:
+    """The denoiser's `weight_hash`, else the hash of a module's weights, else None."""
+    known = getattr(denoiser, "weight_hash", None)
+    return weight_hash(denoiser) if known is None and isinstance(denoiser, nn.Module) else known
+
+
+def guidance_range(guidance_scale: Guidance) -> tuple[float, float]:
+    """(lowest, highest) of one scale or of a range.
+
+    Raises:
+        SolverError: neither a finite number nor two of them in order.
+    """
+    ends = tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else (guidance_scale, guidance_scale)
+    if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] > ends[1]:
+        raise SolverError(f"guidance_scale is {guidance_scale}: give one number or [lowest, highest], all finite")
+    return float(ends[0]), float(ends[1])
+
+
+def guidance_fits(one: Guidance, other: Guidance) -> bool:
+    """Whether two guidance scales are the same, or one lies inside the range that the other is."""
+    (low, high), (least, most) = guidance_range(one), guidance_range(other)
+    slack = 1e-9 * max(1.0, abs(least), abs(most))
+    return (low - slack <= least and most <= high + slack) or (least - slack <= low and high <= most + slack)
+
+
+def weight_hash(module: nn.Module) -> str:
+    """SHA-256 of all weights in float32 with their names and shapes, independent of the file that held them."""
+    return hash_weights(module.state_dict())
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, each in float32, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _schedule(denoiser: Any) -> NoiseSchedule:
+    schedule = getattr(denoiser, "schedule", None)
+    if schedule is None:
+        raise SolverError("the denoiser has no `schedule`, so nothing can be checked against it: give it one")
+    return schedule
+
+
+def _short(value: Any) -> str:
+    """A value as text: of a hash its beginning, of a long text its hash."""
+    text = str(value)
+    if len(text) > 200:
+        return f"one with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
+
+
+_FITS = {"guidance scale": guidance_fits, "weights": lambda made, found: made is None or found is None}
