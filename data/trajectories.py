@@ -136,18 +136,13 @@ class TrajectoryCache:
             self.schedule, teacher["guidance_scale"], name=teacher["denoiser"], weight_hash=teacher["weight_hash"]
         )
 
-    def check(self, denoiser: Callable, guidance_scale: float | None = None) -> None:
-        """Make sure that these are trajectories of `denoiser`.
+    def check(self, denoiser: Callable) -> None:
+        """Make sure that these are trajectories of `denoiser`, see `identify`.
 
-        Args:
-            denoiser: see `identify`.
-            guidance_scale: default: the denoiser's own.
         Raises:
             ValueError: another network, schedule or guidance.
         """
-        stated = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-        found = identify(denoiser, thresholding=None, **stated)
-        if reasons := self.identity.differences(found):
+        if reasons := self.identity.differences(identify(denoiser, thresholding=None)):
             raise ValueError(
                 f"the trajectories in {self.folder} are not of this denoiser: {'; '.join(reasons)}. Generate "
                 "trajectories of this denoiser in a folder of their own"

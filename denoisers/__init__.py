@@ -1,6 +1,6 @@
 """A network as (state, timestep, condition) -> output: protocol, guidance, DiT, diffusers adapters."""
 
-from denoisers.guidance import GuidedDenoiser, with_guidance, with_precision
+from denoisers.guidance import GuidedDenoiser, with_guidance, with_precision, with_scale
 from denoisers.labels import check_labels, class_labels
 from denoisers.load import load_denoiser
 from denoisers.protocol import Denoiser
@@ -19,4 +19,5 @@ __all__ = [
     "map_condition",
     "with_guidance",
     "with_precision",
+    "with_scale",
 ]

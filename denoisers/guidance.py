@@ -1,7 +1,6 @@
 """Classifier-free guidance and reduced precision, each as a denoiser around another."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from denoisers.protocol import DenoiserWrapper, drop_learned_variance
 from solvers.conditions import concatenate_conditions
+from solvers.identity import Guidance, guidance_range, own_guidance
 
 PRECISIONS = ("float32", "bf16")
 
@@ -21,33 +21,37 @@ class GuidedDenoiser(DenoiserWrapper):
 
     Args:
         denoiser: the network, with `null_condition(condition)`.
-        guidance_scale: 1 is the conditional output alone; use `with_guidance`, which then costs one evaluation.
+        guidance_scale: 1 is the conditional output alone; use `with_guidance`, which then costs one evaluation. A range
+            [lowest, highest] makes the scale a part of the condition, see `with_scale`.
     Raises:
-        ValueError: a denoiser without a null condition, or a scale that is not finite.
+        ValueError: a denoiser without a null condition, or a scale that is no finite number or range of them.
     Source: arXiv 2207.12598, with guidance_scale = 1 + w of eq. 6.
     """
 
-    def __init__(self, denoiser: nn.Module, guidance_scale: float) -> None:
+    def __init__(self, denoiser: nn.Module, guidance_scale: Guidance) -> None:
         super().__init__(denoiser)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}: it must be a finite number, 1 for no guidance")
+        low, high = guidance_range(guidance_scale)
         if not callable(getattr(denoiser, "null_condition", None)):
             name = getattr(denoiser, "name", None) or type(denoiser).__name__
             raise ValueError(
                 f"{name} has no null condition, so guidance_scale {guidance_scale} cannot be applied: "
                 "use guidance_scale 1, or give the denoiser a method null_condition(condition)"
             )
-        self.guidance_scale = float(guidance_scale)
+        self.guidance_scale: Guidance = (low, high) if isinstance(guidance_scale, Sequence) else low
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
         """The guided output, (batch, *sample_shape); `condition` must be given."""
         if condition is None:
             raise ValueError("guidance needs a condition: pass labels or prompt embeddings, or use guidance_scale 1")
+        scale: Any = self.guidance_scale
+        if isinstance(scale, tuple):
+            condition, scale = condition["condition"], condition["guidance_scale"].to(x)
+            scale = scale.reshape(-1, *[1] * (x.ndim - 1))
         both = concatenate_conditions([condition, self.denoiser.null_condition(condition)])
         doubled = timestep.repeat(2) if timestep.ndim else timestep
         output = drop_learned_variance(self.denoiser(torch.cat([x, x]), doubled, both, **options), x)
         conditional, unconditional = output.chunk(2)
-        return torch.lerp(unconditional, conditional, self.guidance_scale)
+        return torch.lerp(unconditional, conditional, scale)
 
 
 class AutocastDenoiser(DenoiserWrapper):
@@ -60,23 +64,31 @@ class AutocastDenoiser(DenoiserWrapper):
         return output.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def with_guidance(denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
-    """`denoiser` itself at scale 1, which costs one evaluation; else a GuidedDenoiser.
+def with_guidance(denoiser: nn.Module, guidance_scale: Guidance = 1.0) -> nn.Module:
+    """`denoiser` itself at the scale it has, which is 1 unless it is guided; else a GuidedDenoiser.
 
     A guidance-distilled network, which has `set_guidance(scale)`, is told the scale instead: one evaluation at any.
-    One that is guided already stays as it is.
 
     Raises:
         ValueError: a denoiser that is guided already, with another scale.
     """
     set_guidance = getattr(denoiser, "set_guidance", None)
-    if set_guidance is not None:
+    if set_guidance is not None and not isinstance(guidance_scale, Sequence):
         set_guidance(guidance_scale)
         return denoiser
-    known = float(getattr(denoiser, "guidance_scale", 1.0))
-    if known not in (1.0, guidance_scale) and guidance_scale != 1:
-        raise ValueError(f"the denoiser has guidance_scale {known}, asked for is {guidance_scale}: give the same")
-    return denoiser if guidance_scale in (1, known) else GuidedDenoiser(denoiser, guidance_scale)
+    own = own_guidance(denoiser)
+    if guidance_range(own) == guidance_range(guidance_scale):
+        return denoiser
+    if own != 1:
+        raise ValueError(f"the denoiser has guidance_scale {own}, asked for is {guidance_scale}: give the same")
+    return GuidedDenoiser(denoiser, guidance_scale)
+
+
+def with_scale(denoiser: nn.Module, condition: Any, guidance_scale: Tensor | None) -> Any:
+    """A condition as the denoiser takes it: where its scale is a range, with the (batch,) scales of the samples."""
+    if not isinstance(own_guidance(denoiser), tuple):
+        return condition
+    return {"condition": condition, "guidance_scale": guidance_scale}
 
 
 def with_precision(denoiser: nn.Module, precision: str = "float32") -> nn.Module:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from data.teacher import default_teacher
 from data.trajectories import run_teacher
-from denoisers import class_labels, load_denoiser
+from denoisers import class_labels, condition_to, load_denoiser, with_guidance, with_scale
 from solver_search.data import Samples, SearchData
-from solver_search.guidance import VariableGuidance, guidance_range, guided, with_scale
 from solver_search.lion import Lion
 from solver_search.lm import Evaluations
 from solver_search.losses import Features, SearchLoss, TeacherPath
@@ -21,6 +20,7 @@ from solver_search.record import log_samples, save_table
 from solver_search.stage import Stage, begin_stage
 from solvers import SolverTable, resolve_solver
 from solvers.artifact import table_from_dict, table_to_dict
+from solvers.identity import guidance_range
 from training.record import log_table, upload_solver
 from training.testing import Evaluation, TableModule
 
@@ -100,7 +100,7 @@ class SolverSearch(TableModule):
         self.automatic_optimization = False
         self.guidance_scale, self.usable_guidance = guidance_scale, usable_guidance
         network = load_denoiser(denoiser) if isinstance(denoiser, str) else denoiser
-        self.denoiser = guided(network.eval().requires_grad_(False), guidance_scale)
+        self.denoiser = with_guidance(network.eval().requires_grad_(False), guidance_scale)
         self.output, self.warm_start = output, warm_start
         self.optimizer_name, self.learning_rate = optimizer, learning_rate
         self.steps, self.tolerance, self.screening, self.loss = steps, tolerance, screening, loss
@@ -156,9 +156,7 @@ class SolverSearch(TableModule):
             raise ValueError(f"a solver search learns from solver_search.data.SearchData, not {type(data).__name__}")
         caches = data.caches
         for cache in caches:
-            scale = float(cache.manifest["teacher"]["guidance_scale"])
-            low, high = guidance_range(self.guidance_scale)
-            cache.check(self.denoiser, min(max(scale, low), high))
+            cache.check(self.denoiser)
         self.teacher_table = (
             caches[0].table
             if caches
@@ -345,15 +343,17 @@ class SolverSearch(TableModule):
         low, high = guidance_range(self.guidance_scale)
         share = torch.stack([torch.rand((), generator=torch.Generator().manual_seed(s)) for s in seeds]).double()
         scales = low + (high - low) * share
-
-        def condition(chosen: Any) -> Any:
-            return with_scale(self.denoiser, class_labels(self.denoiser, chosen), scales)
-
-        found = run_teacher(self.denoiser, self.teacher_table, seeds, condition=condition, device=self.device)
+        condition = condition_to(class_labels(self.denoiser, seeds), self.device)
+        found = run_teacher(
+            self.denoiser,
+            self.teacher_table,
+            seeds,
+            condition=lambda _: with_scale(self.denoiser, condition, scales),
+            device=self.device,
+        )
         self.objective.evaluations.forward += len(seeds) * self.teacher_table.nfe
         states = found.states if self.needs_path else found.states[:, [0, -1]]
-        inner = found.condition["condition"] if isinstance(self.denoiser, VariableGuidance) else found.condition
-        return Samples(states, batch.seeds, inner, scales)
+        return Samples(states, batch.seeds, condition, scales)
 
 
 def _check_options(nfe: list[int], output: str | None, optimizer: str, learning_rate: float, steps: int) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers import class_labels, condition_to, index_condition, with_precision
-from solver_search.guidance import with_scale
+from denoisers import class_labels, condition_to, index_condition, with_precision, with_scale
 from solver_search.lm import Damping, Evaluations, NormalEquations, StepResult, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, TeacherPath, total
 from solver_search.memory import Checkpointed

@@ -72,7 +72,6 @@ class TimestepTuner(TableModule):
         _check_options(self.names, output, objective, strategy, optimizer, learning_rate, steps, decay)
         network = load_denoiser(denoiser) if isinstance(denoiser, str) else denoiser
         self.denoiser = with_guidance(network.eval().requires_grad_(False), guidance_scale)
-        self.guidance_scale = float(getattr(self.denoiser, "guidance_scale", 1.0))
         self.learning_rate = OPTIMIZERS[optimizer] if learning_rate is None else learning_rate
         self.output, self.strategy, self.optimizer = output, strategy, optimizer
         self.steps, self.decay, self.free_last = steps, decay, free_last

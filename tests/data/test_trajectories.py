@@ -189,8 +189,10 @@ def test_check_refuses_another_denoiser(tmp_path):
     cache = TrajectoryCache(tmp_path)
     with pytest.raises(ValueError, match="made for weights"):
         cache.check(Toy(0.9))
+    guided = Toy()
+    guided.guidance_scale = 2.0
     with pytest.raises(ValueError, match=r"made for guidance scale 1\.0, found 2\.0"):
-        cache.check(Toy(), guidance_scale=2.0)
+        cache.check(guided)
     other = Toy()
     other.schedule = NoiseSchedule.scaled_linear()
     with pytest.raises(ValueError, match="made for noise schedule"):

@@ -15,6 +15,7 @@ from denoisers import (
     index_condition,
     with_guidance,
     with_precision,
+    with_scale,
 )
 from solvers import NoiseSchedule, named_solver, sample, start_noise
 
@@ -47,6 +48,26 @@ def test_guidance_is_uncond_plus_scale_times_difference(learned_variance: bool, 
     weight = (10 + 4 * (torch.tensor([1.0, 3.0]) - 10)) * timestep
     assert torch.allclose(output, x * weight.double()[:, None, None, None], rtol=1e-12)
     assert denoiser.batches == [4]
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_a_range_takes_each_sample_at_its_own_scale(learned_variance: bool) -> None:
+    denoiser = with_guidance(Labelled(learned_variance), [1, 5])
+    assert denoiser.guidance_scale == (1.0, 5.0)
+    x, labels, timestep = torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.tensor([0, 2]), torch.tensor(2.5)
+    output = denoiser(x, timestep, with_scale(denoiser, labels, torch.tensor([1.5, 4.0])))
+    for index, scale in enumerate((1.5, 4.0)):
+        alone = GuidedDenoiser(Labelled(learned_variance), scale)(x, timestep, labels)
+        assert torch.equal(output[index], alone[index])
+    assert with_scale(with_guidance(Labelled(), 2.0), labels, torch.ones(2)) is labels
+
+
+@pytest.mark.parametrize(("own", "asked"), [(7.5, 1.0), (7.5, 2.0), (7.5, [1, 8]), ([1, 8], 7.5), ([1, 8], 1.0)])
+def test_another_scale_than_its_own_is_refused(own: Any, asked: Any) -> None:
+    denoiser = with_guidance(Labelled(), own)
+    assert with_guidance(denoiser, own) is denoiser
+    with pytest.raises(ValueError, match=r"the denoiser has guidance_scale .*, asked for is .*: give the same"):
+        with_guidance(denoiser, asked)
 
 
 def test_scale_one_is_the_bare_denoiser() -> None:
@@ -99,6 +120,8 @@ def test_bf16_runs_the_network_in_bf16_and_returns_float32() -> None:
 def test_guidance_errors() -> None:
     with pytest.raises(ValueError, match="no null condition"):
         with_guidance(nn.Identity(), 2.0)
+    with pytest.raises(ValueError, match=r"no null condition, so guidance_scale \[1.0, 2.0\]"):
+        with_guidance(nn.Identity(), [1.0, 2.0])
     with pytest.raises(ValueError, match="finite"):
         with_guidance(Labelled(), float("nan"))
     with pytest.raises(ValueError, match="guidance needs a condition"):
