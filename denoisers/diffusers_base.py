@@ -164,3 +164,36 @@ class DiffusersDenoiser(nn.Module):
                 f"the network has {states} input and {outputs} output channels: it takes more than the state "
                 "(inpainting, editing); record its pipeline with data.record_trajectories instead"
             )
+
+
+class PromptDenoiser(DiffusersDenoiser):
+    """A network conditioned on prompt embeddings: a dict of its own argument names, and those of the null prompt.
+
+    The condition is made by `encode_prompts`: {"encoder_hidden_states": (batch, tokens, width), ..., "null": {...}};
+    `conditions`, when set, are those of a list of prompts, from which seeds choose (see `class_labels`).
+    """
+
+    conditions: Any = None
+
+    def null_condition(self, condition: dict[str, Any]) -> dict[str, Any]:
+        """The embeddings of the null prompt.
+
+        Raises:
+            ValueError: a condition that was encoded without them.
+        """
+        self._check_condition(condition)
+        if "null" not in condition:
+            raise ValueError("the condition has no null prompt, which guidance needs: encode with a negative prompt")
+        return condition["null"] | {"null": condition["null"]}
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:
+        """The network's output at a state, (batch, *sample_shape)."""
+        self._check_condition(condition)
+        return super().forward(x, timestep, {key: value for key, value in condition.items() if key != "null"})
+
+    def _check_condition(self, condition: Any) -> None:
+        if not isinstance(condition, dict):
+            raise ValueError(
+                f"{type(self.network).__name__} needs prompt embeddings, found {type(condition).__name__}: "
+                "pass encode_prompts(pipe, prompts), or load the model with prompts=[...]"
+            )

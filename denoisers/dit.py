@@ -11,6 +11,7 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from denoisers.checkpoint import WEIGHTS_NAME, save_denoiser
 from solvers.schedule import NoiseSchedule
 
 CONVENTIONS = ("scheduler", "sit")
@@ -134,8 +135,6 @@ class DiT(nn.Module):
 
     def save(self, folder: str | Path, training: dict[str, Any], weights: Mapping[str, Tensor]) -> tuple[Path, str]:
         """Write a checkpoint folder with these weights, see `denoisers.gamma.Student`."""
-        from denoisers.checkpoint import WEIGHTS_NAME, save_denoiser
-
         digest = save_denoiser(self, folder, training, weights)
         return Path(folder) / WEIGHTS_NAME, digest
 

@@ -124,7 +124,7 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
     if not folder.exists():
         return _call_by_name(str(path), options)
     if (folder / "config.json").is_file():
-        from denoisers.checkpoint import load_checkpoint
+        from denoisers.dit_load import load_checkpoint
 
         return _with_hash(load_checkpoint(folder, **_checked(load_checkpoint, options, path)))
     raise ValueError(
@@ -169,7 +169,7 @@ def _load_file(path: Path, family: str | None = None, num_heads: int | None = No
     found = [name for name in ("dit", "sit") if name in path.stem.lower()] if family is None else [family]
     if found not in (["dit"], ["sit"]):
         raise ValueError(f"{path.name} does not say whether it is a DiT or a SiT: pass family='dit' or family='sit'")
-    from denoisers.checkpoint import load_public_checkpoint
+    from denoisers.dit_load import load_public_checkpoint
 
     network: dict[str, Any] = {} if num_heads is None else {"num_heads": num_heads}
     if found == ["dit"]:

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from denoisers import load_denoiser
-from denoisers.checkpoint import load_checkpoint, load_public_checkpoint, load_weights, save_denoiser
+from denoisers.checkpoint import load_weights, save_denoiser
 from denoisers.dit import DiT, position_embedding, sinusoids
+from denoisers.dit_load import load_checkpoint, load_public_checkpoint
 from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 

@@ -1,4 +1,4 @@
-"""Students of SLAM from `UNet2DConditionModel`: gamma goes where LCM's networks are told a guidance scale."""
+"""`UNet2DConditionModel` as a denoiser, and its students of SLAM, told gamma where LCM's networks are told a scale."""
 
 import json
 from collections.abc import Mapping
@@ -9,11 +9,57 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from denoisers.diffusers_models import PromptUNet
+from denoisers.diffusers_base import PromptDenoiser
 from denoisers.pipeline_folder import lcm_scheduler, save_pipeline
 from solvers.identity import hash_weights
 
 EMBEDDING_WIDTH = 256
+
+
+class PromptUNet(PromptDenoiser):
+    """`UNet2DConditionModel`: Stable Diffusion 1.x and 2.x, and XL with its pooled text and size conditions.
+
+    One with LCM's guidance embedding (`time_cond_proj_dim`) is taken for a student of SLAM, see `gamma_sinusoids`.
+    """
+
+    @property
+    def condition_widths(self) -> dict[str, int]:
+        """Last dimension of every embedding that the network needs."""
+        config = self.network.config
+        widths = {"encoder_hidden_states": config.cross_attention_dim}
+        if config.addition_embed_type == "text_time":
+            sizes = 6 * config.addition_time_embed_dim
+            widths |= {"text_embeds": config.projection_class_embeddings_input_dim - sizes, "time_ids": 6}
+        return widths
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of the U-Net, from the input to the output."""
+        return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, gamma: Tensor | None = None) -> Tensor:
+        """The network's output at a state, (batch, *sample_shape); gamma (batch,) is for students, None means 1."""
+        self._check_condition(condition)
+        width = self.network.config.time_cond_proj_dim
+        if width is not None:
+            gamma = torch.ones(len(x), device=x.device) if gamma is None else gamma
+            condition = condition | {"timestep_cond": gamma_sinusoids(gamma, width)}
+        return super().forward(x, timestep, condition)
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        added = {key: value for key, value in condition.items() if key in ("text_embeds", "time_ids")}
+        return self.network(
+            x,
+            timestep,
+            condition["encoder_hidden_states"],
+            timestep_cond=condition.get("timestep_cond"),
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )[0]
+
+    def with_gamma(self) -> Any:
+        """A student that starts from these weights, see `denoisers.gamma.Student`."""
+        return PromptUNetStudent(self)
 
 
 class PromptUNetStudent(PromptUNet):
@@ -93,3 +139,18 @@ def student_network(network: Any) -> Any:
 def arguments(network: Any) -> Any:
     """Arguments of the constructor; diffusers' config also holds notes to itself."""
     return {name: value for name, value in network.config.items() if not name.startswith("_")}
+
+
+def gamma_sinusoids(gamma: Tensor, width: int) -> Tensor:
+    """What LCM's U-Nets are told of a guidance scale, at index 10 - 10 gamma: (batch,) -> (batch, width).
+
+        sin, cos of 1000 (10 - 10 gamma) 10000^(-i / (width / 2 - 1)),  i < width / 2
+
+    gamma = 1 is index 0, where a diffusers pipeline without guidance is: it embeds guidance_scale - 1.
+
+    Source: `get_guidance_scale_embedding` of diffusers' pipelines; the index is that of SLAM's released student.
+    """
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=gamma.device, dtype=torch.float32) / (half - 1))
+    angles = 1000 * (10 - 10 * gamma.float())[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -7,9 +7,10 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
 from denoisers import load_denoiser, with_guidance
-from denoisers.diffusers_models import from_pipeline, gamma_sinusoids
+from denoisers.diffusers_models import from_pipeline
 from denoisers.gamma import Student, with_gamma
 from denoisers.pipeline_folder import lcm_scheduler
+from denoisers.prompt_unet import gamma_sinusoids
 from denoisers.prompts import encode_prompts
 from solvers import sample, start_noise, tabulate
 from tests.tiny_pipelines import tiny_pipeline
