@@ -13,6 +13,8 @@ from solvers.conditions import map_condition
 from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
+NETWORKS = ("transformer", "unet")  # components of pipelines
+
 
 def read_schedule(scheduler: Any, image_tokens: int | None = None, mu: float | None = None) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler; dynamic shift is resolved for one number of image tokens.

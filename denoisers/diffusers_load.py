@@ -10,14 +10,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from torch import nn
 
-from denoisers.diffusers_base import DiffusersDenoiser, Source
+from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, Source
 from denoisers.diffusers_models import FAMILIES, from_network, vae_scale
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
 from solvers.conditions import condition_to
 
 DTYPES = ("float32", "bfloat16", "float16")
-NETWORKS = ("transformer", "unet")
 LEGACY = ("Transformer2DModel",)  # the class the first DiT and PixArt folders name
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.diffusers_base import DiffusersDenoiser, PromptDenoiser
+from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, PromptDenoiser
 from denoisers.prompt_unet import PromptUNet
 
 
@@ -147,7 +147,7 @@ def from_pipeline(pipe: Any, height: int | None = None, width: int | None = None
 
     The pipeline's network is shared, put into evaluation mode and frozen, as pipelines use it.
     """
-    components = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    components = (getattr(pipe, name, None) for name in NETWORKS)
     network = next((component for component in components if component is not None), None)
     options = {"height": height, "width": width, "vae_scale": vae_scale(getattr(pipe, "vae", None))}
     return from_network(network, pipe.scheduler, **options, name=type(pipe).__name__).eval().requires_grad_(False)

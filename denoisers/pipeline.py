@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.diffusers_base import read_schedule
+from denoisers.diffusers_base import NETWORKS, read_schedule
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
 from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
 
-NETWORKS = ("transformer", "unet")
 PROBE_STEPS = 10  # some schedulers refuse very few
 
 
