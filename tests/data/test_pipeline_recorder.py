@@ -74,7 +74,7 @@ def test_recorded_trajectories_are_the_sampler_s(kind: str, tmp_path: Path) -> N
     assert float((torch.stack(trace.states, 1) - found.states).abs().max()) < 1e-5 * scale
     assert float((torch.stack(trace.outputs, 1) - found.outputs).abs().max()) < 1e-4 * scale
     assert (cache.schedule, cache.sample_shape) == (denoiser.schedule, denoiser.sample_shape)
-    cache.check(denoiser, 3.0)
+    cache.check(denoiser)
 
 
 @pytest.mark.parametrize("kind", KINDS)
