@@ -9,20 +9,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from data.loader import seed_of
 from denoisers.checkpoint import WEIGHTS_NAME, load_weights, save_denoiser
 from denoisers.dit import DiT
-from evaluation.generate import generate
-from evaluation.pictures import image_grid
 from solvers.named import named_solver
 from solvers.prediction import per_sample, to_output
-from training.adamw import AdamWModule
+from solvers.table import SolverTable
+from training.arguments import check_choice
 from training.ema import averaged_network
+from training.network import AdamW, NetworkModule
 
 TIME_SAMPLING = ("uniform", "logit_normal")
 
 
-class BaseModel(AdamWModule):
+class BaseModel(NetworkModule):
     """Regression of a network's output at random nodes: E |network(alpha data + sigma noise, t, label) - target|^2.
 
     Timesteps, noises and dropped labels of a batch depend only on (seed, epoch, batch, rank), so a resumed run equals
@@ -31,12 +30,7 @@ class BaseModel(AdamWModule):
     Args:
         network: the DiT to train; its schedule says what is predicted.
         output: checkpoint folder written at the end of training.
-        learning_rate: peak learning rate of AdamW.
-        warmup_steps: steps of linear warm-up.
-        decay_fraction: the last part of the steps over which the rate falls linearly to zero: 1 from the warm-up on,
-            0.2 for warm-up, stable, decay.
-        betas: AdamW's decay rates.
-        weight_decay: AdamW's weight decay.
+        optimizer: AdamW and its learning rate.
         time_sampling: `uniform` over the timesteps, or `logit_normal` (arXiv 2403.03206), for flow schedules.
         class_dropout: probability that a label becomes the null class.
         init_from: checkpoint folder whose weights to start from (same network, any schedule).
@@ -51,11 +45,7 @@ class BaseModel(AdamWModule):
         self,
         network: DiT,
         output: str | None = None,
-        learning_rate: float = 1e-3,
-        warmup_steps: int = 200,
-        decay_fraction: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
+        optimizer: AdamW = AdamW(1e-3, warmup_steps=200, decay_fraction=1.0, betas=(0.9, 0.95)),  # noqa: B008 - frozen
         time_sampling: str = "uniform",
         class_dropout: float = 0.1,
         init_from: str | None = None,
@@ -63,14 +53,10 @@ class BaseModel(AdamWModule):
         sample_every: int = 1000,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        _check_options(network, time_sampling, class_dropout, decay_fraction)
+        super().__init__(output, optimizer, sample_every, seed)
+        _check_options(network, time_sampling, class_dropout)
         self.network = network
-        self.output, self.seed = output, seed
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
-        self.warmup_steps, self.decay_fraction = warmup_steps, decay_fraction
-        self.time_sampling, self.class_dropout = time_sampling, class_dropout
-        self.init_from, self.sample_every = init_from, sample_every
+        self.time_sampling, self.class_dropout, self.init_from = time_sampling, class_dropout, init_from
         if init_from:
             load_weights(network, _read_weights(Path(init_from)), init_from)
         self._predict = torch.compile(network.forward) if compile else network.forward
@@ -78,7 +64,7 @@ class BaseModel(AdamWModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch (images, labels) at random nodes."""
         images, labels = batch
-        generator = self._generator("train", self.current_epoch, batch_idx)
+        generator = self.generator("train", self.current_epoch, batch_idx, device=self.device)
         dropped = torch.rand(len(labels), generator=generator, device=self.device) < self.class_dropout
         labels = labels.masked_fill(dropped, self.network.num_classes)
         position = torch.rand(len(images), generator=generator, device=self.device)
@@ -90,8 +76,8 @@ class BaseModel(AdamWModule):
         """Loss of the averaged weights, always at the same nodes and noises, evenly spread over the timesteps."""
         images, labels = batch
         position = (torch.arange(len(images), device=self.device) + 0.5) / len(images)
-        network = averaged_network(self.trainer, self.network)
-        loss = self._loss(network, images, labels, position, self._generator("val", batch_idx))
+        generator = self.generator("val", batch_idx, device=self.device)
+        loss = self._loss(self.result, images, labels, position, generator)
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
 
     def _loss(
@@ -119,25 +105,20 @@ class BaseModel(AdamWModule):
         """The network."""
         return self.network
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Log samples of the averaged weights, always from the same noises."""
-        if self.sample_every and self.global_step % self.sample_every == 0 and hasattr(self.logger, "log_image"):
-            self._log_samples(averaged_network(self.trainer, self.network))
+    @property
+    def result(self) -> Any:
+        """The averaged network, or the network itself."""
+        return averaged_network(self.trainer, self.network)
 
-    @rank_zero_only
-    def _log_samples(self, network: DiT, num_images: int = 40) -> None:
+    def sample_tables(self) -> dict[str, SolverTable]:
+        """20 steps of DDIM or Euler."""
         schedule = self.network.schedule
-        table = named_solver("euler:20" if schedule.kind == "flow" else "ddim:20", schedule)
-        with self.trainer.precision_plugin.train_step_context():
-            images = generate(network, table, range(num_images), batch_size=num_images)
-        self.logger.log_image("samples", [image_grid(images, columns=10)])
+        return {"samples": named_solver("euler:20" if schedule.kind == "flow" else "ddim:20", schedule)}
 
     @rank_zero_only
-    def on_train_end(self) -> None:
+    def write(self, folder: Path) -> None:
         """Write the checkpoint folder."""
-        if self.output is None:
-            return
-        save_denoiser(averaged_network(self.trainer, self.network), self.output, self._training_record())
+        save_denoiser(self.result, folder, self._training_record())
 
     def _training_record(self) -> dict[str, Any]:
         """What a reader of the checkpoint should know about its training."""
@@ -145,8 +126,8 @@ class BaseModel(AdamWModule):
         return {
             "steps": self.trainer.global_step,
             "images": self.trainer.global_step * self._images_per_step(),
-            "learning_rate": self.learning_rate,
-            "betas": list(self.betas),
+            "learning_rate": self.adamw.learning_rate,
+            "betas": list(self.adamw.betas),
             "class_dropout": self.class_dropout,
             "time_sampling": self.time_sampling,
             "precision": str(self.trainer.precision),
@@ -158,20 +139,13 @@ class BaseModel(AdamWModule):
         batch_size = self.trainer.train_dataloader.batch_sampler.batch_size
         return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def _generator(self, *parts: int | str) -> torch.Generator:
-        seed = seed_of(*parts, self.seed, self.global_rank)
-        return torch.Generator(device=self.device).manual_seed(seed)
 
-
-def _check_options(network: DiT, time_sampling: str, class_dropout: float, decay_fraction: float) -> None:
-    if time_sampling not in TIME_SAMPLING:
-        raise ValueError(f"unknown time_sampling {time_sampling!r}: use one of {', '.join(TIME_SAMPLING)}")
+def _check_options(network: DiT, time_sampling: str, class_dropout: float) -> None:
+    check_choice("time_sampling", time_sampling, TIME_SAMPLING)
     if time_sampling == "logit_normal" and network.schedule.kind != "flow":
         raise ValueError(f"time_sampling logit_normal is for flow schedules, this one is {network.schedule.kind}")
     if not 0 <= class_dropout <= 1:
         raise ValueError(f"class_dropout {class_dropout} must lie in [0, 1]")
-    if not 0 <= decay_fraction <= 1:
-        raise ValueError(f"decay_fraction {decay_fraction} must lie in [0, 1]")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

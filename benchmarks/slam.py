@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.images import ImageArray
 from data.loader import EpochBatchSampler, ResumableLoader
 from slam.module import SLAM
+from training.network import AdamW
 
 
 class Bare(lightning.Callback):
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         options.teacher,
         guidance_scale=options.guidance_scale,
         teacher_dtype="bfloat16" if "bf16" in options.precision else None,
-        learning_rate=1e-5,
+        optimizer=AdamW(1e-5),
         sample_every=0,
     )
     source = loader(module.teacher.sample_shape, 4 * options.batch_size, options.batch_size)

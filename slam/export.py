@@ -1,9 +1,8 @@
-"""What a run leaves behind: the student's folder, an artifact for each number of steps, and pictures in the log."""
+"""What a run leaves behind: the student's folder, and an artifact for each number of steps."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch.utilities import rank_zero_only
 
 from slam.lora import plain_weights
 from solvers import identify, save_solver
@@ -11,27 +10,49 @@ from solvers import identify, save_solver
 STUDENT_NAME = "student"
 
 
-def export(module: Any, folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Exports:
+    """What is written, and when.
+
+    Args:
+        steps: numbers of evaluations that artifacts are written for.
+        every: training steps between exports; 0: at the end only.
+        keep: leave each of those in a folder of its own, `output`/step-<step>, instead of replacing the last.
+        upload_student: also upload the student to W&B, at the end.
+    Raises:
+        ValueError: no steps.
+    """
+
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    every: int = 0
+    keep: bool = False
+    upload_student: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("steps is empty: give the numbers of evaluations to export, such as 1, 2, 4, 8")
+
+
+def export(module: Any, folder: Path) -> None:
     """Write student/ and slam-<steps>.json into a folder, in the first process; sharded weights need all of them."""
-    weights = plain_weights(module.denoiser)
-    paths = [folder / f"slam-{count}.json" for count in module.tables]
-    if module.global_rank == 0:
-        record = fitted_on(module)
-        file, digest = module.target.save(
-            folder / STUDENT_NAME, record, {name: value.cpu() for name, value in weights.items()}
+    weights = plain_weights(module.result)
+    if module.global_rank != 0:
+        return
+    record = fitted_on(module)
+    file, digest = module.target.save(
+        folder / STUDENT_NAME, record, {name: value.cpu() for name, value in weights.items()}
+    )
+    identity = identify(module.target, name=STUDENT_NAME, weight_hash=digest)
+    for count, table in module.tables.items():
+        save_solver(
+            table,
+            folder / f"slam-{count}.json",
+            identity,
+            method="slam",
+            fitted_on=record,
+            config=config(module),
+            student=file.relative_to(folder),
         )
-        identity = identify(module.target, name=STUDENT_NAME, weight_hash=digest)
-        for path, table in zip(paths, module.tables.values()):
-            save_solver(
-                table,
-                path,
-                identity,
-                method="slam",
-                fitted_on=record,
-                config=config(module),
-                student=file.relative_to(folder),
-            )
-    return paths
 
 
 def fitted_on(module: Any) -> dict[str, Any]:
@@ -41,8 +62,8 @@ def fitted_on(module: Any) -> dict[str, Any]:
         "teacher": teacher.name,
         "teacher_weight_hash": teacher.weight_hash,
         "guidance_scale": teacher.guidance_scale,
-        "teacher_points": module.num_points,
-        "method": module.method,
+        "teacher_points": module.objective.teacher_points,
+        "method": module.objective.method,
         "iterations": module.global_step,
         "images": module.images,
         "seconds": module.fitting_seconds,
@@ -57,46 +78,16 @@ def data_origin(trainer: Any) -> dict[str, Any]:
 
 
 def config(module: Any) -> dict[str, Any]:
-    """The settings that make a difference."""
-    names = ("method", "noise_level", "line_timestep", "weighting", "loss", "huber_c", "target_decay")
-    more = ("learning_rate", "warmup_steps", "decay_fraction", "weight_decay", "lora_rank", "seed")
+    """The settings that make a difference and are not in `fitted_on`."""
     trainer = module.trainer
     return {
-        **{name: getattr(module, name) for name in names + more},
-        "betas": list(module.betas),
+        **{name: value for name, value in asdict(module.objective).items() if name != "teacher_points"},
+        **asdict(module.adamw),
+        "betas": list(module.adamw.betas),
+        "lora_rank": module.lora_rank,
+        "seed": module.seed,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
     }
-
-
-def log_samples(module: Any, counts: list[int], num_images: int = 40) -> None:
-    """Pictures of each number of steps, always from the same noises, where the logger takes pictures."""
-    sharded = module.device_mesh is not None
-    if not hasattr(module.logger, "log_image") or (module.global_rank != 0 and not sharded):
-        return
-    from evaluation.generate import as_images, generate
-    from evaluation.pictures import image_grid
-
-    network = module.denoiser
-    with module.trainer.precision_plugin.forward_context():
-        found = [generate(network, module.tables[count], range(num_images), batch_size=num_images) for count in counts]
-    _log_images(module.logger, counts, [image_grid(as_images(network, images), columns=10) for images in found])
-
-
-@rank_zero_only
-def _log_images(logger: Any, counts: list[int], grids: list[Any]) -> None:
-    for count, grid in zip(counts, grids):
-        logger.log_image(f"samples/{count}-step", [grid])
-
-
-@rank_zero_only
-def upload_student(logger: Any, folder: Path) -> None:
-    """The whole folder as a W&B artifact, where the logger is W&B's."""
-    if hasattr(logger, "log_image"):
-        import wandb
-
-        artifact = wandb.Artifact(f"student-{folder.resolve().name}", type="model")
-        artifact.add_dir(str(folder))
-        logger.experiment.log_artifact(artifact)

@@ -1,4 +1,4 @@
-"""The two predictions that SLAM compares, for a batch: on the line, and at the teacher's next point."""
+"""What SLAM minimises: how far two predictions are apart, on the line and at the teacher's next point."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -7,11 +7,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slam.lines import Points, consistency_weights, ddim_weights, line_call, line_node, line_weights, weighted
+from slam.lines import (
+    LINE_TIMESTEPS,
+    NOISE_LEVELS,
+    Points,
+    consistency_weights,
+    ddim_weights,
+    huber,
+    l2,
+    line_call,
+    line_node,
+    line_weights,
+    weighted,
+)
 from solvers.schedule import NoiseSchedule
+from training.arguments import check_choice
 
 Pair = tuple[Tensor, Tensor]
+METHODS = ("slam", "consistency")
 WEIGHTINGS = ("uniform", "snr")
+LOSSES = ("huber", "l2")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Args:
+        method: `slam`, or `consistency`: gamma is 1 always, plain consistency distillation.
+        teacher_points: steps of the teacher's DDIM (flow: Euler) between noise and data.
+        noise_level: sigma on the line, `paper` or `shared`, see `slam.lines.line_node`.
+        line_timestep: what the student is told on the line, `start` or `node`, see `slam.lines.line_call`.
+        weighting: of the difference before the loss: `uniform`: 1; `snr`: min(1, alpha_s / sigma_s), so that data read
+            off a noise prediction at alpha_s near 0, with errors of 1 / alpha_s, do not outweigh all others.
+        loss: `huber` or `l2`.
+        huber_c: where the Huber loss turns from quadratic to linear.
+        target_decay: of the target, an exponential moving average of the student.
+    Raises:
+        ValueError: an option out of its range.
+    Source: arXiv 2404.13903: target decay 0.95, Huber with c = 0.001 on Stable Diffusion.
+    """
+
+    method: str = "slam"
+    teacher_points: int = 50
+    noise_level: str = "paper"
+    line_timestep: str = "start"
+    weighting: str = "uniform"
+    loss: str = "huber"
+    huber_c: float = 0.001
+    target_decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("noise_level", self.noise_level, NOISE_LEVELS)
+        check_choice("line_timestep", self.line_timestep, LINE_TIMESTEPS)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("loss", self.loss, LOSSES)
+        if self.huber_c <= 0:
+            raise ValueError(f"huber_c {self.huber_c} must be positive")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"target_decay {self.target_decay} must lie in [0, 1)")
+
+    @property
+    def tells_gamma(self) -> bool:
+        """Whether the student is told gamma; not for plain consistency distillation, where it is 1."""
+        return self.method == "slam"
+
+    def of(self, difference: Tensor) -> Tensor:
+        """The loss of weighted differences."""
+        return huber(difference, self.huber_c) if self.loss == "huber" else l2(difference)
 
 
 @dataclass(frozen=True)
@@ -40,30 +104,18 @@ class Weights:
         schedule: NoiseSchedule,
         points: Points,
         gamma: Tensor,
-        noise_level: str = "paper",
-        weighting: str = "uniform",
-        line_timestep: str = "start",
+        objective: Objective = Objective(),
     ) -> "Weights":
-        """Weights of sub-paths (batch,) at gamma (batch,), float64.
-
-        Args:
-            schedule: of the networks.
-            points: the sub-paths.
-            gamma: in [0, 1].
-            noise_level: see `line_node`.
-            weighting: of the difference before the loss: `uniform`: 1; `snr`: min(1, alpha_s / sigma_s), so that data
-                read off a noise prediction at alpha_s near 0, with errors of 1 / alpha_s, do not outweigh all others.
-            line_timestep: see `line_call`.
-        """
-        node = line_node(schedule.kind, points, gamma, noise_level)
-        told, scale = line_call(schedule, points, node, line_timestep)
+        """Weights of sub-paths (batch,) at gamma (batch,) in [0, 1], float64."""
+        node = line_node(schedule.kind, points, gamma, objective.noise_level)
+        told, scale = line_call(schedule, points, node, objective.line_timestep)
         on_start, on_end = line_weights(schedule.kind, points, gamma)
         return cls(
             points.start,
             points.end,
             told,
             gamma,
-            _loss_weight(weighting, points),
+            _loss_weight(objective.weighting, points),
             forward=(points.alpha_start, points.sigma_start),
             step=ddim_weights(schedule.prediction_type, points),
             line=(on_start / scale, on_end / scale),

@@ -1,7 +1,7 @@
 """How every command line of the project reports what a user can cause: one line, exit code 2, no traceback."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 
@@ -25,3 +25,9 @@ def guarded(function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
     except ValueError as error:
         fail(str(error))
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raise ValueError where an option is none of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(allowed)}")

@@ -17,12 +17,17 @@ def log_table(logger: Any, name: str, table: SolverTable, title: str | None = No
         logger.log_image(name, [draw_table(table, title or name)])
 
 
-@rank_zero_only
 def upload_solver(logger: Any, path: Path) -> None:
     """The artifact's file as a W&B artifact, where the logger is W&B's."""
+    upload(logger, path, f"solver-{path.stem}", "solver")
+
+
+@rank_zero_only
+def upload(logger: Any, path: Path, name: str, kind: str) -> None:
+    """A file, or a whole folder, as a W&B artifact, where the logger is W&B's."""
     if hasattr(logger, "log_image"):
         import wandb
 
-        artifact = wandb.Artifact(f"solver-{path.stem}", type="solver")
-        artifact.add_file(str(path))
+        artifact = wandb.Artifact(name, type=kind)
+        (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
         logger.experiment.log_artifact(artifact)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,14 +16,18 @@ from denoisers.dit import DiT
 from solvers.prediction import per_sample
 from solvers.schedule import NoiseSchedule
 from training.ema import EMA
+from training.network import AdamW
 
 NETWORK = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
+OPTIMIZER = AdamW(1e-3, warmup_steps=2, decay_fraction=1.0, betas=(0.9, 0.95))
 SCHEDULES = {"epsilon": NoiseSchedule.linear(), "flow": NoiseSchedule.flow()}
 
 
 def model(schedule: str = "epsilon", network: dict | None = None, **options) -> BaseModel:
     torch.manual_seed(0)
-    return BaseModel(DiT(SCHEDULES[schedule], **NETWORK | (network or {})), **{"warmup_steps": 2} | options)
+    names = {field.name for field in fields(AdamW)} & options.keys()
+    optimizer = replace(OPTIMIZER, **{name: options.pop(name) for name in names})
+    return BaseModel(DiT(SCHEDULES[schedule], **NETWORK | (network or {})), optimizer=optimizer, **options)
 
 
 def digits(batch_size: int = 300) -> ImageData:
@@ -178,7 +183,7 @@ def test_two_processes_average_their_gradients(tmp_path):
     alone, pair = model(), model()
     (sum(rank_loss(alone, rank, rank_batch(rank)) for rank in range(2)) / 2).backward()
     weights = [value for value in alone.network.parameters() if value.requires_grad]
-    torch.optim.AdamW(weights, lr=alone.learning_rate / 2, betas=alone.betas, weight_decay=0.0).step()
+    torch.optim.AdamW(weights, lr=alone.adamw.learning_rate / 2, betas=alone.adamw.betas, weight_decay=0.0).step()
     two = trainer(tmp_path, max_steps=1, devices=2, strategy="ddp_fork", precision="64-true")
     two.fit(pair, digits(batch_size=8))
     for name, value in alone.network.state_dict().items():

@@ -15,7 +15,7 @@ from slam.lines import (
     teacher_points,
     weighted,
 )
-from slam.objective import Weights, predictions
+from slam.objective import Objective, Weights, predictions
 from solvers import NoiseSchedule, named_solver, sample
 from solvers.prediction import to_output
 from tests.analytic import gaussian_denoiser, gaussian_solution
@@ -250,7 +250,7 @@ def test_losses():
 def test_weights_of_the_loss():
     schedule = NoiseSchedule.linear()
     points, gamma = teacher_points(schedule), torch.ones(50, dtype=torch.float64)
-    snr = Weights.of(schedule, points, gamma, weighting="snr").loss
+    snr = Weights.of(schedule, points, gamma, Objective(weighting="snr")).loss
     assert snr[0] == 1
     assert float(snr[-1]) == pytest.approx(0.006353 / 0.999980, rel=1e-3)
     assert (Weights.of(schedule, points, gamma).loss == 1).all()
@@ -323,7 +323,8 @@ def test_at_gamma_one_both_tell_the_start(name):
 def test_a_perfect_student_finds_the_data_from_its_node(name):
     """With one data point and one noise f is c_skip x_g + c_out data, at the timestep that the student is told."""
     schedule, points, data, noise = every(name)
-    weights = Weights.of(schedule, points, torch.rand(50, dtype=torch.float64), "shared", line_timestep="node")
+    objective = Objective(noise_level="shared", line_timestep="node")
+    weights = Weights.of(schedule, points, torch.rand(50, dtype=torch.float64), objective)
     start = weighted((points.alpha_start, points.sigma_start), data, noise)
     end = weighted((points.alpha_end, points.sigma_end), data, noise)
     point = weighted(weights.line, start, end)

@@ -15,11 +15,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 import sample as command
 from data.latents import LatentData
 from denoisers import load_denoiser
+from slam.export import Exports
 from slam.module import SLAM
 from solvers import load_solver, sample, start_noise, student_path
 from tests.image_text import image_text_folder, write_image_text
 from tests.tiny_pipelines import tiny_pipeline
 from train import main
+from training.network import AdamW
 
 PROMPTS = ["a cat", "dog"]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -43,7 +45,12 @@ def distil(model: Path, shards: Path, output: Path, *options: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     callbacks.write_text("trainer: {callbacks: [], logger: false, enable_checkpointing: false}\n")
     places = [f"--model.teacher={model}", f"--data.folder={shards}", f"--model.output={output}"]
-    small = ["--trainer.max_steps=3", "--data.batch_size=2", "--data.num_workers=0", "--model.learning_rate=0.01"]
+    small = [
+        "--trainer.max_steps=3",
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+        "--model.optimizer.learning_rate=0.01",
+    ]
     main(["fit", "--config=configs/slam/sd15.yaml", f"--config={callbacks}", *QUIET, *places, *small, *options])
 
 
@@ -108,7 +115,8 @@ def one_step(run: Path, output: Path, strategy) -> None:
     """A step of two processes."""
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     more = {"logger": False, "use_distributed_sampler": False, "accelerator": "cpu", "devices": 2, "max_steps": 1}
-    module = SLAM(str(run / "model"), str(output), guidance_scale=9.0, learning_rate=1e-2, steps=[1], sample_every=0)
+    options = {"optimizer": AdamW(1e-2), "exports": Exports(steps=(1,)), "sample_every": 0}
+    module = SLAM(str(run / "model"), str(output), guidance_scale=9.0, **options)
     data = LatentData(str(run / "shards"), batch_size=1)
     lightning.Trainer(strategy=strategy, **quiet, **more).fit(module, datamodule=data)
 

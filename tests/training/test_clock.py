@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 
 from olss.module import OLSS
 from slam.module import SLAM
+from slam.objective import Objective
 from solver_search.module import SolverSearch
 from solvers import NoiseSchedule
 from tests.olss.toy import Toy
@@ -20,7 +21,7 @@ METHODS = {
     "olss": lambda: OLSS(Toy(), "unused", nfe=[3]),
     "solver_search": lambda: SolverSearch(TwoPoints(SCHEDULE), nfe=2),
     "timestep_tuner": lambda: TimestepTuner(TwoPoints(SCHEDULE), "ddim:3"),
-    "slam": lambda: SLAM(network(), teacher_points=10, weighting="snr"),
+    "slam": lambda: SLAM(network(), objective=Objective(teacher_points=10)),
 }
 
 

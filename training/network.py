@@ -1,0 +1,171 @@
+"""How networks are trained here: fused AdamW, random numbers by batch, samples in the log, output at the end."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from data.loader import seed_of
+from evaluation.generate import as_images, generate
+from evaluation.pictures import image_grid
+from solvers.table import SolverTable
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW and its learning rate over the steps: linear warm-up, stable, then linearly to zero.
+
+    Args:
+        learning_rate: the peak.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: the last part of the steps after the warm-up over which the rate falls linearly to zero: 1 from
+            the warm-up on, 0 for a rate that stays.
+        betas: decay rates of the averages.
+        weight_decay: per step, in units of the rate.
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    decay_fraction: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} must be positive, warmup_steps {self.warmup_steps} and "
+                f"weight_decay {self.weight_decay} at least 0"
+            )
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction {self.decay_fraction} must lie in [0, 1]")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+
+    def rate(self, step: int, total: float) -> float:
+        """Rate at a step (from 0) over the peak.
+
+        Args:
+            step: from 0.
+            total: steps of the run; infinite for none known, and then the rate stays.
+        """
+        if step < self.warmup_steps or not math.isfinite(total):
+            return min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay = max(1.0, self.decay_fraction * (total - self.warmup_steps))
+        return min(1.0, max(0.0, (total - step) / decay))
+
+    def make(self, network: nn.Module) -> torch.optim.AdamW:
+        """The optimiser of a network's parameters that require gradients."""
+        return torch.optim.AdamW(
+            [value for value in network.parameters() if value.requires_grad],
+            lr=self.learning_rate,
+            betas=(self.betas[0], self.betas[1]),
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+class NetworkModule(lightning.LightningModule):
+    """A module that trains one network and writes another, usually an average of it.
+
+    Args:
+        output: folder written at the end of training; none by default.
+        optimizer: of the network.
+        sample_every: steps between pictures of samples in the logger; 0 for none.
+        seed: of all random numbers, see `generator`.
+    """
+
+    def __init__(self, output: str | None, optimizer: AdamW, sample_every: int, seed: int) -> None:
+        super().__init__()
+        self.output, self.adamw, self.sample_every, self.seed = output, optimizer, sample_every, seed
+        self._last_step = 0
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The network; its parameters that require gradients are trained."""
+
+    @property
+    @abstractmethod
+    def result(self) -> Any:
+        """The denoiser that is shown and written."""
+
+    @abstractmethod
+    def sample_tables(self) -> dict[str, SolverTable]:
+        """What the pictures of samples are made with, by their name in the logger."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write what was trained; every process calls it."""
+
+    def after_step(self, step: int) -> None:
+        """After a step of the optimiser."""
+
+    def generator(self, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers that depend on `parts`, the seed and the process alone, so a resumed run has the same."""
+        return torch.Generator(device=device).manual_seed(seed_of(*parts, self.seed, self.global_rank))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what is trained, with a rate per step."""
+        optimizer = self.adamw.make(self.trained)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step over the peak."""
+        total = self.trainer.estimated_stepping_batches if self.adamw.decay_fraction else math.inf
+        return self.adamw.rate(step, total)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm; Lightning itself refuses to with a fused optimizer."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        """Steps count on from a checkpoint's."""
+        super().on_train_start()
+        self._last_step = self.global_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Once per step of the optimiser: samples, and what a subclass adds."""
+        step = self.global_step
+        if step == self._last_step:  # gradients are still being accumulated
+            return
+        self._last_step = step
+        if self.sample_every and step % self.sample_every == 0 and hasattr(self.logger, "log_image"):
+            self._log_samples()
+        self.after_step(step)
+
+    def on_train_end(self) -> None:
+        """Write the output."""
+        if self.output is not None:
+            self.write(Path(self.output))
+
+    def _log_samples(self, num_images: int = 40) -> None:
+        """Pictures, always from the same noises; sharded networks need all processes, others the first."""
+        if self.global_rank != 0 and self.device_mesh is None:
+            return
+        with self.trainer.precision_plugin.forward_context():
+            found = {
+                name: generate(self.result, table, range(num_images), batch_size=num_images)
+                for name, table in self.sample_tables().items()
+            }
+        for name, states in found.items():
+            self._log_image(name, as_images(self.result, states))
+
+    @rank_zero_only
+    def _log_image(self, name: str, images: Tensor) -> None:
+        logger: Any = self.logger
+        logger.log_image(name, [image_grid(images, columns=10)])
