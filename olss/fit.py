@@ -57,10 +57,12 @@ class Solution:
     condition: float
 
 
-def solve(factor: Factor, basis: Sequence[int], targets: Sequence[int], ridge: float = 0.0) -> Solution:
+def solve(
+    factor: Factor, basis: Sequence[int], targets: Sequence[int], ridge: float = 0.0, prior: Tensor | None = None
+) -> Solution:
     """Best approximation of some columns by others.
 
-        minimise mean |sum_j coef[j] column[basis[j]] - column[target]|^2 + ridge sum_j coef[j]^2
+        minimise mean |sum_j coef[j] column[basis[j]] - column[target]|^2 + ridge sum_j (coef[j] - prior[j])^2
 
     LAPACK's gelsd with a fixed cut-off: gelsy and the default cut-offs decide the rank by the number of rows.
 
@@ -69,20 +71,23 @@ def solve(factor: Factor, basis: Sequence[int], targets: Sequence[int], ridge: f
         basis: indices of the columns to combine.
         targets: indices of the columns to approximate.
         ridge: penalty on the coefficients, in units of squared column elements.
+        prior: (basis, targets), what the penalty draws to; default zero.
     Returns:
         Solution; its error is without the penalty.
     """
     rows = max(factor.num_rows, 1)
     scale = rows**-0.5
-    matrix, wanted = factor.r[:, list(basis)] * scale, factor.r[:, list(targets)] * scale
+    matrix, wanted = (factor.r[:, list(columns)].cpu() * scale for columns in (basis, targets))
+    prior = torch.zeros(len(basis), len(targets), dtype=torch.float64) if prior is None else prior
+    wanted = wanted - matrix @ prior
     penalty = ridge**0.5 * torch.eye(len(basis) if ridge else 0, len(basis), dtype=torch.float64)
     zeros = torch.zeros(len(penalty), wanted.shape[1], dtype=torch.float64)
-    stacked = torch.cat([matrix, penalty.to(matrix)]), torch.cat([wanted, zeros.to(wanted)])
-    found = torch.linalg.lstsq(*(value.cpu() for value in stacked), rcond=_RCOND, driver="gelsd")
+    stacked = torch.cat([matrix, penalty]), torch.cat([wanted, zeros])
+    found = torch.linalg.lstsq(*stacked, rcond=_RCOND, driver="gelsd")
     values = found.singular_values
     condition = float(values[0] / values[-1]) if values[-1] > 0 else float("inf")
-    error = (matrix.cpu() @ found.solution - wanted.cpu()).norm(dim=0)
-    return Solution(found.solution, error, condition)
+    error = (matrix @ found.solution - wanted).norm(dim=0)
+    return Solution(found.solution + prior, error, condition)
 
 
 def warn_if_ill_conditioned(condition: float, row: int) -> None:

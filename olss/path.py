@@ -12,10 +12,10 @@ from solvers.table import SolverTable
 
 
 def check_path(path: Sequence[int], num_steps: int) -> list[int]:
-    """`path` as a list, or ValueError when it is not 0 = path[0] < ... < path[N-1] < num_steps."""
+    """`path` as a list, or ValueError when it is not 0 <= path[0] < ... < path[N-1] < num_steps."""
     path = list(path)
-    if not path or path[0] != 0 or path[-1] >= num_steps or any(a >= b for a, b in pairwise(path)):
-        raise ValueError(f"path {path} must start at 0, increase, and stay below the teacher's {num_steps} steps")
+    if not path or path[0] < 0 or path[-1] >= num_steps or any(a >= b for a, b in pairwise(path)):
+        raise ValueError(f"path {path} must increase from 0 or later, and stay below the teacher's {num_steps} steps")
     return path
 
 
@@ -47,12 +47,12 @@ def log_snr_path(table: SolverTable, nfe: int) -> list[int]:
     return distinct([0, *nearest], table.nfe)
 
 
-def distinct(positions: Sequence[float], num_steps: int) -> list[int]:
-    """Rounded positions, moved apart as little as an increasing path from 0 needs."""
+def distinct(positions: Sequence[float], num_steps: int, lowest: int = 0) -> list[int]:
+    """Rounded positions, moved apart as little as an increasing path from `lowest` needs."""
     path: list[int] = []
     for index, position in enumerate(positions):
         highest = num_steps - (len(positions) - index)
-        path.append(min(max(round(position), path[-1] + 1 if path else 0), highest))
+        path.append(min(max(round(position), path[-1] + 1 if path else lowest), highest))
     return path
 
 

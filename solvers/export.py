@@ -93,6 +93,8 @@ def _install(files: dict[str, str], pipeline: Path) -> None:
 
 
 def _comfyui(tables: list[SolverTable], output: Path) -> Path:
+    for table in tables:
+        table.require_plain("a ComfyUI sampler")
     solvers = {_name(table): comfyui_numbers(table) for table in tables}
     _write(output / "solvers.json", strict_json.dumps(solvers))
     _write(output / "__init__.py", (SOURCES / "comfyui_nodes.py").read_text(encoding="utf-8"))

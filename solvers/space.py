@@ -43,6 +43,10 @@ class Plain:
         """sum_j weights[i, j] parts[j] for several rows at once: (rows, ...) of (rows, columns) and (columns, ...)."""
         return torch.tensordot(weights, parts, dims=1)
 
+    def isometric(self, parts: Tensor) -> tuple[Tensor, ...]:
+        """The parts that weights act on independently of each other, scaled to keep sums of squares."""
+        return (parts,)
+
     def scale(self, weights: Tensor, rows: Tensor) -> Tensor:
         """Each row of weights, (rows, columns), times a weight of its own, (rows,)."""
         return weights[:, None] * rows

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers import views
 from solvers.calls import CONDITIONAL, UNCONDITIONAL, Call, check_calls, one_call_a_row
+from solvers.errors import SolverError
 from solvers.executor import OUTPUT, STATE, Row, plan_rows
 from solvers.prediction import check_prediction_type
 from solvers.space import Plain, Space
@@ -92,6 +93,14 @@ class SolverTable:
     def is_plain(self) -> bool:
         """Whether weights are numbers and every row makes one conditional call, as a scheduler does."""
         return isinstance(self.space, Plain) and self.calls == one_call_a_row(self.num_rows)
+
+    def require_plain(self, who: str) -> None:
+        """Raise SolverError when `who`, which sees one output a row and weighs by numbers, cannot run this table."""
+        if not self.is_plain:
+            has = "weights per frequency band" if self.space.ops else "network calls of its own"
+            raise SolverError(
+                f"{who} cannot run this solver, which has {has}: use solvers.sample, sample.py or the NumPy export"
+            )
 
     @cached_property
     def call_rows(self) -> Tensor:

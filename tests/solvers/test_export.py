@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from solvers import (
+    Bands,
     DenoiserIdentity,
     NoiseSchedule,
     SolverError,
@@ -91,6 +93,45 @@ def test_numpy_file_equals_sample(tmp_path, kind, stochastic):
     assert calls == table.timesteps.tolist()
     assert solver.sample(model, noise.float().numpy(), step_noise.float().numpy()).dtype == np.float32
     assert solver.TABLE["guidance_scale"] == 3.0
+
+
+@pytest.mark.parametrize("edges", [None, (), (0.1, 0.3)])
+def test_numpy_file_makes_calls_and_weighs_bands(tmp_path, edges):
+    table = learned_table("epsilon").guided(2.5, rows=[0, 2])
+    if edges is not None:
+        space = Bands(edges, 3)
+        names = ("state_coef", "output_coef", "noise_coef")
+        weights = {name: space.embed(getattr(table, name)) for name in names}
+        weights["output_coef"] = weights["output_coef"] * torch.rand(space.ops, dtype=torch.float64)
+        table = replace(table, space=space, **weights, state_support=None, output_support=None)
+    solver = load_module(export_solver(artifact(tmp_path, table), "numpy", tmp_path / "out"), "numpy_solver")
+    noise, condition = start_noise([1, 2], (3, 5, 6), torch.float64), torch.tensor([0.3, -0.2], dtype=torch.float64)
+
+    def network(x, timestep, condition):
+        return torch.tanh(x + torch.sin(timestep / 100) + condition.reshape(-1, 1, 1, 1))
+
+    def model(x, timestep, branch):
+        told = condition if branch == "conditional" else torch.zeros_like(condition)
+        return network(torch.from_numpy(x), torch.tensor(timestep, dtype=torch.float64), told).numpy()
+
+    network.null_condition = torch.zeros_like
+    wanted = sample(network, table, noise, condition)
+    assert np.abs(solver.sample(model, noise.numpy()) - wanted.numpy()).max() < 1e-12
+
+
+@pytest.mark.parametrize("target", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("kind", ["calls", "bands"])
+def test_targets_that_see_one_output_a_row_refuse_more(tmp_path, target, kind):
+    table = learned_table("epsilon")
+    if kind == "calls":
+        table = table.guided(2.0)
+    else:
+        space = Bands((), 3)
+        weights = {name: space.embed(getattr(table, name)) for name in ("state_coef", "output_coef", "noise_coef")}
+        table = replace(table, space=space, **weights, state_support=None, output_support=None)
+    with pytest.raises(SolverError, match=r"cannot run this solver, which has (network calls of its own|weights per)"):
+        export_solver(artifact(tmp_path, table), target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_numpy_file_needs_nothing_but_numpy(tmp_path):
