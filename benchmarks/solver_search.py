@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
+from timm.optim import Lion
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.teacher import default_teacher
 from data.trajectories import FIRST_SEED, TrajectoryCache, run_teacher
 from denoisers import index_condition, load_denoiser, with_precision
-from solver_search.lion import Lion
 from solver_search.lm import Damping
 from solver_search.losses import SearchLoss, TeacherPath
 from solver_search.objective import Objective
@@ -77,7 +77,7 @@ def paper(denoiser, source: Source, nfe: int, iterations: int) -> tuple:
         optimizer.step()
         if step % 20 == 0:
             print(f"  paper, step {step}: loss {loss:.5f}", flush=True)
-    return parameters.table(theta.detach()), objective.evaluations.total
+    return parameters.table(theta.detach()), objective.evaluations.calls
 
 
 def ours(denoiser, source: Source, options: argparse.Namespace, target: float, held: TeacherPath) -> tuple:
@@ -90,12 +90,12 @@ def ours(denoiser, source: Source, options: argparse.Namespace, target: float, h
     objective.evaluations.forward += options.samples * source.table.nfe
     for step in range(12):
         rmse = measure.rmse(parameters.table(theta), held)
-        print(f"  ours, step {step}: held-out RMSE {rmse:.5f}, {objective.evaluations.total} evaluations", flush=True)
+        print(f"  ours, step {step}: held-out RMSE {rmse:.5f}, {objective.evaluations.calls} evaluations", flush=True)
         if rmse <= target:
             break
         result, _ = objective.lm_step(parameters, theta, teacher, damping)
         theta, damping = result.theta, result.damping
-    return parameters.table(theta), objective.evaluations.total
+    return parameters.table(theta), objective.evaluations.calls
 
 
 def main() -> None:

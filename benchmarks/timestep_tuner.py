@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.teacher import default_teacher
 from data.teacher_path import TeacherPath
 from data.trajectories import Trajectories, run_teacher
-from denoisers import load_denoiser
+from denoisers import Evaluations, load_denoiser
 from solvers import SolverTable, load_solver, named_solver
 from timestep_tuner.objective import STRATEGIES, Examples, Objective
 from timestep_tuner.ratios import Ratios
 
-HEADER = ("solver", "nfe", "strategy", "objective", "before", "after", "after / before", "evaluations")
+HEADER = ("solver", "nfe", "strategy", "objective", "before", "after", "after / before", "network calls")
 
 
 def objective_of(denoiser: Any, tuned: SolverTable) -> tuple[Objective, Tensor]:
@@ -72,7 +72,8 @@ def rows(options: argparse.Namespace) -> list[list[Any]]:
 
 
 def _row(path: str, table: SolverTable, before: float, after: float) -> list[Any]:
-    config, spent = table.info["config"], sum(table.info["fitted_on"]["evaluations"].values())
+    config, counts = table.info["config"], table.info["fitted_on"]["evaluations"]
+    spent = counts.get("calls") or Evaluations(**counts).calls
     return [Path(path).stem, table.nfe, config["strategy"], config["objective"], before, after, after / before, spent]
 
 

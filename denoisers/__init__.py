@@ -1,5 +1,6 @@
 """A network as (state, timestep, condition) -> output: protocol, guidance, DiT, diffusers adapters."""
 
+from denoisers.evaluations import Evaluations
 from denoisers.guidance import GuidedDenoiser, with_guidance, with_precision, with_scale
 from denoisers.labels import check_labels, class_labels
 from denoisers.load import load_denoiser
@@ -8,6 +9,7 @@ from solvers.conditions import concatenate_conditions, condition_length, conditi
 
 __all__ = [
     "Denoiser",
+    "Evaluations",
     "GuidedDenoiser",
     "check_labels",
     "class_labels",

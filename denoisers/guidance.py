@@ -28,6 +28,8 @@ class GuidedDenoiser(DenoiserWrapper):
     Source: arXiv 2207.12598, with guidance_scale = 1 + w of eq. 6.
     """
 
+    calls_per_evaluation = 2
+
     def __init__(self, denoiser: nn.Module, guidance_scale: Guidance) -> None:
         super().__init__(denoiser)
         low, high = guidance_range(guidance_scale)

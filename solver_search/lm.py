@@ -14,24 +14,11 @@ from torch import Tensor, nn
 from torch.func import jacfwd, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from denoisers import Evaluations
 from solver_search.losses import SearchLoss, TeacherPath, Term
 from solver_search.parameters import Parameters
 from solvers import SolverTable
 from solvers.executor import evaluator
-
-
-@dataclass
-class Evaluations:
-    """Network evaluations spent, each of one sample: a backward pass counts two, a forward-mode tangent one."""
-
-    forward: int = 0
-    backward: int = 0
-    tangent: int = 0
-
-    @property
-    def total(self) -> int:
-        """Forward + 2 backward + tangent."""
-        return self.forward + 2 * self.backward + self.tangent
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from data.teacher import default_teacher
 from data.trajectories import run_teacher
-from denoisers import class_labels, condition_to, load_denoiser, with_guidance, with_scale
+from denoisers import Evaluations, class_labels, condition_to, load_denoiser, with_guidance, with_scale
 from solver_search.data import Samples, SearchData
-from solver_search.lion import Lion
-from solver_search.lm import Evaluations
 from solver_search.losses import Features, SearchLoss, TeacherPath
 from solver_search.memory import describe
 from solver_search.objective import Objective
@@ -176,7 +174,7 @@ class SolverSearch(TableModule):
         """One step of the optimiser."""
         if self.stage is not None and self.stage.done:
             self._finish()
-            self.stage, self.objective.evaluations = None, Evaluations()
+            self.stage, self.objective.evaluations = None, Evaluations.of(self.denoiser)
             self.restart_clock()
         teacher = self._teacher_path(batch)
         if self.stage is None and not self._next_stage(teacher):
@@ -191,7 +189,7 @@ class SolverSearch(TableModule):
         stage.done |= stage.step >= self.steps
         self.log_dict(
             {"train/loss": loss, "train/rmse": loss**0.5, "nfe": float(stage.nfe)}
-            | {"evaluations": float(self.objective.evaluations.total)},
+            | {"evaluations": float(self.objective.evaluations.calls)},
             prog_bar=True,
         )
         log_table(self.logger, "table", self.table(), f"nfe {stage.nfe}, step {stage.step}")
@@ -235,6 +233,8 @@ class SolverSearch(TableModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Lion or Adam; for Levenberg-Marquardt the optimiser only takes the step that was found."""
         if self.optimizer_name == "lion":
+            from timm.optim import Lion  # imports torchvision, which takes seconds
+
             return Lion([self.theta], lr=self.learning_rate)
         if self.optimizer_name == "adam":
             return torch.optim.Adam([self.theta], lr=self.learning_rate)
@@ -247,11 +247,10 @@ class SolverSearch(TableModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the stage, the finished tables and the evaluations spent."""
         super().on_save_checkpoint(checkpoint)
-        spent = self.objective.evaluations
         checkpoint["search"] = {
             "stage": None if self.stage is None else self.stage.to_dict(),
             "finished": {nfe: table_to_dict(table) for nfe, table in self.finished.items()},
-            "evaluations": [spent.forward, spent.backward, spent.tangent],
+            "evaluations": vars(self.objective.evaluations),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -260,8 +259,7 @@ class SolverSearch(TableModule):
         saved = checkpoint["search"]
         self.finished = {nfe: table_from_dict(values) for nfe, values in saved["finished"].items()}
         self.stage = None if saved["stage"] is None else Stage.from_dict(saved["stage"], self)
-        spent = self.objective.evaluations
-        spent.forward, spent.backward, spent.tangent = saved["evaluations"]
+        self.objective.evaluations = Evaluations(**saved["evaluations"])
 
     @property
     def _theta(self) -> Tensor:

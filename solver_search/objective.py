@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers import class_labels, condition_to, index_condition, with_precision, with_scale
-from solver_search.lm import Damping, Evaluations, NormalEquations, StepResult, linearize, lm_step, normal_equations
+from denoisers import Evaluations, class_labels, condition_to, index_condition, with_precision, with_scale
+from solver_search.lm import Damping, NormalEquations, StepResult, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, TeacherPath, total
 from solver_search.memory import Checkpointed
 from solver_search.parameters import Parameters
@@ -43,9 +43,10 @@ class Objective:
     tangent_precision: str = "float32"
     curvature_samples: int | None = None
     reduce: Callable[[Tensor], Tensor] = lambda value: value
-    evaluations: Evaluations = field(default_factory=Evaluations)
+    evaluations: Evaluations = field(init=False)
 
     def __post_init__(self) -> None:
+        self.evaluations = Evaluations.of(self.denoiser)
         if self.loss.feature and self.extractor is None:
             raise ValueError("the loss has a feature part but no extractor is given: set one, or loss.feature to 0")
 

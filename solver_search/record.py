@@ -51,12 +51,11 @@ def log_samples(search: Any, teacher: Any) -> None:
 
 def _fitted_on(search: Any) -> dict[str, Any]:
     data = search.trainer.datamodule
-    spent = search.objective.evaluations
     return {
         "teacher_steps": search.teacher_table.nfe,
         "seeds": data.seed_ranges(),
         "trajectories": [Path(folder).name for folder in data.folders],
-        "evaluations": {"forward": spent.forward, "backward": spent.backward, "tangent": spent.tangent},
+        "evaluations": search.objective.evaluations.record(),
         "seconds": search.fitting_seconds,
     }
 

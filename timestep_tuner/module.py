@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from denoisers import load_denoiser, with_guidance
+from denoisers import Evaluations, load_denoiser, with_guidance
 from solvers import SolverTable, resolve_solver
 from timestep_tuner.data import TunerData
 from timestep_tuner.gauss_newton import Slopes, slopes, towards
-from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Evaluations, Examples, Objective
+from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Examples, Objective
 from timestep_tuner.ratios import Ratios
 from timestep_tuner.record import log_tuned, save_tuned
 from timestep_tuner.stage import Stage
@@ -144,7 +144,7 @@ class TimestepTuner(TableModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the place in the list and what was found."""
         super().on_save_checkpoint(checkpoint)
-        spent = [[o.evaluations.forward, o.evaluations.backward] for o in self.objectives]
+        spent = [vars(objective.evaluations) for objective in self.objectives]
         stage = None if self.stage is None else vars(self.stage).copy()
         checkpoint["tuner"] = {"finished": self.finished, "stage": stage, "evaluations": spent}
 
@@ -155,7 +155,7 @@ class TimestepTuner(TableModule):
         self.finished = saved["finished"]
         self.stage = None if saved["stage"] is None else Stage(**saved["stage"])
         for objective, spent in zip(self.objectives, saved["evaluations"]):
-            objective.evaluations = Evaluations(*spent)
+            objective.evaluations = Evaluations(**spent)
 
     def held_out(self, objective: Objective, ratio: Tensor) -> list[float]:
         """Losses of the rows on the held-out samples of all processes, from states as the strategy has them."""
@@ -244,11 +244,10 @@ class TimestepTuner(TableModule):
         ratio = self._keep(objective, stage)
         self.finished.append(ratio.tolist())
         self.stage = None
-        own = [objective.evaluations.forward, objective.evaluations.backward]
-        spent = Evaluations(*self.sum_over_processes(torch.tensor(own)).tolist())
+        spent = objective.evaluations.summed(self.sum_over_processes)
         rank_zero_info(
             f"{self.solvers[index]}: held-out loss {sum(stage.before):.5g} -> {sum(stage.after):.5g}, "
-            f"{spent.forward} forward and {spent.backward} backward evaluations"
+            f"{spent.calls} network calls"
         )
         log_tuned(self, index, stage, save_tuned(self, index, stage, spent))
         self.trainer.should_stop = len(self.finished) == len(self.solvers)

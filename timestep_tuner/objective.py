@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.teacher_path import TeacherPath
-from denoisers import index_condition
+from denoisers import Evaluations, index_condition
 from solvers import NoiseSchedule, SolverTable, row_noise, sample, sample_trace
 from solvers.prediction import to_noise
 from timestep_tuner.ratios import Ratios
@@ -41,19 +41,6 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.seeds)
-
-
-@dataclass
-class Evaluations:
-    """Network evaluations spent, each of one sample; a guided one counts as one."""
-
-    forward: int = 0
-    backward: int = 0
-
-    @property
-    def total(self) -> int:
-        """Forward and backward."""
-        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -101,9 +88,10 @@ class Objective:
     ratios: Ratios
     schedule: NoiseSchedule
     kind: str = "noise"
-    evaluations: Evaluations = field(default_factory=Evaluations)
+    evaluations: Evaluations = field(init=False)
 
     def __post_init__(self) -> None:
+        self.evaluations = Evaluations.of(self.denoiser)
         if self.kind not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.kind!r}: use one of {', '.join(OBJECTIVES)}")
         if self.kind == "trajectory" and self.base.is_stochastic:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from denoisers import Evaluations
 from solvers import identify, save_solver
-from timestep_tuner.objective import Evaluations
 from timestep_tuner.stage import Stage
 
 
@@ -22,7 +22,7 @@ def save_tuned(tuner: Any, index: int, stage: Stage, spent: Evaluations) -> Path
             path,
             identify(tuner.denoiser),
             method="timestep_tuner",
-            fitted_on=_fitted_on(tuner, index) | {"evaluations": vars(spent), "seconds": tuner.fitting_seconds},
+            fitted_on=_fitted_on(tuner, index) | {"evaluations": spent.record(), "seconds": tuner.fitting_seconds},
             validation={
                 "objective": tuner.kind,
                 "before": sum(stage.before),

@@ -57,8 +57,8 @@ def test_checkpointing_changes_no_gradient():
     expected, found = (o.gradient(parameters, parameters.initial() + 0.1, teacher) for o in (plain, saving))
     assert found[0] == expected[0]
     torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-14)
-    assert plain.evaluations.total == 4 * 4 * 3
-    assert saving.evaluations.total == 4 * 4 * 4
+    assert plain.evaluations.calls == 4 * 4 * 3
+    assert saving.evaluations.calls == 4 * 4 * 4
 
 
 def test_estimate_counts_evaluations():

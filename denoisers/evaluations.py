@@ -1,0 +1,46 @@
+"""What a piece of work costs: one count of network evaluations and one weight for each kind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS = {"forward": 1, "backward": 2, "tangent": 1}
+
+
+@dataclass
+class Evaluations:
+    """Network evaluations spent, each of one sample, by kind.
+
+        calls = calls_each (forward + 2 backward + tangent)
+
+    Args:
+        forward, backward, tangent: how many of each kind; a tangent is one direction of forward-mode derivatives.
+        calls_each: network calls of one evaluation, see `of`.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    tangent: int = 0
+    calls_each: int = 1
+
+    @classmethod
+    def of(cls, denoiser: Any) -> "Evaluations":
+        """None yet; a guided denoiser, whose `calls_per_evaluation` is 2, makes two calls for each."""
+        return cls(calls_each=getattr(denoiser, "calls_per_evaluation", 1))
+
+    @property
+    def calls(self) -> int:
+        """Network calls that cost as much."""
+        return self.calls_each * sum(weight * getattr(self, kind) for kind, weight in WEIGHTS.items())
+
+    def record(self) -> dict[str, int]:
+        """As artifacts state them."""
+        return {kind: getattr(self, kind) for kind in WEIGHTS} | {"calls": self.calls}
+
+    def summed(self, over_processes: Callable[[Tensor], Tensor]) -> "Evaluations":
+        """Those of all processes together."""
+        counts = over_processes(torch.tensor([getattr(self, kind) for kind in WEIGHTS]))
+        return replace(self, **dict(zip(WEIGHTS, counts.tolist())))
