@@ -15,17 +15,17 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from timm.optim import Lion
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.shards import Trajectories
 from data.teacher import default_teacher
 from data.trajectories import FIRST_SEED, TrajectoryCache, run_teacher
-from denoisers import index_condition, load_denoiser, with_precision
+from denoisers import load_denoiser, with_precision
 from solver_search.lm import Damping
-from solver_search.losses import SearchLoss, TeacherPath
-from solver_search.objective import Objective
+from solver_search.losses import SearchLoss
+from solver_search.objective import Compute, Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
 from solvers import SolverTable, identify, resolve_solver, save_solver
@@ -46,22 +46,15 @@ class Source:
         self.table = cache.table if cache else resolve_solver(default_teacher(denoiser.schedule), denoiser.schedule)
         self.pool = cache.load() if cache else None
 
-    def __call__(self, numbers: list[int]) -> TeacherPath:
+    def __call__(self, numbers: list[int]) -> Trajectories:
         """The trajectories of these numbers; a cache holds the first ones, and higher numbers start over."""
         if self.pool is None:
             return self.run([FIRST_SEED + number for number in numbers])
-        index = torch.tensor(numbers) % len(self.pool)
-        states = self.pool.states[index]
-        return self._path(states, index_condition(self.pool.condition, index))
+        return self.pool.choose([number % len(self.pool) for number in numbers])
 
-    def run(self, seeds: list[int]) -> TeacherPath:
+    def run(self, seeds: list[int]) -> Trajectories:
         """The teacher, run."""
-        found = run_teacher(self.denoiser, self.table, seeds)
-        return self._path(found.states, found.condition)
-
-    def _path(self, states: torch.Tensor, condition) -> TeacherPath:
-        table = self.table
-        return TeacherPath(states, table.alpha, table.sigma, states[:, 0] / table.start_scale, condition)
+        return run_teacher(self.denoiser, self.table, seeds)
 
 
 def paper(denoiser, source: Source, nfe: int, iterations: int) -> tuple:
@@ -80,11 +73,11 @@ def paper(denoiser, source: Source, nfe: int, iterations: int) -> tuple:
     return parameters.table(theta.detach()), objective.evaluations.calls
 
 
-def ours(denoiser, source: Source, options: argparse.Namespace, target: float, held: TeacherPath) -> tuple:
+def ours(denoiser, source: Source, options: argparse.Namespace, target: float, held: Trajectories) -> tuple:
     """Our table once it meets `target` on the held-out trajectories, and the evaluations it took."""
     schedule = denoiser.schedule
     parameters = FreeParameters(start_table(options.start, options.nfe, schedule), (schedule.t_min, schedule.t_max))
-    objective = Objective(denoiser, SearchLoss(), chunk=4, tangent_precision=options.precision)
+    objective = Objective(denoiser, SearchLoss(), compute=Compute(tangent_precision=options.precision))
     measure = Objective(denoiser, SearchLoss())
     teacher, theta, damping = source(list(range(options.samples))), parameters.initial(), Damping()
     objective.evaluations.forward += options.samples * source.table.nfe
@@ -143,7 +136,7 @@ def save(denoiser, options: argparse.Namespace, tables: dict[str, SolverTable]) 
         )
 
 
-def rmse_over(measure: Objective, table, paths: list[TeacherPath]) -> float:
+def rmse_over(measure: Objective, table, paths: list[Trajectories]) -> float:
     """RMSE over several batches."""
     squares = [measure.rmse(table, path) ** 2 * len(path) for path in paths]
     return (sum(squares) / sum(len(path) for path in paths)) ** 0.5

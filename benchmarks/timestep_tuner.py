@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.clean_samples import noised
 from data.teacher import default_teacher
-from data.teacher_path import TeacherPath
 from data.trajectories import Trajectories, run_teacher
 from denoisers import Evaluations, load_denoiser
 from solvers import SolverTable, load_solver, named_solver
-from timestep_tuner.objective import STRATEGIES, Examples, Objective
+from timestep_tuner.objective import STRATEGIES, Objective
 from timestep_tuner.ratios import Ratios
 
 HEADER = ("solver", "nfe", "strategy", "objective", "before", "after", "after / before", "network calls")
@@ -38,17 +38,10 @@ def objective_of(denoiser: Any, tuned: SolverTable) -> tuple[Objective, Tensor]:
     return Objective(denoiser, ratios, schedule, config["objective"]), original
 
 
-def losses(objective: Objective, strategy: str, timesteps: Tensor, tried: Examples) -> float:
+def losses(objective: Objective, strategy: str, timesteps: Tensor, tried: Trajectories) -> float:
     """Sum over the rows and the samples."""
     run = objective.parallel if strategy == "parallel" else objective.sequential
     return float(run(timesteps, tried).sum()) * len(tried)
-
-
-def examples(found: Trajectories, teacher: SolverTable) -> Examples:
-    """A batch of the teacher's trajectories; for the noise objective, noise that has nothing to do with its images."""
-    noise = found.states[:, 0] / teacher.start_scale
-    path = TeacherPath(found.states, teacher.alpha, teacher.sigma, noise, found.condition)
-    return Examples(found.states[:, -1], noise, found.seeds, found.condition, path)
 
 
 def rows(options: argparse.Namespace) -> list[list[Any]]:
@@ -59,8 +52,9 @@ def rows(options: argparse.Namespace) -> list[list[Any]]:
     totals = torch.zeros(len(tables), 2, dtype=torch.float64)
     for first in tqdm(range(0, options.num_samples, options.batch_size), desc="batches"):
         seeds = range(first, min(first + options.batch_size, options.num_samples))
-        tried = examples(run_teacher(denoiser, teacher, seeds), teacher)
-        shuffled = replace(tried, noise=tried.noise.roll(1, 0))
+        tried = run_teacher(denoiser, teacher, seeds)
+        others = [*seeds[-1:], *seeds[:-1]]  # the noise objective's noises have nothing to do with the images
+        shuffled = noised(tried.end, tried.condition, range(len(tried)), others)
         for index, table in enumerate(tables):
             objective, original = objective_of(denoiser, table)
             strategy = options.strategy or table.info["config"]["strategy"]

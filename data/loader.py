@@ -19,7 +19,7 @@ class EpochBatchSampler(Sampler[list[int]]):
 
     All ranks draw the same permutation and take turns in it, so no sample is seen twice in an epoch. With `shuffle`
     the incomplete rest of an epoch is left out and every rank has equally many full batches; without, every sample
-    is visited once, in order, and the last batch may be smaller.
+    is visited once, in order, and the last batch may be smaller; ranks may then have one batch more than others.
 
     Args:
         num_samples: size of the data set.
@@ -28,12 +28,20 @@ class EpochBatchSampler(Sampler[list[int]]):
         rank: this process, 0 <= rank < world_size.
         world_size: number of processes.
         shuffle: permute anew each epoch.
+        even: without `shuffle`, end with an empty batch where others have one more.
     Raises:
         ValueError: fewer samples than one batch for each rank (with `shuffle`).
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, shuffle: bool = True
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        even: bool = False,
     ) -> None:
         if shuffle and num_samples < batch_size * world_size:
             raise ValueError(
@@ -41,13 +49,14 @@ class EpochBatchSampler(Sampler[list[int]]):
                 "lower batch_size"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.rank, self.world_size, self.shuffle, self.even = rank, world_size, shuffle, even
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
         if self.shuffle:
             return self.num_samples // (self.batch_size * self.world_size)
-        return -(-len(range(self.rank, self.num_samples, self.world_size)) // self.batch_size)
+        first = 0 if self.even else self.rank  # rank 0 has the largest share
+        return -(-len(range(first, self.num_samples, self.world_size)) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self._order()[self.rank :: self.world_size]

@@ -13,6 +13,7 @@ from data.trajectories import FIRST_SEED, TrajectoryCache
 from data.trajectory_writer import TrajectoryWriter
 from denoisers.labels import class_labels
 from denoisers.pipeline import PipelineDenoiser
+from solvers.nodes import Nodes
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -79,9 +80,10 @@ def record_seeds(
 ) -> Trajectories:
     """Trajectories of some seeds, on the CPU, in calls of the denoiser's batch size."""
     parts = [seeds[start : start + denoiser.batch_size] for start in range(0, len(seeds), denoiser.batch_size)]
-    recorded = []
+    recorded, nodes = [], Nodes.of(denoiser.table(num_inference_steps))
     for part in parts:
         condition = class_labels(denoiser, part)
         states, outputs = denoiser.record(num_inference_steps, part, condition)
-        recorded.append(Trajectories(states.to("cpu", dtype), outputs.to("cpu", dtype), condition, tuple(part)))
+        states, outputs = states.to("cpu", dtype), outputs.to("cpu", dtype)
+        recorded.append(Trajectories(states, outputs, condition, tuple(part), nodes))
     return Trajectories.join(recorded)

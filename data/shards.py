@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solvers.conditions import concatenate_conditions, condition_to, index_condition
 from solvers.files import atomic_write, sha256
+from solvers.nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -21,45 +22,72 @@ class Trajectories:
     """Some trajectories of one solver.
 
     Args:
-        states: (batch, M+1, *shape), state 0 is the scaled start noise, state M the image.
-        outputs: (batch, M, *shape), what the network said at states 0 to M-1.
+        states: (batch, K+1, *shape): all M+1 of the solver, or the first and the last alone. The first is the start
+            noise as the solver scaled it, the last the image.
+        outputs: (batch, M, *shape), what the network said at states 0 to M-1; None where they were not kept.
         condition: None, a tensor, or nested containers of tensors with the batch on dimension 0.
         seeds: one per sample.
+        nodes: of the states.
     """
 
     states: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
     condition: Any
     seeds: tuple[int, ...]
+    nodes: Nodes
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, index: slice) -> "Trajectories":
-        condition = index_condition(self.condition, index)
-        return Trajectories(self.states[index], self.outputs[index], condition, self.seeds[index])
+        return self._take(index, self.seeds[index])
+
+    @property
+    def noise(self) -> Tensor:
+        """Unit noise they started from, (batch, *shape)."""
+        return self.states[:, 0] / self.nodes.start_scale
+
+    @property
+    def end(self) -> Tensor:
+        """The images, (batch, *shape)."""
+        return self.states[:, -1]
+
+    def at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The state at a node, (batch, *shape), see `Nodes.between`; differentiable in the node."""
+        upper, weights = self.nodes.between(alpha, sigma)
+        weights = weights.to(self.states)
+        return weights[0] * self.states[:, upper - 1] + weights[1] * self.states[:, upper]
+
+    def ends(self) -> "Trajectories":
+        """The first and the last states alone, copied."""
+        return replace(self, states=self.states[:, [0, -1]], outputs=None, nodes=self.nodes.ends)
 
     def choose(self, indices: Sequence[int]) -> "Trajectories":
         """Some of them, in any order."""
-        index = list(indices)
-        condition = index_condition(self.condition, index)
-        return Trajectories(self.states[index], self.outputs[index], condition, tuple(self.seeds[i] for i in index))
+        return self._take(torch.tensor(list(indices), dtype=torch.int64), tuple(self.seeds[i] for i in indices))
 
     def to(self, *args: Any, **kwargs: Any) -> "Trajectories":
         """States and outputs as `Tensor.to` would move or convert them; the condition only changes device."""
         states = self.states.to(*args, **kwargs)
-        condition = condition_to(self.condition, states.device)
-        return replace(self, states=states, outputs=self.outputs.to(*args, **kwargs), condition=condition)
+        outputs = None if self.outputs is None else self.outputs.to(*args, **kwargs)
+        return replace(self, states=states, outputs=outputs, condition=condition_to(self.condition, states.device))
 
     @classmethod
     def join(cls, parts: "Sequence[Trajectories]") -> "Trajectories":
-        """Several, at least one, as one."""
+        """Several of one solver, at least one, as one."""
+        outputs = [part.outputs for part in parts if part.outputs is not None]
         return cls(
             torch.cat([part.states for part in parts]),
-            torch.cat([part.outputs for part in parts]),
+            torch.cat(outputs) if len(outputs) == len(parts) else None,
             concatenate_conditions([part.condition for part in parts]),
             tuple(seed for part in parts for seed in part.seeds),
+            parts[0].nodes,
         )
+
+    def _take(self, index: Any, seeds: tuple[int, ...]) -> "Trajectories":
+        outputs = None if self.outputs is None else self.outputs[index]
+        condition = index_condition(self.condition, index)
+        return replace(self, states=self.states[index], outputs=outputs, condition=condition, seeds=seeds)
 
 
 def write_shard(path: Path, trajectories: Trajectories, timesteps: Tensor) -> None:
@@ -106,11 +134,12 @@ def check_shard(path: Path, record: dict[str, Any], again: str = "generate the t
         raise ValueError(f"shard {path} is corrupt, its SHA-256 differs from the one written: {advice}")
 
 
-def read_shard(path: Path, start: int = 0, stop: int | None = None) -> Trajectories:
-    """Read samples `start` to `stop` of a shard without touching the others."""
+def read_shard(path: Path, nodes: Nodes, positions: Sequence[int] | None = None) -> Trajectories:
+    """Read some samples of a shard without touching the others; default: all."""
     with tarfile.open(path) as archive:
-        members = archive.getmembers()[start:stop]
-        return Trajectories.join([_decode(archive.extractfile(member).read()) for member in members])  # type: ignore
+        members = archive.getmembers()
+        chosen = members if positions is None else [members[position] for position in positions]
+        return Trajectories.join([_decode(archive.extractfile(one).read(), nodes) for one in chosen])  # type: ignore
 
 
 def seed_ranges(seeds: Sequence[int]) -> list[list[int]]:
@@ -132,18 +161,17 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _encode(sample: Trajectories, timesteps: Tensor) -> bytes:
+    assert sample.outputs is not None
     tensors = {"states": sample.states, "outputs": sample.outputs} | flatten_condition("condition", sample.condition)
     tensors = {name: value[0].contiguous() for name, value in tensors.items()}
     return save(tensors | {"timesteps": timesteps.clone(), "seed": torch.tensor(sample.seeds[0])})
 
 
-def _decode(content: bytes) -> Trajectories:
+def _decode(content: bytes, nodes: Nodes) -> Trajectories:
     tensors = load(content)
     leaves = {name: value[None] for name, value in tensors.items() if name.startswith("condition")}
-    seeds = (int(tensors["seed"]),)
-    return Trajectories(
-        tensors["states"][None], tensors["outputs"][None], unflatten_condition("condition", leaves), seeds
-    )
+    condition, seeds = unflatten_condition("condition", leaves), (int(tensors["seed"]),)
+    return Trajectories(tensors["states"][None], tensors["outputs"][None], condition, seeds, nodes)
 
 
 def flatten_condition(name: str, condition: Any) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ trajectories each. Every process writes its own share of the shards; none waits 
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from denoisers.labels import class_labels
 from solvers.artifact import table_from_dict
 from solvers.conditions import condition_to
 from solvers.identity import DenoiserIdentity, identify
+from solvers.nodes import Nodes
 from solvers.noise import start_noise
 from solvers.sampler import sample_trace
 from solvers.schedule import NoiseSchedule
@@ -85,7 +87,7 @@ def run_teacher(
     chosen = condition_to(condition(seeds) if condition else class_labels(denoiser, seeds), device)
     trace = sample_trace(denoiser, table, noise, chosen, seeds=seeds)
     states, outputs = torch.stack(trace.states, 1).to(dtype), torch.stack(trace.outputs, 1).to(dtype)
-    return Trajectories(states, outputs, chosen, tuple(seeds))
+    return Trajectories(states, outputs, chosen, tuple(seeds), Nodes.of(table))
 
 
 class TrajectoryCache:
@@ -148,32 +150,41 @@ class TrajectoryCache:
                 "trajectories of this denoiser in a folder of their own"
             )
 
-    def units(self, batch_size: int, limit: int | None = None) -> list[tuple[int, int, int]]:
-        """(shard, start, stop) of batches of at most `batch_size` within shards, for the first `limit` trajectories."""
-        size, total = self.manifest["shard_size"], min(len(self), limit or len(self))
-        bounds = [(first, min(first + size, total)) for first in range(0, total, size)]
-        return [
-            (shard, start - first, min(start + batch_size, last) - first)
-            for shard, (first, last) in enumerate(bounds)
-            for start in range(first, last, batch_size)
-        ]
-
-    def read(self, shard: int, start: int = 0, stop: int | None = None) -> Trajectories:
-        """Some trajectories of one shard.
+    def take(self, numbers: Sequence[int]) -> Trajectories:
+        """Trajectories by their number, at least one, in memory; each shard is opened once.
 
         Raises:
-            ValueError: the shard is missing, truncated or corrupt; it is named.
+            ValueError: a shard is missing, truncated or corrupt; it is named.
         """
+        size = self.manifest["shard_size"]
+        return gather(
+            numbers,
+            lambda number: number // size,
+            lambda shard, some: self._read(shard, [number % size for number in some]),
+        )
+
+    def batches(self, batch_size: int = 32, limit: int | None = None) -> Iterator[Trajectories]:
+        """All trajectories in order (or the first `limit`), in batches."""
+        numbers = range(len(self))[:limit]
+        return (self.take(numbers[first : first + batch_size]) for first in range(0, len(numbers), batch_size))
+
+    def load(self, limit: int | None = None) -> Trajectories:
+        """All trajectories (or the first `limit`) as one, in memory."""
+        return self.take(range(len(self))[:limit])
+
+    def _read(self, shard: int, positions: Sequence[int]) -> Trajectories:
         name, record = self._shards[shard]
         if name not in self._checked:
             check_shard(self.folder / name, record)
             self._checked.add(name)
-        return read_shard(self.folder / name, start, stop)
+        return read_shard(self.folder / name, Nodes.of(self.table), positions)
 
-    def batches(self, batch_size: int = 32, limit: int | None = None) -> Iterator[Trajectories]:
-        """All trajectories in order (or the first `limit`), in batches of at most `batch_size` within shards."""
-        return (self.read(*unit) for unit in self.units(batch_size, limit))
 
-    def load(self, limit: int | None = None) -> Trajectories:
-        """All trajectories (or the first `limit`) as one, in memory."""
-        return Trajectories.join(list(self.batches(self.manifest["shard_size"], limit)))
+def gather(
+    items: Sequence[Any], group: Callable[[Any], int], read: Callable[[int, list[Any]], Trajectories]
+) -> Trajectories:
+    """Trajectories of some items, at least one: each group is read at once, the result is in the order of the items."""
+    order = sorted(range(len(items)), key=lambda place: group(items[place]))
+    groups = groupby(order, lambda place: group(items[place]))
+    together = Trajectories.join([read(key, [items[place] for place in places]) for key, places in groups])
+    return together if order == sorted(order) else together.choose(sorted(order, key=order.__getitem__))

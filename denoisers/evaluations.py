@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from denoisers.protocol import DenoiserWrapper
 
 WEIGHTS = {"forward": 1, "backward": 2, "tangent": 1}
 
@@ -44,3 +46,16 @@ class Evaluations:
         """Those of all processes together."""
         counts = over_processes(torch.tensor([getattr(self, kind) for kind in WEIGHTS]))
         return replace(self, **dict(zip(WEIGHTS, counts.tolist())))
+
+
+class Counted(DenoiserWrapper):
+    """A denoiser that counts its forward evaluations."""
+
+    def __init__(self, denoiser: nn.Module, evaluations: Evaluations) -> None:
+        super().__init__(denoiser)
+        self.evaluations = evaluations
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
+        """The denoiser's output."""
+        self.evaluations.forward += len(x)
+        return self.denoiser(x, timestep, condition, **options)

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -13,43 +14,33 @@ from solvers.files import atomic_write
 
 
 class OutputStore:
-    """Outputs of students, by batch and row. An output of other coefficients than the present ones is not found.
+    """Outputs of students, by the seeds of a batch and the row. One of other coefficients than now is not found.
 
     Args:
         folder: created on first use; shared by all processes, which work on different batches.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def save(self, name: str, fit: Fit, row: int, output: Tensor) -> None:
+    def save(self, seeds: Sequence[int], fit: Fit, row: int, output: Tensor) -> None:
         """Keep the output of a row for a batch."""
-        with atomic_write(self._path(name, fit, row)) as path:
-            save_file({"output": output.cpu().contiguous()}, path, {"fit": _digest(fit, row)})
+        with atomic_write(self._path(seeds, fit, row)) as path:
+            save_file({"output": output.cpu().contiguous()}, path)
 
-    def load(self, name: str, fit: Fit, first: Tensor) -> list[Tensor]:
+    def load(self, seeds: Sequence[int], fit: Fit, first: Tensor) -> list[Tensor]:
         """Outputs of a batch up to the first that is missing, on the device of `first`, the teacher's output 0."""
         outputs = [first]
-        while (output := self._read(name, fit, len(outputs))) is not None:
-            outputs.append(output.to(first.device))
+        while len(outputs) <= len(fit.coefs) and (path := self._path(seeds, fit, len(outputs))).exists():
+            with safe_open(path, "pt") as file:
+                outputs.append(file.get_tensor("output").to(first.device))
         return outputs
 
     def clear(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self, name: str, fit: Fit, row: int) -> Tensor | None:
-        path = self._path(name, fit, row)
-        if row > len(fit.coefs) or not path.exists():
-            return None
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("output") if file.metadata().get("fit") == _digest(fit, row) else None
-
-    def _path(self, name: str, fit: Fit, row: int) -> Path:
-        return self.folder / f"nfe-{len(fit.path)}" / f"{name}-row-{row}.safetensors"
-
-
-def _digest(fit: Fit, row: int) -> str:
-    """What output `row` depends on: the path up to it and the coefficients before it."""
-    parts = fit.path[: row + 1], [coef.tolist() for coef in fit.coefs[:row]]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def _path(self, seeds: Sequence[int], fit: Fit, row: int) -> Path:
+        """Named by what an output depends on: the batch, the path up to its row and the coefficients before it."""
+        parts = list(seeds), fit.path[: row + 1], [coef.tolist() for coef in fit.coefs[:row]]
+        return self.folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.safetensors"

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.func import jacfwd, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.shards import Trajectories
 from denoisers import Evaluations
-from solver_search.losses import SearchLoss, TeacherPath, Term
-from solver_search.parameters import Parameters
+from solver_search.losses import SearchLoss, Term
 from solvers import SolverTable
 from solvers.executor import evaluator
+from training.method import Parameters
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class NormalEquations:
 
 
 def normal_equations(
-    run: Linearization, loss: SearchLoss, teacher: TeacherPath, extractor: nn.Module | None = None
+    run: Linearization, loss: SearchLoss, teacher: Trajectories, extractor: nn.Module | None = None
 ) -> NormalEquations:
     """The normal equations of one batch, in float64."""
     size = len(run.tangents[-1])
@@ -149,7 +150,7 @@ def normal_equations(
     return NormalEquations(matrix, gradient, value)
 
 
-def _linear_residual(term: Term, run: Linearization, teacher: TeacherPath, extractor) -> tuple[Tensor, Tensor]:
+def _linear_residual(term: Term, run: Linearization, teacher: Trajectories, extractor) -> tuple[Tensor, Tensor]:
     """Residual of a part and its derivative (K, ...)."""
     row, table = term.row, run.table
     state, tangent = run.states[row], run.tangents[row]

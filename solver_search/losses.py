@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data.teacher_path import TeacherPath
+from data.shards import Trajectories
 from solvers import SolverTable
 
 
@@ -69,7 +69,7 @@ class SearchLoss:
 
 
 def residual(
-    term: Term, table: SolverTable, states: Sequence[Tensor], teacher: TeacherPath, extractor: nn.Module | None
+    term: Term, table: SolverTable, states: Sequence[Tensor], teacher: Trajectories, extractor: nn.Module | None
 ) -> Tensor:
     """Student minus teacher, (batch, *shape) or (batch, features), of one part of the loss."""
     target = teacher.at(table.alpha[term.row], table.sigma[term.row])
@@ -80,7 +80,7 @@ def residual(
 
 
 def total(
-    loss: SearchLoss, table: SolverTable, states: Sequence[Tensor], teacher: TeacherPath, extractor: nn.Module | None
+    loss: SearchLoss, table: SolverTable, states: Sequence[Tensor], teacher: Trajectories, extractor: nn.Module | None
 ) -> Tensor:
     """The loss of a run: a scalar; gradients flow to the table."""
     terms = loss.terms(table.nfe)

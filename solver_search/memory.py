@@ -67,16 +67,25 @@ def _is_module(denoiser: Any) -> bool:
     return isinstance(denoiser, torch.nn.Module)
 
 
-def describe(objective: Any, nfe: int, second_order: bool, size: int) -> str:
-    """One line that says what a search of `nfe` evaluations and `size` numbers needs beside the weights."""
-    denoiser, batch = objective.denoiser, objective.micro_batch
+def describe(
+    denoiser: Any, condition: Any, batch: int, nfe: int, checkpointing: bool, tangents: int | None = None
+) -> str:
+    """One line that says what a search needs beside the weights.
+
+    Args:
+        denoiser: on its device.
+        condition: of one sample.
+        batch: samples that go through the network at once.
+        nfe: evaluations of a run.
+        checkpointing: recompute activations in the backward pass.
+        tangents: numbers searched by forward-mode derivatives; None: by backpropagation.
+    """
     noise = torch.zeros(batch, *denoiser.sample_shape)
-    if second_order:
-        needed = estimate_tangents(noise, nfe, size)
-        return f"memory: at most {readable(needed)} for {size} tangents of {nfe} evaluations, micro-batch {batch}"
+    if tangents:
+        needed = estimate_tangents(noise, nfe, tangents)
+        return f"memory: at most {readable(needed)} for {tangents} tangents of {nfe} evaluations, micro-batch {batch}"
     device = next((value.device for value in denoiser.parameters()), noise.device)
     timestep = torch.tensor(denoiser.schedule.t_max / 2, device=device)
-    condition = objective.example_condition(device)
-    needed = estimate(denoiser, noise.to(device), timestep, condition, nfe, objective.checkpointing)
-    kept = "one evaluation, recomputed" if objective.checkpointing else f"{nfe} evaluations; see gradient_checkpointing"
+    needed = estimate(denoiser, noise.to(device), timestep, condition, nfe, checkpointing)
+    kept = "one evaluation, recomputed" if checkpointing else f"{nfe} evaluations; see gradient_checkpointing"
     return f"memory: about {readable(needed)} for the activations of {kept}, micro-batch {batch}"

@@ -1,18 +1,53 @@
 """The loss of a table over a batch of teacher trajectories, its gradient and its normal equations, piece by piece."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from denoisers import Evaluations, class_labels, condition_to, index_condition, with_precision, with_scale
+from data.shards import Trajectories
+from data.sources import Batch
+from denoisers import Evaluations, with_precision
 from solver_search.lm import Damping, NormalEquations, StepResult, linearize, lm_step, normal_equations
-from solver_search.losses import SearchLoss, TeacherPath, total
+from solver_search.losses import SearchLoss, total
 from solver_search.memory import Checkpointed
-from solver_search.parameters import Parameters
 from solvers import SolverTable, sample_trace
+from training.method import Parameters
+
+PRECISIONS = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How losses and derivatives are computed; nothing here changes what is looked for.
+
+    Args:
+        micro_batch: samples that go through the network at once.
+        tangent_chunk: forward-mode tangents that do, each of `micro_batch` samples; None: all.
+        tangent_precision: `bf16` runs the network of the derivatives under autocast, which is two to three times as
+            fast; residuals stay as they are.
+        curvature_samples: the Gauss-Newton matrix comes from the first so many samples of a batch, the gradient from
+            all by backpropagation: K tangents a sample cost more than a backward pass. Default: both from all.
+        gradient_checkpointing: recompute each evaluation's activations in the backward pass.
+    Raises:
+        ValueError: a number below 1, or an unknown precision.
+    """
+
+    micro_batch: int = 32
+    tangent_chunk: int | None = 4
+    tangent_precision: str = "float32"
+    curvature_samples: int | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = {name: getattr(self, name) for name in ("micro_batch", "tangent_chunk", "curvature_samples")}
+        if any(value is not None and value < 1 for value in numbers.values()):
+            raise ValueError(f"{numbers}: each must be at least 1")
+        if self.tangent_precision not in PRECISIONS:
+            raise ValueError(
+                f"unknown tangent_precision {self.tangent_precision!r}: use one of {', '.join(PRECISIONS)}"
+            )
 
 
 @dataclass
@@ -23,12 +58,7 @@ class Objective:
         denoiser: the frozen network.
         loss: what to match.
         extractor: images -> features, for the feature part of the loss.
-        micro_batch: samples that go through the network at once.
-        chunk: tangents that do, each with `micro_batch` samples.
-        checkpointing: recompute the network's activations in the backward pass.
-        tangent_precision: `bf16` runs the network of the derivatives under autocast; residuals stay as they are.
-        curvature_samples: the Gauss-Newton matrix comes from the first so many samples of a batch, the gradient from
-            all by backpropagation: K tangents a sample cost more than a backward pass. Default: both from all.
+        compute: in which pieces.
         reduce: sums a float64 tensor over all processes.
     Raises:
         ValueError: a feature loss without an extractor.
@@ -37,11 +67,7 @@ class Objective:
     denoiser: nn.Module
     loss: SearchLoss
     extractor: nn.Module | None = None
-    micro_batch: int = 32
-    chunk: int | None = 4
-    checkpointing: bool = False
-    tangent_precision: str = "float32"
-    curvature_samples: int | None = None
+    compute: Compute = Compute()
     reduce: Callable[[Tensor], Tensor] = lambda value: value
     evaluations: Evaluations = field(init=False)
 
@@ -51,46 +77,46 @@ class Objective:
             raise ValueError("the loss has a feature part but no extractor is given: set one, or loss.feature to 0")
 
     @torch.no_grad()
-    def value(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> float:
+    def value(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> float:
         """The loss, averaged over the samples of all processes."""
         return float(self._mean(teacher, lambda part: self._loss(parameters, theta, part)[None])[0])
 
     @torch.no_grad()
-    def rmse(self, table: SolverTable, teacher: TeacherPath) -> float:
+    def rmse(self, table: SolverTable, teacher: Batch) -> float:
         """Root mean squared error to the teacher's images."""
 
-        def squared(part: TeacherPath) -> Tensor:
+        def squared(part: Trajectories) -> Tensor:
             end = self._run(table, part)[-1]
             return (end - part.end).double().square().mean()[None]
 
         return float(self._mean(teacher, squared)[0].sqrt())
 
-    def gradient(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> tuple[float, Tensor]:
+    def gradient(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> tuple[float, Tensor]:
         """The loss and its gradient (K,), by backpropagation through the whole run."""
 
-        def both(part: TeacherPath) -> Tensor:
+        def both(part: Trajectories) -> Tensor:
             leaf = theta.detach().cpu().requires_grad_()
             with torch.enable_grad():
-                loss = self._loss(parameters, leaf, part, self.checkpointing)
+                loss = self._loss(parameters, leaf, part, self.compute.gradient_checkpointing)
             self.evaluations.backward += len(part) * parameters.nfe
-            self.evaluations.forward += len(part) * parameters.nfe * self.checkpointing
+            self.evaluations.forward += len(part) * parameters.nfe * self.compute.gradient_checkpointing
             return torch.cat([loss.detach()[None].cpu().double(), torch.autograd.grad(loss, leaf)[0]])
 
         mean = self._mean(teacher, both)
         return float(mean[0]), mean[1:]
 
-    def equations(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> NormalEquations:
+    def equations(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> NormalEquations:
         """Gauss-Newton's quadratic at theta."""
-        size, tangent_denoiser = len(theta), with_precision(self.denoiser, self.tangent_precision)
+        size, tangent_denoiser = len(theta), with_precision(self.denoiser, self.compute.tangent_precision)
 
-        def flat(part: TeacherPath) -> Tensor:
+        def flat(part: Trajectories) -> Tensor:
             run = linearize(
                 self.denoiser,
                 parameters,
                 theta,
                 part.noise,
                 part.condition,
-                self.chunk,
+                self.compute.tangent_chunk,
                 self.evaluations,
                 tangent_denoiser,
             )
@@ -103,7 +129,7 @@ class Objective:
         return NormalEquations(matrix.reshape(size, size), gradient, float(loss))
 
     def lm_step(
-        self, parameters: Parameters, theta: Tensor, teacher: TeacherPath, damping: Damping
+        self, parameters: Parameters, theta: Tensor, teacher: Batch, damping: Damping
     ) -> tuple[StepResult, float]:
         """One Levenberg-Marquardt step on a batch, and the loss before it."""
         equations = self._quadratic(parameters, theta, teacher)
@@ -114,39 +140,31 @@ class Objective:
         )
         return step, equations.loss
 
-    def _quadratic(self, parameters: Parameters, theta: Tensor, teacher: TeacherPath) -> NormalEquations:
-        if self.curvature_samples is None or self.curvature_samples >= len(teacher):
+    def _quadratic(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> NormalEquations:
+        count = self.compute.curvature_samples
+        if count is None or count >= len(teacher):
             return self.equations(parameters, theta, teacher)
-        matrix = self.equations(parameters, theta, _some(teacher, slice(self.curvature_samples))).matrix
+        matrix = self.equations(parameters, theta, teacher[:count]).matrix
         loss, gradient = self.gradient(parameters, theta, teacher)
         return NormalEquations(matrix, gradient / 2, loss)
 
-    def example_condition(self, device: torch.device) -> Any:
-        """A condition of one sample, as batches have it."""
-        inner = condition_to(class_labels(self.denoiser, [0]), device)
-        return with_scale(self.denoiser, inner, torch.ones(1, device=device))
-
-    def _loss(self, parameters: Parameters, theta: Tensor, part: TeacherPath, checkpointing: bool = False) -> Tensor:
+    def _loss(self, parameters: Parameters, theta: Tensor, part: Trajectories, checkpointing: bool = False) -> Tensor:
         table = parameters.table(theta.cpu())
         states = self._run(table, part, checkpointing)
         return total(self.loss, table, states, part, self.extractor)
 
-    def _run(self, table: SolverTable, part: TeacherPath, checkpointing: bool = False) -> list[Tensor]:
+    def _run(self, table: SolverTable, part: Trajectories, checkpointing: bool = False) -> list[Tensor]:
         denoiser = Checkpointed(self.denoiser) if checkpointing else self.denoiser
         self.evaluations.forward += len(part) * table.nfe
         return sample_trace(denoiser, table, part.noise, part.condition).states
 
-    def _mean(self, teacher: TeacherPath, function: Callable[[TeacherPath], Tensor]) -> Tensor:
+    def _mean(self, teacher: Batch, function: Callable[[Trajectories], Tensor]) -> Tensor:
         """Mean of a vector of sums over samples, over micro-batches and processes."""
         sums = sum(function(part).cpu().double() * len(part) for part in self._parts(teacher))
         counted = self.reduce(torch.cat([sums, torch.tensor([float(len(teacher))], dtype=torch.float64)]))
         return counted[:-1] / counted[-1]
 
-    def _parts(self, teacher: TeacherPath) -> Iterator[TeacherPath]:
-        for first in range(0, len(teacher), self.micro_batch):
-            yield _some(teacher, slice(first, first + self.micro_batch))
-
-
-def _some(teacher: TeacherPath, part: slice) -> TeacherPath:
-    condition = index_condition(teacher.condition, part)
-    return replace(teacher, states=teacher.states[part], noise=teacher.noise[part], condition=condition)
+    def _parts(self, teacher: Batch) -> Iterator[Trajectories]:
+        size = self.compute.micro_batch
+        for first in range(0, len(teacher), size):
+            yield teacher[first : first + size]

@@ -1,8 +1,6 @@
 """From a vector of free numbers to a solver table: the one function that training, validation and export call.
 
-Two parametrisations, both frozen and both with the same three methods:
-
-    initial() -> theta (K,)      table(theta) -> SolverTable      project(theta) -> theta inside its bounds
+Two parametrisations, both frozen `Parameters` (training/method.py).
 
 `PaperParameters` is the paper's (step sizes by a softmax, weights that sum to one); `FreeParameters` corrects every
 number of a table that already exists.
@@ -11,7 +9,6 @@ number of a table that already exists.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,25 +17,6 @@ from solvers import NoiseSchedule, SolverTable
 from solvers.prediction import data_weights, noise_weights
 
 NEAREST_ONLY_UP_TO = 6  # up to this NFE the paper's last two rows use only the nearest earlier output
-
-
-class Parameters(Protocol):
-    """A map from free numbers to a table."""
-
-    nfe: int
-    size: int
-
-    def initial(self) -> Tensor:
-        """Where a search starts: (size,) float64."""
-        ...
-
-    def table(self, theta: Tensor) -> SolverTable:
-        """The table of `theta`, (size,) float64 on the CPU; gradients flow."""
-        ...
-
-    def project(self, theta: Tensor) -> Tensor:
-        """`theta` moved inside its bounds; called after every step of an optimiser."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from solver_search.lm import Damping
-from solver_search.losses import TeacherPath
-from solver_search.parameters import FreeParameters, PaperParameters, Parameters
-from solver_search.starts import check_start, split_widest, start_table
-from solvers import SolverTable
+from solver_search.parameters import FreeParameters
+from solver_search.starts import Start
+from solvers import NoiseSchedule, SolverTable
 from solvers.artifact import table_from_dict, table_to_dict
+from training.method import Parameters
 
 
 @dataclass
@@ -22,6 +21,7 @@ class Stage:
         nfe: network evaluations.
         start: name of the start.
         parameters: theta -> table.
+        theta: the numbers, (size,) float64 on the CPU.
         damping: of Levenberg-Marquardt.
         step: optimiser steps taken.
         done: whether the stage has ended.
@@ -32,87 +32,32 @@ class Stage:
     nfe: int
     start: str
     parameters: Parameters
-    damping: Damping
+    theta: Tensor
+    damping: Damping = Damping()  # noqa: RUF009 - frozen
     step: int = 0
     done: bool = False
     best_theta: Tensor | None = None
     best_loss: float = float("inf")
     best_rmse: float = float("nan")
 
+    @property
+    def table(self) -> SolverTable:
+        """The table of the numbers as they are."""
+        return self.parameters.table(self.theta.detach()).detach()
+
+    @property
+    def best_table(self) -> SolverTable:
+        """The table with the lowest validation loss; without validation the present one."""
+        return self.table if self.best_theta is None else self.parameters.table(self.best_theta).detach()
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers; the table it starts from instead of the parameters."""
-        free = isinstance(self.parameters, FreeParameters)
-        return {
-            "nfe": self.nfe,
-            "start": self.start,
-            "table": table_to_dict(self.parameters.start) if free else None,
-            "damping": [self.damping.value, self.damping.growth],
-            "step": self.step,
-            "done": self.done,
-            "best_theta": None if self.best_theta is None else self.best_theta.tolist(),
-            "best_loss": self.best_loss,
-            "best_rmse": self.best_rmse,
-        }
+        """Tensors and plain numbers; the table it starts from instead of the parameters."""
+        start = table_to_dict(self.parameters.start) if isinstance(self.parameters, FreeParameters) else None
+        return vars(self) | {"parameters": start, "damping": vars(self.damping)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], search: Any) -> "Stage":
-        """Inverse of `to_dict`, for a module with the same settings."""
-        table = None if values["table"] is None else table_from_dict(values["table"])
-        best = values["best_theta"]
-        kept = {name: values[name] for name in ("nfe", "start", "step", "done", "best_loss", "best_rmse")}
-        return cls(
-            parameters=make_parameters(search, values["nfe"], table),
-            damping=Damping(*values["damping"]),
-            best_theta=None if best is None else torch.tensor(best, dtype=torch.float64),
-            **kept,
-        )
-
-
-def make_parameters(search: Any, nfe: int, start: SolverTable | None) -> Parameters:
-    """The free parametrisation around a table, or the paper's where there is none."""
-    schedule = search.denoiser.schedule
-    if start is None:
-        return PaperParameters(schedule, nfe, finish=search.finish)
-    return FreeParameters(start, (schedule.t_min, schedule.t_max), search.train_timesteps)
-
-
-def begin_stage(search: Any, nfe: int, teacher: TeacherPath) -> tuple[Stage, Tensor]:
-    """The stage of `nfe` evaluations with the best of its starts, and its theta.
-
-    Each start gets `search.screening` steps of Levenberg-Marquardt on `teacher` first; with one start none is taken.
-    """
-    candidates = [_begin(search, nfe, name) for name in search.starts]
-    if search.warm_start and any(done < nfe for done in search.finished):
-        candidates.append(_warm(search, nfe))
-    if len(candidates) == 1:
-        return candidates[0], candidates[0].parameters.initial()
-    tried = [_screened(search, stage, teacher) for stage in candidates]
-    best = min(tried, key=lambda result: result[0])
-    return best[1], best[2]
-
-
-def _begin(search: Any, nfe: int, name: str) -> Stage:
-    table = None if name == "paper" else start_table(name, nfe, search.denoiser.schedule)
-    return Stage(nfe, name, make_parameters(search, nfe, table), Damping())
-
-
-def _warm(search: Any, nfe: int) -> Stage:
-    """From the largest finished table with fewer evaluations."""
-    known = max(done for done in search.finished if done < nfe)
-    table = search.finished[known]
-    for _ in range(nfe - known):
-        table = split_widest(table, search.denoiser.schedule)
-    check_start(table, f"the solution at {known}", nfe, search.denoiser.schedule)
-    return Stage(nfe, f"solution at {known}", make_parameters(search, nfe, table), Damping())
-
-
-def _screened(search: Any, stage: Stage, teacher: TeacherPath) -> tuple[float, Stage, Tensor]:
-    """(loss, stage, theta) after a few steps."""
-    theta = stage.parameters.initial()
-    if not search.screening:
-        return search.objective.value(stage.parameters, theta, teacher), stage, theta
-    loss = float("inf")
-    for _ in range(search.screening):
-        result, _ = search.objective.lm_step(stage.parameters, theta, teacher, stage.damping)
-        theta, stage.damping, loss = result.theta, result.damping, result.loss
-    return loss, stage, theta
+    def from_dict(cls, values: dict[str, Any], start: Start, schedule: NoiseSchedule) -> "Stage":
+        """Inverse of `to_dict`, for a search with the same options."""
+        table = None if values["parameters"] is None else table_from_dict(values["parameters"])
+        parameters = start.parameters(values["nfe"], schedule, table)
+        return cls(**values | {"parameters": parameters, "damping": Damping(**values["damping"])})

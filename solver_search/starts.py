@@ -1,10 +1,80 @@
-"""Where a search starts: a named solver, an artifact, or the solution with one evaluation less."""
+"""Where a search starts: a named solver, an artifact, or the solution with fewer evaluations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from solver_search.parameters import FreeParameters, PaperParameters
 from solvers import NoiseSchedule, SolverTable
 from solvers.named import resolve_solver
+from solvers.nodes import Nodes
+from training.method import Parameters
+
+FINISHES = ("data", "end")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the stage of each number of evaluations starts, and which numbers it has.
+
+    Args:
+        solver: a named solver without its steps, an artifact's path (with `{nfe}`), or several, of which the one with
+            the lowest loss after `screening` steps goes on; `paper` for the paper's own parametrisation and start.
+        warm: the solution with fewer evaluations, its widest steps split, is a further start.
+        screening: Levenberg-Marquardt steps given to each of several starts.
+        train_timesteps: whether the timesteps told to the network move.
+        finish: `data` or `end`, for the paper's parametrisation, see `PaperParameters`.
+    Raises:
+        ValueError: no solver, or an option out of its range.
+    """
+
+    solver: str | list[str] = "dpmpp"
+    warm: bool = False
+    screening: int = 0
+    train_timesteps: bool = True
+    finish: str = "data"
+
+    def __post_init__(self) -> None:
+        if not self.solvers or self.screening < 0 or self.finish not in FINISHES:
+            raise ValueError(
+                f"solvers are {self.solvers}, give one or more; screening is {self.screening}, 0 or more; "
+                f"finish is {self.finish!r}, one of {', '.join(FINISHES)}"
+            )
+
+    @property
+    def solvers(self) -> list[str]:
+        """Those it starts from."""
+        return [self.solver] if isinstance(self.solver, str) else list(self.solver)
+
+    @property
+    def needs_path(self) -> bool:
+        """Whether the last state may lie at a node between the teacher's."""
+        return self.finish == "end" and "paper" in self.solvers
+
+    def tables(
+        self, nfe: int, schedule: NoiseSchedule, finished: Mapping[int, SolverTable]
+    ) -> dict[str, SolverTable | None]:
+        """The tables to start from, by name; None for the paper's start.
+
+        Args:
+            nfe: evaluations of the stage.
+            schedule: the denoiser's.
+            finished: solutions by their number of evaluations.
+        """
+        names = self.solvers
+        tables = {name: None if name == "paper" else start_table(name, nfe, schedule) for name in names}
+        smaller = [known for known in finished if known < nfe]
+        if self.warm and smaller:
+            tables[f"solution at {max(smaller)}"] = widened(finished[max(smaller)], nfe, schedule)
+        return tables
+
+    def parameters(self, nfe: int, schedule: NoiseSchedule, table: SolverTable | None) -> Parameters:
+        """The free parametrisation around a table, or the paper's where there is none."""
+        if table is None:
+            return PaperParameters(schedule, nfe, finish=self.finish)
+        return FreeParameters(table, (schedule.t_min, schedule.t_max), self.train_timesteps)
 
 
 def start_table(text: str, nfe: int, schedule: NoiseSchedule) -> SolverTable:
@@ -41,11 +111,17 @@ def check_start(table: SolverTable, name: str, nfe: int, schedule: NoiseSchedule
         raise ValueError(f"the start {name} adds noise in its rows: start from a solver without (ddim, dpmpp, unipc)")
 
 
+def widened(table: SolverTable, nfe: int, schedule: NoiseSchedule) -> SolverTable:
+    """The same solver with its widest steps split until it has `nfe` evaluations."""
+    while table.nfe < nfe:
+        table = split_widest(table, schedule)
+    return table
+
+
 def split_widest(table: SolverTable, schedule: NoiseSchedule) -> SolverTable:
     """The same solver with one evaluation more, whose output has weight zero: a warm start at N + 1.
 
-    The widest step (in timesteps) gets a state half way, on the straight line between its two ends in the
-    coordinates x / (alpha + sigma) over sigma / (alpha + sigma), on which a one-step solver moves.
+    The widest step (in timesteps) gets a state half way between its two ends, see `Nodes.between`.
 
     Args:
         table: N evaluations.
@@ -57,12 +133,11 @@ def split_widest(table: SolverTable, schedule: NoiseSchedule) -> SolverTable:
     row = int((ends[:-1] - ends[1:]).argmax())
     middle = (ends[row] + ends[row + 1]) / 2
     alpha, sigma = schedule.alpha_sigma(middle)
-    position = table.sigma / (table.alpha + table.sigma)
-    share = (sigma / (alpha + sigma) - position[row]) / (position[row + 1] - position[row])
-    norm = table.alpha + table.sigma
+    step = Nodes(table.alpha[row : row + 2], table.sigma[row : row + 2])
+    _, (before, after) = step.between(alpha, sigma)
     rows = [_widened(block, row) for block in (table.state_coef, table.output_coef)]
-    half = [(alpha + sigma) * share / norm[row + 1] * block[row + 1] for block in rows]
-    half[0][row] += (alpha + sigma) * (1 - share) / norm[row]
+    half = [after * block[row + 1] for block in rows]
+    half[0][row] += before
     for block, new in zip(rows, half):
         block[row] = new
     return SolverTable(

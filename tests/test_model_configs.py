@@ -58,11 +58,11 @@ def test_the_way_from_teacher_to_solver(model: str, tmp_path: Path) -> None:
     main(
         ["predict", f"--config=configs/trajectories/{model}.yaml", *shared, *shorter, f"--model.folder={trajectories}"]
     )
-    places = [f"--data.folder={trajectories}", f"--model.output={output}"]
-    main(["fit", f"--config=configs/olss/{model}.yaml", *shared, *places, "--model.nfe=[3]", "--data.holdout=1"])
+    places = [f"--data.trajectories={trajectories}", f"--model.output={output}"]
+    main(["fit", f"--config=configs/olss/{model}.yaml", *shared, *places, "--model.method.nfe=[3]", "--data.holdout=1"])
     assert load_solver(f"{output}/olss-3.json").info["method"] == "olss"
     if Path(f"configs/solver_search/{model}.yaml").exists():
-        places = [f"--data.trajectories={trajectories}", f"--model.output={output}/search-{{nfe}}.json"]
-        small = ["--model.nfe=[3]", "--model.steps=1", "--data.num_val=1", "--data.batch_size=2"]
+        places = [f"--data.trajectories={trajectories}", f"--model.output={output}"]
+        small = ["--model.method.nfe=[3]", "--model.method.descent.steps=1", "--data.holdout=1", "--data.batch_size=2"]
         main(["fit", f"--config=configs/solver_search/{model}.yaml", *shared, *places, *small])
-        assert load_solver(f"{output}/search-3.json").info["method"] == "solver_search"
+        assert load_solver(f"{output}/solver-search-3.json").info["method"] == "solver_search"

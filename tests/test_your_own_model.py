@@ -21,8 +21,8 @@ SHORTER = {  # what a page for real models asks for, cut down to seconds
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
         "--data.holdout=1",
-        "--model.nfe=[5]",
-        "--model.path=uniform",
+        "--model.method.nfe=[5]",
+        "--model.method.path=uniform",
     ],
     ("sample", "compare"): ["--bootstrap=0", "--num_samples=4"],
 }

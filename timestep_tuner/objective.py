@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.teacher_path import TeacherPath
+from data.shards import Trajectories
 from denoisers import Evaluations, index_condition
 from solvers import NoiseSchedule, SolverTable, row_noise, sample, sample_trace
 from solvers.prediction import to_noise
@@ -19,28 +19,6 @@ from timestep_tuner.ratios import Ratios
 
 OBJECTIVES = ("noise", "trajectory")
 STRATEGIES = ("parallel", "sequential")
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What the rows are tried on.
-
-    Args:
-        data: clean images or latents, (batch, *shape).
-        noise: unit noise, (batch, *shape); of a teacher's trajectory the one it started from.
-        seeds: one per sample, for the fresh noises of stochastic tables.
-        condition: of the denoiser.
-        path: the teacher's trajectories, for the trajectory objective.
-    """
-
-    data: Tensor
-    noise: Tensor
-    seeds: tuple[int, ...]
-    condition: Any = None
-    path: TeacherPath | None = None
-
-    def __len__(self) -> int:
-        return len(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -59,7 +37,7 @@ class Rows:
     states: Tensor
     history: Tensor | None
     aim: Tensor
-    examples: Examples
+    examples: Trajectories
 
 
 @dataclass
@@ -105,16 +83,16 @@ class Objective:
         """The table as it was."""
         return self.ratios.base
 
-    def parallel(self, timesteps: Tensor, examples: Examples) -> Tensor:
+    def parallel(self, timesteps: Tensor, examples: Trajectories) -> Tensor:
         """Losses of all tuned rows, (size,), from states on the data; one network call has all rows as its batch."""
         return squared(self.residuals(self.rows_on_data(examples), timesteps))
 
-    def sequential(self, timesteps: Tensor, examples: Examples, row: int | None = None) -> Tensor:
+    def sequential(self, timesteps: Tensor, examples: Trajectories, row: int | None = None) -> Tensor:
         """Loss of one row, (1,), or of all, (size,), from the states of the solver with these timesteps."""
         return squared(self.residuals(self.rows_of_run(timesteps, examples, row), timesteps))
 
     @torch.no_grad()
-    def rows_on_data(self, examples: Examples, timesteps: Tensor | None = None) -> "Rows":
+    def rows_on_data(self, examples: Trajectories, timesteps: Tensor | None = None) -> "Rows":
         """All tuned rows, from states on the data.
 
         Args:
@@ -128,20 +106,19 @@ class Objective:
         return Rows(index, states, history, self._aim(states, index, examples), examples)
 
     @torch.no_grad()
-    def rows_of_run(self, timesteps: Tensor, examples: Examples, row: int | None = None) -> "Rows":
+    def rows_of_run(self, timesteps: Tensor, examples: Trajectories, row: int | None = None) -> "Rows":
         """One row, or all, from the states of the solver with these timesteps."""
         index = list(range(self.ratios.size)) if row is None else [row]
         states, history = self._run(timesteps.detach(), examples, index[-1])
         return Rows(index, states, history, self._aim(states, index, examples), examples)
 
     @torch.no_grad()
-    def end_loss(self, timesteps: Tensor, examples: Examples) -> Tensor:
+    def end_loss(self, timesteps: Tensor, examples: Trajectories) -> Tensor:
         """|| image - the teacher's image ||^2 of the whole solver, from the teacher's noise; `timesteps` (N,)."""
-        assert examples.path is not None
         table = replace(self.base, timesteps=timesteps)
         image = sample(self.denoiser, table, examples.noise, examples.condition, seeds=examples.seeds)
         self.evaluations.forward += table.nfe * len(examples)
-        return squared((image - examples.path.states[:, -1])[None])
+        return squared((image - examples.end)[None])
 
     def residuals(self, rows: "Rows", timesteps: Tensor) -> Tensor:
         """What the losses are the squares of, (rows, batch, *shape); `timesteps` (N,)."""
@@ -155,17 +132,16 @@ class Objective:
         self._count_backward(end)
         return self._noise(end, self._node_timesteps()[after], after, rows.examples) - rows.aim
 
-    def _aim(self, states: Tensor, rows: list[int], examples: Examples) -> Tensor:
+    def _aim(self, states: Tensor, rows: list[int], examples: Trajectories) -> Tensor:
         """What the rows should lead to: (rows, batch, *shape)."""
         if self.kind == "noise":
             return self._noise(states[rows], self.base.timesteps[rows], rows, examples)
-        assert examples.path is not None
-        return _stack(examples.path.at(self.base.alpha[row + 1], self.base.sigma[row + 1]) for row in rows)
+        return _stack(examples.at(self.base.alpha[row + 1], self.base.sigma[row + 1]) for row in rows)
 
     def _count_backward(self, output: Tensor) -> None:
         self.evaluations.backward += output.shape[0] * output.shape[1] * output.requires_grad
 
-    def _end(self, rows: list[int], states: Tensor, known: Tensor, output: Tensor, examples: Examples) -> Tensor:
+    def _end(self, rows: list[int], states: Tensor, known: Tensor, output: Tensor, examples: Trajectories) -> Tensor:
         """States after `rows`: (rows, batch, *shape). `known` are the outputs of rows 0, 1, ... without gradient."""
         table = self.base
         earlier = table.output_coef.tril(-1)[rows, : len(known)]
@@ -177,22 +153,21 @@ class Objective:
             end = end + _mix(table.noise_coef[rows, : len(fresh)], fresh)
         return end
 
-    def _on_data(self, examples: Examples) -> Tensor:
+    def _on_data(self, examples: Trajectories) -> Tensor:
         """States of all tuned rows, (size, batch, *shape): data and noise, or the teacher's, at the nodes."""
         nodes = list(zip(self.base.alpha, self.base.sigma))[: self.ratios.size]
         if self.kind == "noise":
-            return _stack(float(alpha) * examples.data + float(sigma) * examples.noise for alpha, sigma in nodes)
-        assert examples.path is not None
-        return _stack([self._start(examples), *(examples.path.at(*node) for node in nodes[1:])])
+            return _stack(float(alpha) * examples.end + float(sigma) * examples.noise for alpha, sigma in nodes)
+        return _stack([self._start(examples), *(examples.at(*node) for node in nodes[1:])])
 
-    def _start(self, examples: Examples) -> Tensor:
+    def _start(self, examples: Trajectories) -> Tensor:
         """State 0 of a run: with the data's part in it, as in training, or the sampler's own."""
         if self.kind == "trajectory":
             return self.base.start_scale * examples.noise
-        return float(self.base.alpha[0]) * examples.data + float(self.base.sigma[0]) * examples.noise
+        return float(self.base.alpha[0]) * examples.end + float(self.base.sigma[0]) * examples.noise
 
     @torch.no_grad()
-    def _run(self, timesteps: Tensor, examples: Examples, row: int) -> tuple[Tensor, Tensor]:
+    def _run(self, timesteps: Tensor, examples: Trajectories, row: int) -> tuple[Tensor, Tensor]:
         """States 0 .. row and outputs 0 .. row-1 of the solver with these timesteps."""
         start = self._start(examples)
         if not row:
@@ -203,14 +178,14 @@ class Objective:
         self.evaluations.forward += row * len(examples)
         return _stack(trace.states), _stack(trace.outputs)
 
-    def _noise(self, states: Tensor, timesteps: Tensor, nodes: list[int], examples: Examples) -> Tensor:
+    def _noise(self, states: Tensor, timesteps: Tensor, nodes: list[int], examples: Trajectories) -> Tensor:
         """Predicted noise, (rows, batch, *shape)."""
         outputs = self._call(states, timesteps, nodes, examples)
         alpha, sigma = (value[nodes].repeat_interleave(len(examples)) for value in (self.base.alpha, self.base.sigma))
         noise = to_noise(self.base.prediction_type, states.flatten(0, 1), outputs.flatten(0, 1), alpha, sigma)
         return noise.unflatten(0, outputs.shape[:2])
 
-    def _call(self, states: Tensor, timesteps: Tensor, nodes: list[int], examples: Examples) -> Tensor:
+    def _call(self, states: Tensor, timesteps: Tensor, nodes: list[int], examples: Trajectories) -> Tensor:
         """The network at (rows, batch, *shape), all in one batch; timesteps and nodes are per row."""
         rows, batch = states.shape[:2]
         told = timesteps.to(states).repeat_interleave(batch)

@@ -41,6 +41,11 @@ class Ratios:
             raise ValueError("a solver of one evaluation has its last row alone: set free_last to tune it")
 
     @property
+    def nfe(self) -> int:
+        """Network evaluations N."""
+        return self.base.nfe
+
+    @property
     def size(self) -> int:
         """Number of ratios: N, or N - 1 with the last row fixed; ratio i belongs to row i."""
         return self.base.nfe - (not self.free_last)

@@ -24,7 +24,3 @@ class Stage:
     step: int = 0
     history: list[list[float]] = field(default_factory=list)
     curvature: list[list[float]] = field(default_factory=list)
-
-    def rate(self, steps: int, decay: float) -> float:
-        """Share of the learning rate: 1, then falling linearly over the last `decay` of the steps."""
-        return min(1.0, (steps - self.step) / (decay * steps)) if decay else 1.0

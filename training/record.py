@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from solvers.table import SolverTable
+from solvers import SolverTable
 
 
 @rank_zero_only

@@ -69,12 +69,6 @@ class TableModule(lightning.LightningModule):
     def used_seeds(self) -> Sequence[Sequence[int]]:
         """Half-open ranges of the seeds of the data at hand."""
 
-    def sum_over_processes(self, value: Tensor) -> Tensor:
-        """The sum of every process's value, on the CPU, the same in all."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return value.cpu()
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
-
     @property
     def fitting_seconds(self) -> float:
         """Seconds of training, over resumes, or since `restart_clock`; for `fitted_on` of artifacts."""
@@ -151,12 +145,3 @@ class TableModule(lightning.LightningModule):
         if found:
             rank_zero_info(f"testing the artifacts {', '.join(map(str, found.values()))}")
         return {name: load_solver(path, denoiser=self.denoiser) for name, path in found.items()}
-
-
-class TableData(lightning.LightningDataModule):
-    """Data of a `TableModule`: what it tests are its tables, on noises of their own."""
-
-    def test_dataloader(self) -> list[str]:
-        """One unit for each table."""
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        return module.tables_to_test()

@@ -17,6 +17,7 @@ from data.trajectories import FIRST_SEED, TrajectoryCache, generate_trajectories
 from data.trajectory_writer import TrajectoryWriter
 from solvers import NoiseSchedule, sample, start_noise
 from solvers.named import named_solver
+from solvers.nodes import Nodes
 from tests.analytic import two_point_denoiser
 
 SCHEDULE = NoiseSchedule.linear()
@@ -84,9 +85,9 @@ def test_batches_cover_everything_in_order(tmp_path, batch_size):
     cache = TrajectoryCache(tmp_path)
     batches = list(cache.batches(batch_size))
     assert [seed for batch in batches for seed in batch.seeds] == list(SEEDS)
-    assert max(len(batch) for batch in batches) == min(batch_size, 4)
+    assert max(len(batch) for batch in batches) == min(batch_size, 10)
     assert torch.equal(torch.cat([batch.states for batch in batches]), cache.load().states)
-    assert [len(batch) for batch in cache.batches(3, limit=5)] == [3, 1, 1]
+    assert [len(batch) for batch in cache.batches(3, limit=5)] == [3, 2]
 
 
 def test_nested_conditions_come_back(tmp_path):
@@ -261,4 +262,4 @@ def test_lightning_predict(tmp_path, devices):
         trainer.predict(module, datamodule=TrajectoryShards(), return_predictions=False)
         cache = TrajectoryCache(tmp_path)
         assert torch.equal(cache.load().states, run_teacher(Toy(), TEACHER, SEEDS[:7], torch.float64).states)
-        assert len(read_shard(tmp_path / "shard-00001.tar")) == 3
+        assert len(read_shard(tmp_path / "shard-00001.tar", Nodes.of(TEACHER))) == 3

@@ -20,6 +20,7 @@ def test_paper_run_on_reduced_weights(name, tmp_path):
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.05)
     torch.save(network.state_dict(), tmp_path / file)
     model, data = "--model.init_args.", "--data.init_args."
+    method = f"{model}method.init_args."
     train.main(
         ["fit", "--config", f"configs/solver_search/{name}.yaml", "--trainer.logger", "false"]
         + ["--trainer.accelerator", "cpu", "--trainer.callbacks", "null", "--trainer.enable_checkpointing", "false"]
@@ -31,11 +32,11 @@ def test_paper_run_on_reduced_weights(name, tmp_path):
             "--trainer.val_check_interval",
             "2",
         ]
-        + [f"{model}denoiser", str(tmp_path / file), f"{model}output", str(tmp_path / "s-{nfe}.json")]
-        + [f"{model}nfe", "[5]", f"{model}steps", "2", f"{model}teacher", teacher]
-        + [f"{data}num_trajectories", "4", f"{data}batch_size", "2", f"{data}num_val", "2"]
+        + [f"{model}denoiser", str(tmp_path / file), f"{model}output", str(tmp_path)]
+        + [f"{method}nfe", "[5]", f"{method}descent.steps", "2", f"{data}teacher", teacher]
+        + [f"{data}limit", "4", f"{data}batch_size", "2", f"{data}holdout", "2"]
     )
-    table = load_solver(tmp_path / "s-5.json", guidance_scale=1.375)
+    table = load_solver(tmp_path / "solver-search-5.json", guidance_scale=1.375)
     info = table.info
     assert info["schedule"]["kind"] == schedule.kind
     assert info["config"]["optimizer"] == "lion"

@@ -3,13 +3,15 @@ import torch
 from timm.optim import Lion
 from torch.func import jacfwd, jvp, vmap
 
+from data.shards import Trajectories
 from denoisers import Evaluations
 from solver_search.lm import Damping, NormalEquations, linearize, lm_step, normal_equations
-from solver_search.losses import Features, SearchLoss, TeacherPath, total
-from solver_search.objective import Objective
+from solver_search.losses import Features, SearchLoss, total
+from solver_search.objective import Compute, Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
 from solvers import NoiseSchedule, named_solver, sample_trace, start_noise
+from solvers.nodes import Nodes
 from tests.analytic import gaussian_denoiser, gaussian_solution
 from tests.solver_search.toys import SHAPE, TwoPoints, teacher_path
 
@@ -78,8 +80,8 @@ def test_gradient_of_the_normal_equations_is_that_of_the_loss(name, loss):
 def test_micro_batches_and_processes_add_up():
     denoiser, parameters, teacher = _problem("vp")
     theta = parameters.initial()
-    whole, pieces = (Objective(denoiser, SearchLoss(), micro_batch=size) for size in (6, 4))
-    doubled = Objective(denoiser, SearchLoss(), micro_batch=3, reduce=lambda value: 2 * value)
+    whole, pieces = (Objective(denoiser, SearchLoss(), compute=Compute(micro_batch=size)) for size in (6, 4))
+    doubled = Objective(denoiser, SearchLoss(), compute=Compute(micro_batch=3), reduce=lambda value: 2 * value)
     expected = whole.equations(parameters, theta, teacher)
     for other in (pieces, doubled):
         found = other.equations(parameters, theta, teacher)
@@ -91,11 +93,10 @@ def test_micro_batches_and_processes_add_up():
 def test_curvature_of_some_samples_with_the_gradient_of_all():
     denoiser, parameters, teacher = _problem("vp")
     theta = parameters.initial()
-    few = Objective(denoiser, SearchLoss(), curvature_samples=2)
+    few = Objective(denoiser, SearchLoss(), compute=Compute(curvature_samples=2))
     mixed, all_ = few._quadratic(parameters, theta, teacher), Objective(denoiser, SearchLoss())
     torch.testing.assert_close(mixed.gradient, all_.equations(parameters, theta, teacher).gradient)
-    first = TeacherPath(teacher.states[:2], teacher.alpha, teacher.sigma, teacher.noise[:2])
-    torch.testing.assert_close(mixed.matrix, all_.equations(parameters, theta, first).matrix)
+    torch.testing.assert_close(mixed.matrix, all_.equations(parameters, theta, teacher[:2]).matrix)
     _, loss = _search(few, parameters, theta, teacher, steps=10)
     _, best = _search(all_, parameters, theta, teacher, steps=10)
     assert loss < 1.5 * best + 1e-6
@@ -127,7 +128,7 @@ def test_search_reaches_the_exact_solution_of_a_gaussian(kind):
     first, last = (torch.tensor(value, dtype=torch.float64) for value in (schedule.t_max, schedule.t_min))
     end = gaussian_solution(schedule, noise, first, last)
     alpha, sigma = (torch.stack(pair) for pair in zip(schedule.alpha_sigma(first), schedule.alpha_sigma(last)))
-    teacher = TeacherPath(torch.stack([noise, end], 1), alpha, sigma, noise)
+    teacher = Trajectories(torch.stack([noise, end], 1), None, None, tuple(range(8)), Nodes(alpha, sigma))
     objective = Objective(gaussian_denoiser(schedule), SearchLoss())
     theta, loss = _search(objective, parameters, parameters.initial(), teacher)
     # the last node of a VP start is sigma = 0, the teacher's is t = 0: the target is read at the student's node

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from solver_search.losses import SearchLoss, TeacherPath, Term, total
+from solver_search.losses import SearchLoss, Term, total
 from solvers import NoiseSchedule, named_solver
 from tests.solver_search.toys import TwoPoints, teacher_path
 
@@ -30,7 +30,8 @@ def test_teacher_at_its_own_nodes():
 def test_ends_alone_are_enough_for_the_end():
     table = named_solver("euler:6", NoiseSchedule.flow())
     teacher = teacher_path(TwoPoints(NoiseSchedule.flow()), table, 2)
-    ends = TeacherPath(teacher.states[:, [0, -1]], table.alpha[[0, -1]], table.sigma[[0, -1]], teacher.noise)
+    ends = teacher.ends()
+    assert ends.states.shape[1] == 2
     assert torch.equal(ends.at(table.alpha[-1], table.sigma[-1]), teacher.end)
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from solver_search.losses import SearchLoss
 from solver_search.memory import Checkpointed, activation_bytes, describe, estimate, readable
-from solver_search.objective import Objective
+from solver_search.objective import Compute, Objective
 from solver_search.parameters import PaperParameters
 from solvers import NoiseSchedule, named_solver, sample_trace, start_noise
 from tests.solver_search.toys import SHAPE, teacher_path
@@ -53,7 +53,10 @@ def test_checkpointing_changes_no_gradient():
     denoiser = Deep().requires_grad_(False)
     teacher = teacher_path(denoiser, named_solver("euler:10", denoiser.schedule), 4)
     parameters = PaperParameters(denoiser.schedule, 4)
-    plain, saving = (Objective(denoiser, SearchLoss(path=1.0), checkpointing=flag) for flag in (False, True))
+    plain, saving = (
+        Objective(denoiser, SearchLoss(path=1.0), compute=Compute(gradient_checkpointing=flag))
+        for flag in (False, True)
+    )
     expected, found = (o.gradient(parameters, parameters.initial() + 0.1, teacher) for o in (plain, saving))
     assert found[0] == expected[0]
     torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-14)
@@ -72,7 +75,7 @@ def test_estimate_counts_evaluations():
 
 
 def test_description_names_its_figure():
-    objective = Objective(Deep().float(), SearchLoss(), micro_batch=4)
-    assert "48 tangents of 6 evaluations, micro-batch 4" in describe(objective, 6, True, 48)
-    assert "activations of 6 evaluations; see gradient_checkpointing" in describe(objective, 6, False, 48)
+    denoiser = Deep().float()
+    assert "48 tangents of 6 evaluations, micro-batch 4" in describe(denoiser, None, 4, 6, False, 48)
+    assert "activations of 6 evaluations; see gradient_checkpointing" in describe(denoiser, None, 4, 6, False)
     assert readable(3 * 2**20) == "3 MB"

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from solver_search.losses import TeacherPath
-from solvers import NoiseSchedule, SolverTable, sample_trace, start_noise
+from data.shards import Trajectories
+from data.trajectories import run_teacher
+from solvers import NoiseSchedule, SolverTable
 from tests.analytic import two_point_denoiser
 
 SHAPE = (1, 2, 2)
@@ -33,9 +34,6 @@ class Labelled(TwoPoints):
     num_classes = 3
 
 
-def teacher_path(denoiser, table: SolverTable, count: int, first_seed: int = 2**31) -> TeacherPath:
-    """A teacher's trajectories, float64."""
-    noise = start_noise(range(first_seed, first_seed + count), SHAPE, torch.float64)
-    with torch.no_grad():
-        states = torch.stack(sample_trace(denoiser, table, noise).states, 1)
-    return TeacherPath(states, table.alpha, table.sigma, noise)
+def teacher_path(denoiser, table: SolverTable, count: int, first_seed: int = 2**31) -> Trajectories:
+    """A teacher's trajectories without a condition, float64."""
+    return run_teacher(denoiser, table, range(first_seed, first_seed + count), torch.float64, lambda seeds: None)

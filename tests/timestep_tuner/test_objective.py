@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.teacher_path import TeacherPath
+from data.clean_samples import noised
+from data.shards import Trajectories
 from denoisers import with_guidance
 from solvers import NoiseSchedule, named_solver, row_noise, sample_trace, start_noise
 from solvers.prediction import to_noise
-from tests.analytic import two_point_denoiser
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints, teacher_path
-from timestep_tuner.objective import Examples, Objective, first_rows
+from timestep_tuner.objective import Objective, first_rows
 from timestep_tuner.ratios import Ratios
 
 SCHEDULES = {
@@ -28,10 +28,10 @@ def make(prediction_type="epsilon", name="unipc:4", denoiser=None, kind="noise",
     return Objective(denoiser or TwoPoints(schedule), ratios, schedule, kind)
 
 
-def examples(count=6, first_seed=2**31, condition=None) -> Examples:
+def examples(count=6, first_seed=2**31, condition=None) -> Trajectories:
     seeds = tuple(range(first_seed, first_seed + count))
     data = start_noise([seed + 10**6 for seed in seeds], SHAPE, torch.float64).sign()
-    return Examples(data, start_noise(seeds, SHAPE, torch.float64), seeds, condition)
+    return noised(data, condition, range(count), seeds)
 
 
 def moved(objective: Objective) -> torch.Tensor:
@@ -40,15 +40,15 @@ def moved(objective: Objective) -> torch.Tensor:
     return objective.ratios.timesteps(ratio.requires_grad_())
 
 
-def by_hand(objective: Objective, timesteps, tried: Examples, own_states: bool) -> torch.Tensor:
+def by_hand(objective: Objective, timesteps, tried: Trajectories, own_states: bool) -> torch.Tensor:
     """The paper's loss, row after row and sample after sample of the formula."""
     table, denoiser, losses = objective.base, objective.denoiser, []
     told_next = torch.cat([table.timesteps, torch.zeros(1)])
-    state = table.alpha[0] * tried.data + table.sigma[0] * tried.noise
+    state = table.alpha[0] * tried.end + table.sigma[0] * tried.noise
     states, outputs = [], []
     for i in range(objective.ratios.size):
         if not own_states:
-            state = table.alpha[i] * tried.data + table.sigma[i] * tried.noise
+            state = table.alpha[i] * tried.end + table.sigma[i] * tried.noise
         states.append(state)
         outputs.append(denoiser(state, timesteps[i], tried.condition))
         after = sum(table.state_coef[i, j] * states[j] for j in range(i + 1))
@@ -119,25 +119,21 @@ def test_evaluations_are_counted():
     assert (objective.evaluations.forward, objective.evaluations.backward) == (7 * (2 + 3), 7 * 2)
 
 
-def exact_path(schedule, name: str, count=6) -> TeacherPath:
-    return teacher_path(two_point_denoiser(schedule), named_solver(name, schedule), count)
-
-
-def on_path(path: TeacherPath) -> Examples:
-    return Examples(path.end, path.noise, tuple(range(len(path))), None, path)
+def exact_path(schedule, name: str, count=6) -> Trajectories:
+    return teacher_path(TwoPoints(schedule), named_solver(name, schedule), count)
 
 
 def test_trajectory_loss_is_the_distance_to_the_teacher():
     """A solver that is its own teacher has no loss; another one that of its states."""
     schedule = SCHEDULES["epsilon"]
-    tried = on_path(exact_path(schedule, "ddim:8"))
+    tried = exact_path(schedule, "ddim:8")
     same = make(name="ddim:8", kind="trajectory", free_last=True)
     for run in (same.parallel, same.sequential):
         assert run(same.base.timesteps, tried).max() < 1e-20
     coarse = make(name="ddim:4", kind="trajectory", free_last=True)
     assert torch.equal(coarse.base.timesteps, named_solver("ddim:8", schedule).timesteps[::2])
     states = sample_trace(TwoPoints(schedule), coarse.base, tried.noise).states
-    expected = [(states[i] - tried.path.states[:, 2 * i]).square().sum((1, 2, 3)).mean() for i in range(1, 5)]
+    expected = [(states[i] - tried.states[:, 2 * i]).square().sum((1, 2, 3)).mean() for i in range(1, 5)]
     torch.testing.assert_close(
         coarse.sequential(coarse.base.timesteps, tried), torch.stack(expected).detach(), rtol=1e-4, atol=1e-9
     )  # diffusers rounds the nodes of the two tables to float32
@@ -145,13 +141,13 @@ def test_trajectory_loss_is_the_distance_to_the_teacher():
 
 def test_parallel_trajectory_rows_start_at_the_teachers_states():
     schedule = SCHEDULES["epsilon"]
-    tried = on_path(exact_path(schedule, "ddim:8"))
+    tried = exact_path(schedule, "ddim:8")
     coarse = make(name="ddim:4", kind="trajectory", free_last=True)
     table, denoiser, expected = coarse.base, TwoPoints(schedule), []
     for i in range(4):
-        x = tried.path.states[:, 2 * i]
+        x = tried.states[:, 2 * i]
         after = table.state_coef[i, i] * x + table.output_coef[i, i] * denoiser(x, table.timesteps[i])
-        expected.append((after - tried.path.states[:, 2 * i + 2]).square().sum((1, 2, 3)).mean())
+        expected.append((after - tried.states[:, 2 * i + 2]).square().sum((1, 2, 3)).mean())
     torch.testing.assert_close(coarse.parallel(table.timesteps, tried), torch.stack(expected), rtol=1e-4, atol=1e-9)
 
 
@@ -164,7 +160,7 @@ def test_descent_lowers_the_loss(prediction_type, kind):
     objective = make(prediction_type, "euler:5" if flow else "ddim:5", kind=kind)
     tried = examples(count=64)
     if kind == "trajectory":
-        tried = on_path(exact_path(schedule, "euler:40" if flow else "ddim:40", count=64))
+        tried = exact_path(schedule, "euler:40" if flow else "ddim:40", count=64)
     ratio = objective.ratios.initial().requires_grad_()
     optimizer = torch.optim.Adam([ratio], lr=0.02)
     before = objective.parallel(objective.base.timesteps, tried).detach()
@@ -209,7 +205,7 @@ def test_denoisers_that_need_their_node_are_told_the_rows():
         def predicted(x, k):
             return plain(x, table.timesteps[k]) + table.alpha[k] - table.sigma[k]
 
-        x = table.alpha[i] * tried.data + table.sigma[i] * tried.noise
+        x = table.alpha[i] * tried.end + table.sigma[i] * tried.noise
         after = table.state_coef[i, i] * x + table.output_coef[i, i] * predicted(x, i)
         expected.append((predicted(x, i) - predicted(after, i + 1)).square().sum((1, 2, 3)).mean())
     torch.testing.assert_close(objective.parallel(table.timesteps, tried), torch.stack(expected))

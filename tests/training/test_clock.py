@@ -1,26 +1,20 @@
-"""The time a fit took counts on over a resume, in every method."""
+"""The time a fit took counts on over a resume, in every module that makes solvers."""
 
 import time
 
 import pytest
 from lightning.pytorch import Trainer
 
-from olss.module import OLSS
+from olss.method import OLSS
 from slam.module import SLAM
 from slam.objective import Objective
-from solver_search.module import SolverSearch
-from solvers import NoiseSchedule
 from tests.olss.toy import Toy
 from tests.slam.test_module import network
-from tests.solver_search.toys import TwoPoints
-from timestep_tuner.module import TimestepTuner
 from training.clock import Clock
+from training.solver_training import SolverTraining
 
-SCHEDULE = NoiseSchedule.linear()
 METHODS = {
-    "olss": lambda: OLSS(Toy(), "unused", nfe=[3]),
-    "solver_search": lambda: SolverSearch(TwoPoints(SCHEDULE), nfe=2),
-    "timestep_tuner": lambda: TimestepTuner(TwoPoints(SCHEDULE), "ddim:3"),
+    "solver_training": lambda: SolverTraining(Toy(), OLSS(nfe=[3])),
     "slam": lambda: SLAM(network(), objective=Objective(teacher_points=10)),
 }
 

@@ -10,7 +10,14 @@ from evaluation.evaluate import evaluate_table
 from solvers import identify, save_solver
 from solvers.named import named_solver
 from tests.olss.toy import Toy
-from training.testing import Evaluation, TableData, TableModule
+from training.testing import Evaluation, TableModule
+
+
+class Tables(lightning.LightningDataModule):
+    """What is tested are tables alone."""
+
+    def test_dataloader(self):
+        return self.trainer.lightning_module.tables_to_test()
 
 
 class Method(TableModule):
@@ -33,7 +40,7 @@ def run(module):
     trainer = lightning.Trainer(**options, enable_model_summary=False, enable_checkpointing=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return trainer.test(module, datamodule=TableData(), verbose=False)[0]
+        return trainer.test(module, datamodule=Tables(), verbose=False)[0]
 
 
 SMALL = Evaluation(num_images=6, batch_size=4, metrics=["rmse"], reference="ddim:20")

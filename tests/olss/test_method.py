@@ -7,13 +7,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from data.teacher_data import TeacherData
 from data.trajectories import TrajectoryCache, generate_trajectories
 from evaluation.evaluate import evaluate_table
-from olss.data import FitTrajectories
-from olss.module import OLSS
+from olss.method import OLSS
 from olss.student import fit_on_student, fit_on_teacher, teacher_factor
 from solvers import NoiseSchedule, SolverError, load_solver, sample
 from tests.olss.toy import SEEDS, Toy, teacher
+from training.method import Run
+from training.solver_training import SolverTraining
 from training.testing import Evaluation
 
 
@@ -40,13 +42,18 @@ def trainer(folder, devices=1):
     return lightning.Trainer(**options)
 
 
+def make(folder, denoiser=None, evaluation=None, **options):
+    method = OLSS(**({"nfe": [3, 5]} | options))
+    return SolverTraining(denoiser or Toy(), method, str(folder), evaluation=evaluation or Evaluation())
+
+
 def fit(folder, cache, devices=1, ckpt_path=None, max_epochs=-1, batch_size=4, **options):
-    module = OLSS(Toy(), str(folder), **({"nfe": [3, 5]} | options))
+    module = make(folder, **options)
     run = trainer(folder, devices)
     run.fit_loop.max_epochs = max_epochs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.fit(module, datamodule=FitTrajectories(cache, batch_size, holdout=4), ckpt_path=ckpt_path)
+        run.fit(module, datamodule=TeacherData(cache, batch_size=batch_size, holdout=4), ckpt_path=ckpt_path)
     return module
 
 
@@ -110,12 +117,12 @@ def test_two_processes_find_the_same_table(tmp_path, cache, options):
 def test_test_measures_the_students(tmp_path, cache):
     options = Evaluation(num_images=8, metrics=["rmse"], reference="ddim:20")
     module = fit(tmp_path, cache, nfe=[3, 5], evaluation=options)
-    found = trainer(tmp_path).test(module, datamodule=FitTrajectories(cache, holdout=4), verbose=False)[0]
+    found = trainer(tmp_path).test(module, datamodule=TeacherData(cache, holdout=4), verbose=False)[0]
     for nfe in (3, 5):
         same = evaluate_table(Toy(), tables(tmp_path)[nfe], teacher(), num_images=8)
         assert found[f"test/olss-{nfe}/rmse"] == pytest.approx(same["rmse"], rel=1e-4)
-    fresh = OLSS(Toy(), str(tmp_path), nfe=[3, 5], evaluation=options)
-    again = trainer(tmp_path).test(fresh, datamodule=FitTrajectories(cache, holdout=4), verbose=False)[0]
+    fresh = make(tmp_path, evaluation=options)
+    again = trainer(tmp_path).test(fresh, datamodule=TeacherData(cache, holdout=4), verbose=False)[0]
     assert again == pytest.approx(found, rel=1e-6)
 
 
@@ -123,7 +130,7 @@ def test_resumes_to_the_same_table(tmp_path, cache):
     fit(tmp_path / "whole", cache)
     stopped = fit(tmp_path / "parts", cache, max_epochs=3)
     assert not (tmp_path / "parts" / "olss-3.json").exists()
-    assert [len(fit.coefs) for fit in stopped.fits.values()] == [2, 2]
+    assert [len(fit.coefs) for fit in stopped.fitting.fits.values()] == [2, 2]
     checkpoint = tmp_path / "parts" / "last.ckpt"
     state = torch.load(checkpoint, weights_only=True)
     assert list(state["state_dict"]) == ["anchor"]
@@ -137,10 +144,12 @@ def test_resumes_to_the_same_table(tmp_path, cache):
 def test_each_row_costs_one_evaluation(tmp_path, cache):
     """N-1 evaluations per fitted trajectory, N per held-out one."""
     calls = []
-    module = OLSS(Toy(), str(tmp_path), nfe=[3, 5], path="uniform")
+    module = make(tmp_path, path="uniform")
     module.denoiser.register_forward_hook(lambda network, inputs, output: calls.append(len(inputs[0])))
-    trainer(tmp_path).fit(module, datamodule=FitTrajectories(cache, 4, holdout=4))
+    trainer(tmp_path).fit(module, datamodule=TeacherData(cache, batch_size=4, holdout=4))
     assert sum(calls) == 20 * (2 + 4) + 4 * (3 + 5)
+    for nfe, table in tables(tmp_path).items():
+        assert table.info["fitted_on"]["evaluations"]["calls"] == 20 * (nfe - 1) + 4 * nfe
 
 
 def test_the_artifact_says_how_it_came_about(tmp_path, cache):
@@ -173,9 +182,34 @@ def test_refusals(tmp_path, cache, options, message):
 
 
 def test_refuses_other_trajectories(tmp_path, cache):
-    with pytest.raises(ValueError, match="24 to hold out and 0 to fit"):
-        FitTrajectories(cache, holdout=24)
+    with pytest.raises(ValueError, match="24 samples: 0 to learn from and 24 to hold out do not fit"):
+        trainer(tmp_path).fit(make(tmp_path), datamodule=TeacherData(cache, holdout=24))
     other = Toy()
     other.schedule = NoiseSchedule.scaled_linear()
     with pytest.raises(ValueError, match="schedule"):
-        trainer(tmp_path).fit(OLSS(other, str(tmp_path)), datamodule=FitTrajectories(cache, holdout=4))
+        trainer(tmp_path).fit(make(tmp_path, other), datamodule=TeacherData(cache, holdout=4))
+
+
+def test_resumes_in_the_middle_of_an_epoch(tmp_path, cache):
+    """Without a trainer: the factors of the epoch are part of the state."""
+
+    def begin(folder):
+        run = Run(Toy(), TeacherData(cache, batch_size=4, holdout=4).open(Toy(), OLSS.wanted))
+        run.folder = tmp_path / folder
+        return OLSS([3], path="uniform").begin(run)
+
+    whole, first, second = (begin(name) for name in ("whole", "parts", "parts"))
+    for _ in range(3):
+        batches = list(whole.run.data.train_dataloader())
+        for batch in batches:
+            whole.step(batch)
+        whole.end_epoch()
+    for batch in batches[:2]:
+        first.step(batch)
+    second.load(first.state())
+    for batch in batches[2:]:
+        second.step(batch)
+    second.end_epoch()
+    assert torch.equal(second.fits[3].coefs[0], whole.fits[3].coefs[0])
+    assert second.spent[3].forward == 0
+    assert whole.done

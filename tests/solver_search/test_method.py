@@ -7,15 +7,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from data.teacher_data import TeacherData
 from data.trajectories import generate_trajectories
 from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
-from solver_search.data import SearchData
 from solver_search.losses import SearchLoss
-from solver_search.module import SolverSearch
+from solver_search.method import Descent, SolverSearch
 from solver_search.parameters import PaperParameters
+from solver_search.starts import Start
 from solvers import NoiseSchedule, load_solver, named_solver, sample, sample_trace, start_noise
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
+from training.solver_training import SolverTraining
 from training.testing import Evaluation
 
 FIRST = 2**31
@@ -32,6 +34,20 @@ def _cache(folder, denoiser, count=16, steps=12):
     seeds = range(FIRST, FIRST + count)
     generate_trajectories(denoiser, table, seeds, folder, shard_size=8, dtype=torch.float64, progress=False)
     return str(folder)
+
+
+def _search(denoiser, folder=None, guidance_scale=1.0, evaluation=None, **options):
+    """Flat options of a search, each put into its group."""
+    groups = {"start": Start, "descent": Descent}
+    for name, group in groups.items():
+        own = {key: options.pop(key) for key in list(options) if key in group.__dataclass_fields__}
+        options[name] = group(**own)
+    folder, evaluation = folder and str(folder), evaluation or Evaluation()
+    return SolverTraining(denoiser, SolverSearch(**options), folder, guidance_scale, evaluation=evaluation)
+
+
+def _table(search, nfe):
+    return search.current_tables()[f"solver-search-{nfe}"]
 
 
 def _fit(search, data, max_steps=-1, ckpt_path=None, folder=None, **options):
@@ -66,107 +82,105 @@ def _same(first, second, tolerance=0.0):
 
 def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds(cache, tmp_path):
     denoiser = TwoPoints(SCHEDULE)
-    search = SolverSearch(denoiser, str(tmp_path / "s-{nfe}.json"), nfe=[3, 4], warm_start=True, steps=5, tolerance=0.0)
-    _fit(search, SearchData(cache, num_val=4))
+    search = _search(denoiser, tmp_path, nfe=[3, 4], warm=True, steps=5, tolerance=0.0)
+    _fit(search, TeacherData(cache, holdout=4))
     for nfe in (3, 4):
-        table = load_solver(tmp_path / f"s-{nfe}.json", denoiser)
+        table = load_solver(tmp_path / f"solver-search-{nfe}.json", denoiser)
         start = _rmse(named_solver(f"dpmpp:{nfe}", SCHEDULE), denoiser)
         assert _rmse(table, denoiser) < 0.75 * start
-        _same(table, search.table(nfe))
+        _same(table, _table(search, nfe))
         info = table.info
         assert info["fitted_on"]["seeds"] == [[FIRST, FIRST + 16]]
         assert info["fitted_on"]["evaluations"]["tangent"] > 0
         assert 0 < info["validation"]["rmse"] < start
-    assert _rmse(search.table(4), denoiser) < _rmse(search.table(3), denoiser)
+    assert _rmse(_table(search, 4), denoiser) < _rmse(_table(search, 3), denoiser)
 
 
 def test_an_artifact_fits_a_denoiser_that_thresholds(cache, tmp_path):
     denoiser = TwoPoints(SCHEDULE)
     denoiser.thresholding = {"ratio": 0.9}
-    _fit(SolverSearch(denoiser, str(tmp_path / "s.json"), nfe=3, steps=1), SearchData(cache, num_val=4))
-    assert load_solver(tmp_path / "s.json", denoiser).info["thresholding"] == {"ratio": 0.9}
+    _fit(_search(denoiser, tmp_path, nfe=3, steps=1), TeacherData(cache, holdout=4))
+    assert load_solver(tmp_path / "solver-search-3.json", denoiser).info["thresholding"] == {"ratio": 0.9}
 
 
 def test_an_artifact_counts_the_evaluations_of_its_own_stage(cache, tmp_path):
     found = []
     for name, nfe in (("sweep", [3, 4]), ("alone", [4])):
-        output = tmp_path / name / "s-{nfe}.json"
-        search = SolverSearch(TwoPoints(SCHEDULE), str(output), nfe=nfe, steps=2, tolerance=0.0)
-        _fit(search, SearchData(cache, num_val=4))
-        found.append(load_solver(tmp_path / name / "s-4.json").info["fitted_on"]["evaluations"])
+        search = _search(TwoPoints(SCHEDULE), tmp_path / name, nfe=nfe, steps=2, tolerance=0.0)
+        _fit(search, TeacherData(cache, holdout=4))
+        found.append(load_solver(tmp_path / name / "solver-search-4.json").info["fitted_on"]["evaluations"])
     assert found[0] == found[1]
 
 
 def test_test_measures_the_tables_of_a_checkpoint(cache, tmp_path):
-    denoiser, data = TwoPoints(SCHEDULE), SearchData(cache, num_val=4)
+    denoiser, data = TwoPoints(SCHEDULE), TeacherData(cache, holdout=4)
     options = {"nfe": [3, 4], "steps": 2, "evaluation": Evaluation(8, metrics=["rmse"], reference="ddim:12")}
-    search = SolverSearch(denoiser, **options)
+    search = _search(denoiser, **options)
     _fit(search, data, folder=tmp_path)
     trainer = lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
     found = trainer.test(
-        SolverSearch(denoiser, **options), datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        _search(denoiser, **options), datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )[0]
     for nfe in (3, 4):
-        same = evaluate_table(denoiser, search.table(nfe), named_solver("ddim:12", SCHEDULE), num_images=8)
+        same = evaluate_table(denoiser, _table(search, nfe), named_solver("ddim:12", SCHEDULE), num_images=8)
         assert found[f"test/solver-search-{nfe}/rmse"] == pytest.approx(same["rmse"], rel=1e-6)
 
 
-def test_start_with_the_lowest_loss_goes_on(cache):
-    search = SolverSearch(TwoPoints(SCHEDULE), nfe=4, start=["ddim", "unipc", "paper"], steps=1, screening=1)
-    _fit(search, SearchData(cache, num_val=0))
+def test_start_with_the_lowest_loss_goes_on(cache, tmp_path):
+    folder = tmp_path / "out"
+    search = _search(TwoPoints(SCHEDULE), folder, nfe=4, solver=["ddim", "unipc", "paper"], steps=1, screening=1)
+    _fit(search, TeacherData(cache, holdout=0))
     losses = {}
     for start in ("ddim", "unipc", "paper"):
-        single = SolverSearch(TwoPoints(SCHEDULE), nfe=4, start=start, steps=1)
-        losses[start] = _fit(single, SearchData(cache, num_val=0)).callback_metrics["train/loss"]
-    assert search.stage.start == min(losses, key=losses.get)
+        single = _search(TwoPoints(SCHEDULE), nfe=4, solver=start, steps=1)
+        losses[start] = _fit(single, TeacherData(cache, holdout=0)).callback_metrics["train/loss"]
+    assert load_solver(folder / "solver-search-4.json").info["config"]["start"] == min(losses, key=losses.get)
 
 
 @pytest.mark.parametrize("optimizer", ["lm", "lion", "adam"])
 def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, optimizer):
     def make():
-        options = {"steps": 3, "tolerance": 0.0, "loss": SearchLoss(path=1.0), "warm_start": True}
-        return SolverSearch(TwoPoints(SCHEDULE), nfe=[2, 3], optimizer=optimizer, **options)
+        options = {"steps": 3, "tolerance": 0.0, "loss": SearchLoss(path=1.0), "warm": True}
+        return _search(TwoPoints(SCHEDULE), nfe=[2, 3], optimizer=optimizer, **options)
 
     def data():
-        return SearchData(cache, num_val=4, batch_size=4)
+        return TeacherData(cache, holdout=4, batch_size=4)
 
     whole, first, second = make(), make(), make()
     _fit(whole, data())
     _fit(first, data(), max_steps=2 if optimizer == "lm" else 4, folder=tmp_path)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert list(saved["state_dict"]) == ["theta"]
+    assert list(saved["state_dict"]) == ["anchor"]
     _fit(second, data(), ckpt_path=str(tmp_path / "last.ckpt"))
-    assert sorted(second.finished) == [2, 3]
+    assert sorted(second.fitting.finished) == [2, 3]
     for nfe in (2, 3):
-        _same(second.table(nfe), whole.table(nfe))
-    assert second.objective.evaluations == whole.objective.evaluations
+        _same(_table(second, nfe), _table(whole, nfe))
+    assert second.fitting.objective.evaluations == whole.fitting.objective.evaluations
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "adam"])
 def test_first_order_searches_go_down(cache, optimizer):
     for start in ("paper", "ddim"):
         options = {"optimizer": optimizer, "steps": 30, "learning_rate": 0.02}
-        search = SolverSearch(TwoPoints(SCHEDULE), nfe=4, start=start, **options)
+        search = _search(TwoPoints(SCHEDULE), nfe=4, solver=start, **options)
         before = PaperParameters(SCHEDULE, 4)
-        _fit(search, SearchData(cache, num_val=0))
-        assert _rmse(search.table(4), search.denoiser) < 0.8 * _rmse(before.table(before.initial()), search.denoiser)
+        _fit(search, TeacherData(cache, holdout=0))
+        assert _rmse(_table(search, 4), search.denoiser) < 0.8 * _rmse(before.table(before.initial()), search.denoiser)
 
 
 def test_resuming_a_finished_run_ends_at_once(cache, tmp_path):
-    search, again = (SolverSearch(TwoPoints(SCHEDULE), nfe=2, steps=1) for _ in range(2))
-    _fit(search, SearchData(cache, num_val=0), folder=tmp_path)
-    _fit(again, SearchData(cache, num_val=0), ckpt_path=str(tmp_path / "last.ckpt"))
-    _same(again.table(2), search.table(2))
+    search, again = (_search(TwoPoints(SCHEDULE), nfe=2, steps=1) for _ in range(2))
+    _fit(search, TeacherData(cache, holdout=0), folder=tmp_path)
+    _fit(again, TeacherData(cache, holdout=0), ckpt_path=str(tmp_path / "last.ckpt"))
+    _same(_table(again, 2), _table(search, 2))
 
 
 @pytest.mark.parametrize("optimizer", ["lm", "lion"])
 def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, optimizer):
     def run(name, batch_size, **options):
-        search = SolverSearch(
-            TwoPoints(SCHEDULE), str(tmp_path / f"{name}.json"), nfe=3, optimizer=optimizer, steps=3, tolerance=0.0
-        )
-        _fit(search, SearchData(cache, num_val=4, batch_size=batch_size), **options)
-        return load_solver(tmp_path / f"{name}.json")
+        search = _search(TwoPoints(SCHEDULE), tmp_path / name, nfe=3, optimizer=optimizer, steps=3, tolerance=0.0)
+        _fit(search, TeacherData(cache, holdout=4, batch_size=batch_size), **options)
+        return load_solver(tmp_path / name / "solver-search-3.json")
 
     pair = run("pair", 3, strategy="ddp_fork", devices=2)
     one = run("one", 6)
@@ -176,20 +190,20 @@ def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, optimiz
 
 def test_fresh_trajectories_are_the_teachers(tmp_path):
     denoiser = TwoPoints(SCHEDULE)
-    search = SolverSearch(denoiser, nfe=3, steps=2, teacher="ddim:12", tolerance=0.0)
-    data = SearchData(None, num_trajectories=8, num_val=4, first_seed=FIRST + 100)
+    search = _search(denoiser, nfe=3, steps=2, tolerance=0.0)
+    data = TeacherData(teacher="ddim:12", limit=8, holdout=4, first_seed=FIRST + 100)
     _fit(search, data)
-    assert search.objective.evaluations.forward >= (2 * 8 + 2 * 4) * 12
+    assert search.fitting.objective.evaluations.forward >= (2 * 8 + 2 * 4) * 12
     assert data.seed_ranges() == [[FIRST + 96, FIRST + 116]]
-    assert _rmse(search.table(3), denoiser) < 0.7 * _rmse(named_solver("dpmpp:3", SCHEDULE), denoiser)
+    assert _rmse(_table(search, 3), denoiser) < 0.7 * _rmse(named_solver("dpmpp:3", SCHEDULE), denoiser)
 
 
 def test_range_of_guidance_scales_from_several_caches(tmp_path):
     scales = (1.0, 2.0)
     folders = [_cache(tmp_path / f"g{g}", with_guidance(Labelled(SCHEDULE), g), count=8) for g in scales]
-    path = tmp_path / "s.json"
-    search = SolverSearch(Labelled(SCHEDULE), str(path), nfe=3, guidance_scale=[1.0, 2.0], steps=2)
-    _fit(search, SearchData(folders, num_val=2))
+    path = tmp_path / "solver-search-3.json"
+    search = _search(Labelled(SCHEDULE), tmp_path, nfe=3, guidance_scale=[1.0, 2.0], steps=2)
+    _fit(search, TeacherData(folders, holdout=2))
     table = load_solver(path, Labelled(SCHEDULE), guidance_scale=1.5)
     seeds = range(12)
     noise, labels = start_noise(seeds, SHAPE, torch.float64), torch.tensor(seeds) % 3
@@ -203,22 +217,23 @@ def test_range_of_guidance_scales_from_several_caches(tmp_path):
         errors.append(float(sum(ends)))
     assert errors[0] < 0.7 * errors[1]
     with pytest.raises(ValueError, match=r"made for guidance scale 2\.0, found \(1\.0, 1\.5\)"):
-        _fit(SolverSearch(Labelled(SCHEDULE), nfe=3, guidance_scale=[1.0, 1.5]), SearchData(folders, num_val=2))
+        _fit(_search(Labelled(SCHEDULE), nfe=3, guidance_scale=[1.0, 1.5]), TeacherData(folders, holdout=2))
 
 
 def test_fresh_guidance_is_drawn_per_seed_within_the_range():
-    search = SolverSearch(Labelled(SCHEDULE), nfe=2, guidance_scale=[1.0, 3.0], steps=1, teacher="ddim:5")
+    search = _search(Labelled(SCHEDULE), nfe=2, guidance_scale=[1.0, 3.0], steps=1)
     seen = []
-    search._teacher_path = partial(_spy, seen, search._teacher_path)
-    _fit(search, SearchData(None, num_trajectories=6, num_val=0))
+    data = TeacherData(teacher="ddim:5", limit=6, holdout=0)
+    data.run_teacher = partial(_spy, seen, data.run_teacher)
+    _fit(search, data)
     scales = seen[0].condition["guidance_scale"]
     assert len(scales.unique()) == 6
     assert float(scales.min()) >= 1
     assert float(scales.max()) <= 3
 
 
-def _spy(seen, function, batch):
-    seen.append(function(batch))
+def _spy(seen, function, *arguments):
+    seen.append(function(*arguments))
     return seen[-1]
 
 
@@ -233,40 +248,35 @@ class Breaks(TwoPoints):
 
 
 def test_not_a_number_stops_with_the_last_good_artifact_kept(cache, tmp_path):
-    path = tmp_path / "s.json"
+    path = tmp_path / "solver-search-3.json"
     denoiser = Breaks(SCHEDULE)
-    search = SolverSearch(denoiser, str(path), nfe=3, optimizer="adam", steps=50)
+    search = _search(denoiser, tmp_path, nfe=3, optimizer="adam", steps=50)
     denoiser.left = 2 + 3 * 5 + 1  # two for the memory estimate; the sixth step breaks
-    with pytest.raises(ValueError, match=r"nan at step 5 of 3 evaluations, numbers .*last good table is .*s.json"):
-        _fit(search, SearchData(cache, num_val=0))
+    with pytest.raises(ValueError, match=r"nan at step 5 of 3 evaluations, numbers .*table is .*search-3.json"):
+        _fit(search, TeacherData(cache, holdout=0))
     table = load_solver(path)
     assert _rmse(table, TwoPoints(SCHEDULE)) < _rmse(named_solver("dpmpp:3", SCHEDULE), TwoPoints(SCHEDULE))
     assert json.loads(path.read_text())["config"]["steps"] == 5
 
 
 def test_refusals(cache, tmp_path):
-    data = partial(SearchData, cache, num_val=4)
+    data = partial(TeacherData, cache, holdout=4)
     with pytest.raises(ValueError, match="made for weights"):
-        _fit(SolverSearch(TwoPoints(SCHEDULE, 0.9), nfe=3), data())
+        _fit(_search(TwoPoints(SCHEDULE, 0.9), nfe=3), data())
     with pytest.raises(ValueError, match=r"made for guidance scale 1\.0, found 2\.0"):
-        _fit(SolverSearch(Labelled(SCHEDULE), nfe=3, guidance_scale=2.0), data())
+        _fit(_search(Labelled(SCHEDULE), nfe=3, guidance_scale=2.0), data())
     with pytest.raises(ValueError, match="13 evaluations are more than the teacher's 12 steps"):
-        _fit(SolverSearch(TwoPoints(SCHEDULE), nfe=[3, 13]), data())
-    with pytest.raises(ValueError, match="too many"):
-        _fit(SolverSearch(TwoPoints(SCHEDULE), nfe=3), data(num_trajectories=13))
-    with pytest.raises(ValueError, match="num_trajectories"):
-        SearchData(None)
-    for options, message in {
-        ("nfe", 0): "each at least 1",
-        ("optimizer", "sgd"): "use one of lm, lion, adam",
-        ("steps", 0): "must be positive",
-        ("output", "x.txt"): "must end in .json",
-        ("guidance_scale", (1.0, 2.0)): "null condition",
-        ("loss", SearchLoss(feature=1.0)): "no extractor",
-    }.items():
+        _fit(_search(TwoPoints(SCHEDULE), nfe=[3, 13]), data())
+    with pytest.raises(ValueError, match="16 samples: 13 to learn from and 4 to hold out do not fit"):
+        _fit(_search(TwoPoints(SCHEDULE), nfe=3), data(limit=13))
+    for option, message in (
+        (("nfe", 0), "each at least 1"),
+        (("optimizer", "sgd"), "use one of lm, lion, adam"),
+        (("steps", 0), "must be positive"),
+        (("guidance_scale", [1.0, 2.0]), "null condition"),
+        (("loss", SearchLoss(feature=1.0)), "no extractor"),
+    ):
         denoiser = TwoPoints(SCHEDULE)
         denoiser.null_condition = None
         with pytest.raises(ValueError, match=message):
-            SolverSearch(denoiser, **dict([options]))
-    with pytest.raises(ValueError, match=r"contain \{nfe\}"):
-        SolverSearch(TwoPoints(SCHEDULE), "x.json", nfe=[3, 4])
+            _search(denoiser, **dict([option]))

@@ -1,0 +1,158 @@
+"""Where samples come from: trajectories in caches, shards of clean images, or a teacher that is run for every batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.clean_samples import check_shape, noised, read_images
+from data.image_shards import describe_samples
+from data.shards import Trajectories, seed_ranges
+from data.trajectories import TrajectoryCache, gather
+from denoisers import index_condition, with_scale
+from solvers import SolverTable
+
+BLOCK = 32  # trajectories whose states are in memory at once, where only their ends are kept
+
+
+@dataclass(frozen=True)
+class StoredTrajectories:
+    """Trajectories of caches, read when a part is asked for: `stored[8:16]` is in memory.
+
+    Args:
+        caches: where they are.
+        places: of each, (cache, number in it).
+        denoiser: whose condition holds the guidance scale where it varies.
+        device: where parts go.
+    """
+
+    caches: Sequence[TrajectoryCache]
+    places: Sequence[tuple[int, int]]
+    denoiser: Any
+    device: Any = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, part: slice) -> Trajectories:
+        return gather(self.places[part], lambda place: place[0], self._read).to(self.device)
+
+    def choose(self, indices: Sequence[int]) -> "StoredTrajectories":
+        """Some of them, in any order."""
+        return replace(self, places=[self.places[index] for index in indices])
+
+    def to(self, device: Any, **_: Any) -> "StoredTrajectories":
+        """The same, for a device."""
+        return replace(self, device=device)
+
+    def ends(self) -> Trajectories:
+        """The first and the last states of all, in memory."""
+        return Trajectories.join([self[at : at + BLOCK].ends() for at in range(0, len(self), BLOCK)])
+
+    def _read(self, index: int, places: list[tuple[int, int]]) -> Trajectories:
+        found = self.caches[index].take([number for _, number in places])
+        scales = torch.full((len(found),), self.caches[index].identity.guidance_scale, dtype=torch.float64)
+        return replace(found, condition=with_scale(self.denoiser, found.condition, scales))
+
+
+Batch = Trajectories | StoredTrajectories
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples by index: the first are learned from, the rest is held out.
+
+    Args:
+        batch: (indices, seeds) -> the samples, or the seeds themselves where the teacher is still to be run on them.
+        num_fitted, num_held: how many of each.
+        record: what artifacts say about them: `data` in words, and what is known of the teacher.
+        table: the teacher's solver; None where it is not known.
+        seeds: of stored trajectories, by index.
+        known_seeds: half-open ranges of the seeds of everything in the folders.
+        draws: whether the seeds that `batch` is given are used: for noises or fresh trajectories.
+    """
+
+    batch: Callable[[Sequence[int], Sequence[int]], Batch | tuple[int, ...]]
+    num_fitted: int
+    num_held: int
+    record: dict[str, Any]
+    table: SolverTable | None = None
+    seeds: Sequence[int] = ()
+    known_seeds: Sequence[Sequence[int]] = ()
+    draws: bool = True
+
+
+def split(total: int, limit: int | None, holdout: int, folder: str | Path) -> tuple[range, range]:
+    """Indices of the first `limit` samples (default: all others) and of the last `holdout`.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    available = total - holdout
+    fitted = available if limit is None else limit
+    if not 1 <= fitted <= available:
+        raise ValueError(
+            f"{folder} has {total} samples: {fitted} to learn from and {holdout} to hold out do not fit; make more, or "
+            "lower limit or holdout"
+        )
+    return range(fitted), range(available, total)
+
+
+def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None, holdout: int) -> Source:
+    """Trajectories of one solver in one or several folders.
+
+    Args:
+        folders: of caches.
+        denoiser: they must be of this denoiser, unless only their images are used.
+        states: see `data.teacher_data.Wanted`; `path` is read when it is used, the rest kept in memory.
+        limit, holdout: see `split`, of each folder.
+    Raises:
+        ValueError: no complete cache, trajectories of another denoiser or of several solvers, or too few of them.
+    """
+    caches = [TrajectoryCache(folder) for folder in folders]
+    for cache in caches:
+        check_shape(str(cache.folder), cache.sample_shape, denoiser)
+        if states != "samples":
+            cache.check(denoiser)
+        if cache.manifest["teacher"]["table"] != caches[0].manifest["teacher"]["table"]:
+            raise ValueError(f"{cache.folder} and {caches[0].folder} hold trajectories of different solvers: give one")
+    parts = [split(len(cache), limit, holdout, cache.folder) for cache in caches]
+    fitted, held = ([(k, number) for k, part in enumerate(parts) for number in part[which]] for which in (0, 1))
+    everything = StoredTrajectories(caches, [*fitted, *held], denoiser)
+    kept = everything if states == "path" else everything.ends()
+    is_clean = states == "samples" and isinstance(kept, Trajectories)
+    what = "end points of the trajectories" if is_clean else "trajectories"
+    names = ", ".join(cache.folder.name for cache in caches)
+    solver = caches[0].manifest.get("solver") or f"a solver of {caches[0].table.nfe} steps"
+    return Source(
+        partial(noised, kept.end, kept.condition) if is_clean else lambda indices, seeds: kept.choose(indices),
+        len(fitted),
+        len(held),
+        {
+            "data": f"{what} {names}, sampled from the model with {solver}",
+            "teacher_steps": caches[0].table.nfe,
+            "precision": caches[0].manifest["teacher"]["precision"],
+        },
+        caches[0].table,
+        [caches[k].seeds[number] for k, number in everything.places],
+        seed_ranges(sorted({seed for cache in caches for seed in cache.seeds})),
+        draws=is_clean,
+    )
+
+
+def clean(folder: str, pattern: str, denoiser: Any, limit: int | None, holdout: int) -> Source:
+    """Images or latents in webdataset shards; see `read_images`."""
+    data, condition = read_images(folder, pattern, denoiser)
+    fitted, held = split(len(data), limit, holdout, folder)
+    index, origin = [*fitted, *held], describe_samples(folder)
+    batch = partial(noised, data[index], index_condition(condition, index))
+    return Source(batch, len(fitted), len(held), {"data": origin["data"]}, known_seeds=origin.get("seeds", []))
+
+
+def fresh(table: SolverTable, limit: int, holdout: int) -> Source:
+    """Seeds on which the teacher is to be run, `limit` in an epoch."""
+    record = {"data": f"fresh trajectories of a solver of {table.nfe} steps", "teacher_steps": table.nfe}
+    return Source(lambda indices, seeds: tuple(seeds), limit, holdout, record, table)

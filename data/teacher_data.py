@@ -1,0 +1,187 @@
+"""The data of all methods that make solver tables: a teacher's trajectories, or clean samples and noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import Dataset
+
+from data.loader import EpochBatchSampler, ResumableLoader
+from data.shards import Trajectories
+from data.sources import Batch, Source, clean, fresh, stored
+from data.teacher import default_teacher
+from data.trajectories import FIRST_SEED, run_teacher
+from denoisers import class_labels, with_scale
+from solvers import resolve_solver
+from solvers.identity import guidance_range, own_guidance
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a method asks of its data.
+
+    Args:
+        states: `path`, all states and outputs of the teacher; `ends`, its start noise and its image; `samples`, images
+            with noises that have nothing to do with them.
+        batch_size: what a step sees by default, per process; None: everything.
+        in_order: every epoch has the same batches, in equal number on all processes (some may be empty).
+        validation: the samples held out are shown between the epochs.
+    """
+
+    states: str
+    batch_size: int | None = None
+    in_order: bool = False
+    validation: bool = False
+
+
+class TeacherData(lightning.LightningDataModule):
+    """Batches for a method, and samples held out from it.
+
+    Give `trajectories`, or `images`; with neither, every batch has seeds of its own and the teacher runs on them. Whole
+    trajectories are read again for every batch; the ends alone, where a method needs no more, are kept in memory.
+
+    Args:
+        trajectories: folder of a cache (`train.py predict --config configs/trajectories/...`), or several of one
+            solver at different guidance scales.
+        images: folder of webdataset shards of images (NAME.jpg or .png with NAME.cls) or latents (NAME.npy with
+            NAME.cls), for what learns from clean samples: of a data set, or sampled from the teacher
+            (`configs/images/...`).
+        shards: pattern of the shards in `images`.
+        limit: learn from the first so many (of each cache), default all but those held out; of fresh ones, how many an
+            epoch has.
+        holdout: the last so many (of each cache) are never learned from; they judge what was found.
+        batch_size: samples a step sees, per process; default: what the method prefers.
+        teacher: solver of fresh trajectories; default: ddim:100, or euler:100 for a flow schedule.
+        first_seed: of fresh trajectories and noises; those held out come before it.
+        seed: of the order.
+    Raises:
+        ValueError: two sources, or an option out of its range; on set-up: a source that is empty, unreadable or of
+            another model, or that the method cannot learn from.
+    """
+
+    def __init__(
+        self,
+        trajectories: str | list[str] | None = None,
+        images: str | None = None,
+        shards: str = "*.tar*",
+        limit: int | None = None,
+        holdout: int = 32,
+        batch_size: int | None = None,
+        teacher: str | None = None,
+        first_seed: int = FIRST_SEED + 2**21,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.folders = [trajectories] if isinstance(trajectories, str) else list(trajectories or [])
+        if self.folders and images:
+            raise ValueError("give one source: `trajectories` (folders of caches) or `images` (a folder of shards)")
+        if not (self.folders or images or limit):
+            raise ValueError("without trajectories or images, say how many fresh trajectories an epoch has: limit")
+        if holdout < 0 or any(value is not None and value < 1 for value in (limit, batch_size)):
+            raise ValueError(
+                f"holdout {holdout} must be at least 0, limit {limit} and batch_size {batch_size} at least 1"
+            )
+        self.images, self.shards, self.sizes = images, shards, (limit, holdout)
+        self.batch_size, self.teacher, self.first_seed, self.seed = batch_size, teacher, first_seed, seed
+        self.source: Source | None = None
+        self._loader: ResumableLoader | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the source for the method that is trained or tested."""
+        if self.source is None:
+            module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+            self.open(module.denoiser, module.method.wanted)
+
+    def open(self, denoiser: Any, wanted: Wanted) -> "TeacherData":
+        """Read the source, or what is kept of it in memory, and check it against the denoiser."""
+        self.denoiser, self.wanted = denoiser, wanted
+        if self.images and wanted.states != "samples":
+            raise ValueError(
+                "what is learned needs the teacher's states, images alone do not have them: give trajectories"
+            )
+        if self.images:
+            self.source = clean(self.images, self.shards, denoiser, *self.sizes)
+        elif self.folders:
+            self.source = stored(self.folders, denoiser, wanted.states, *self.sizes)
+        elif wanted.in_order or wanted.states == "samples":
+            raise ValueError("this method cannot learn from trajectories that are made afresh: give trajectories")
+        else:
+            name = self.teacher or default_teacher(denoiser.schedule)
+            self.source = fresh(resolve_solver(name, denoiser.schedule), *self.sizes)
+        return self
+
+    def fitted(self, limit: int) -> Trajectories:
+        """The first samples that are learned from, in memory."""
+        return self.source.batch(range(self.source.num_fitted)[:limit], ())[:]
+
+    def held_out(self) -> Trajectories:
+        """The samples held out, in memory."""
+        first = self.source.num_fitted
+        return self.source.batch(range(first, first + self.source.num_held), ())[:]
+
+    def seed_ranges(self) -> list[Sequence[int]]:
+        """Half-open ranges of all seeds used so far: those of the folders, then those drawn."""
+        source, epochs = self.source, 1 + (self._loader.epoch if self._loader else 0)
+        drawn = [self.first_seed - source.num_held, self.first_seed + epochs * source.num_fitted]
+        return [*source.known_seeds, *([drawn] if source.draws else [])]
+
+    def run_teacher(self, seeds: Sequence[int], device: Any) -> Trajectories:
+        """Fresh trajectories; each seed has its own guidance scale where there is a range."""
+        low, high = guidance_range(own_guidance(self.denoiser))
+        share = torch.stack([torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds]).double()
+
+        def condition(chosen: Sequence[int]) -> Any:
+            return with_scale(self.denoiser, class_labels(self.denoiser, chosen), low + (high - low) * share)
+
+        found = run_teacher(self.denoiser, self.source.table, seeds, condition=condition, device=device)
+        return found if self.wanted.states == "path" else found.ends()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """This process's batches; fresh seeds and noises are others in every epoch."""
+        size = self.source.num_fitted
+        rank, world_size = self._processes()
+        batch_size = self.batch_size or self.wanted.batch_size or size // world_size
+        in_order = self.wanted.in_order
+        sampler = EpochBatchSampler(size, batch_size, self.seed, rank, world_size, not in_order, even=in_order)
+        self._loader = ResumableLoader(_Samples(self.source, 0, self.first_seed, size, sampler), sampler)
+        return self._loader
+
+    def val_dataloader(self) -> ResumableLoader | list:
+        """The batches held out, where the method asks for them between the epochs."""
+        return self.held_out_batches() if self.wanted.validation and self.source.num_held else []
+
+    def held_out_batches(self) -> ResumableLoader:
+        """This process's share of the samples held out, always with the same noises."""
+        size = self.source.num_held
+        rank, world_size = self._processes()
+        batch_size = min(size, self.batch_size or self.wanted.batch_size or 64)
+        sampler = EpochBatchSampler(size, batch_size, self.seed, rank, world_size, shuffle=False)
+        return ResumableLoader(
+            _Samples(self.source, self.source.num_fitted, self.first_seed - size, 0, sampler), sampler
+        )
+
+    def test_dataloader(self) -> list[str]:
+        """What is tested are tables, on noises of their own: one unit for each."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return module.tables_to_test()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the loader keeps its own place."""
+        return {}
+
+    def _processes(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class _Samples(Dataset):
+    """Index k of epoch e is sample first + k, with seed first_seed + e * stride + k for what is drawn."""
+
+    def __init__(self, source: Source, first: int, first_seed: int, stride: int, sampler: EpochBatchSampler) -> None:
+        self.source, self.first, self.first_seed = source, first, first_seed
+        self.stride, self.sampler = stride, sampler
+
+    def __getitems__(self, indices: list[int]) -> Batch | tuple[int, ...]:
+        seeds = [self.first_seed + self.sampler.epoch * self.stride + index for index in indices]
+        return self.source.batch([self.first + index for index in indices], seeds)

@@ -1,0 +1,315 @@
+"""Solver search as a method: one stage for each number of evaluations, and an artifact from each."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from data.sources import Batch
+from data.teacher_data import Wanted
+from denoisers import Evaluations, class_labels, condition_to, with_scale
+from solver_search.losses import Features, SearchLoss
+from solver_search.memory import describe
+from solver_search.objective import Compute, Objective
+from solver_search.stage import Stage
+from solver_search.starts import Start
+from solvers import SolverTable, sample
+from solvers.artifact import table_from_dict, table_to_dict
+from training.method import Fitting, Method, Result, Run
+from training.record import log_table
+
+OPTIMIZERS = ("lm", "lion", "adam")
+SHOWN = 16  # images in the log
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How the numbers of a stage move.
+
+    Args:
+        optimizer: `lm` (Levenberg-Marquardt), `lion` or `adam`.
+        learning_rate: of lion and adam.
+        steps: optimiser steps of a stage.
+        tolerance: a stage of Levenberg-Marquardt ends when a step lowers the loss by a smaller share.
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    optimizer: str = "lm"
+    learning_rate: float = 0.01
+    steps: int = 8
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
+        if self.learning_rate <= 0 or self.steps < 1:
+            raise ValueError(f"learning_rate {self.learning_rate} and steps {self.steps} must be positive")
+
+    def make(self, theta: Tensor) -> torch.optim.Optimizer | None:
+        """The optimiser of a stage; Levenberg-Marquardt has none."""
+        if self.optimizer == "lm":
+            return None
+        if self.optimizer == "adam":
+            return torch.optim.Adam([theta], lr=self.learning_rate)
+        from timm.optim import Lion  # imports torchvision, which takes seconds
+
+        return Lion([theta], lr=self.learning_rate)
+
+
+@dataclass(frozen=True)
+class SolverSearch(Method):
+    """Searches solver tables that end where a slow teacher ends.
+
+    Each count of `nfe` is a stage. Only the numbers of the table are trained; the network stays as it is.
+
+    Args:
+        nfe: evaluations, or several, searched one after the other.
+        start: where a stage starts, and which numbers it has.
+        descent: how they move.
+        loss: what to match.
+        extractor: classifier folder, `timm:NAME` or `inception`, for the feature part of the loss.
+        compute: in which pieces and number formats.
+    Raises:
+        ValueError: no number of evaluations, or one twice; a feature loss without an extractor.
+    Source: arXiv 2505.21114; the second-order search is this project's.
+    """
+
+    nfe: int | list[int] = 8
+    start: Start = field(default_factory=Start)
+    descent: Descent = field(default_factory=Descent)
+    loss: SearchLoss = field(default_factory=SearchLoss)
+    extractor: str | None = None
+    compute: Compute = field(default_factory=Compute)
+
+    name: ClassVar[str] = "solver_search"
+
+    def __post_init__(self) -> None:
+        if not self.nfes or min(self.nfes) < 1 or len(set(self.nfes)) != len(self.nfes):
+            raise ValueError(
+                f"nfe is {self.nfe}: give one or several different numbers of evaluations, each at least 1"
+            )
+        if self.loss.feature and self.extractor is None:
+            raise ValueError("the loss has a feature part but no extractor is given: set one, or loss.feature to 0")
+
+    @property
+    def nfes(self) -> list[int]:
+        """The numbers of evaluations, in the order of their stages."""
+        return [self.nfe] if isinstance(self.nfe, int) else list(self.nfe)
+
+    @property
+    def artifacts(self) -> list[str]:
+        """solver-search-<nfe>."""
+        return [f"solver-search-{nfe}" for nfe in self.nfes]
+
+    @property
+    def wanted(self) -> Wanted:
+        """All in one batch; the teacher's path where states on it are compared."""
+        needs_path = self.loss.path > 0 or self.start.needs_path
+        return Wanted("path" if needs_path else "ends", validation=True)
+
+    def begin(self, run: Run) -> "Search":
+        """Before the first stage."""
+        return Search(self, run)
+
+
+class Search(Fitting):
+    """The stages of a run, one after the other.
+
+    Args:
+        options: what to search.
+        run: its data are a teacher's trajectories.
+    Raises:
+        ValueError: more evaluations than the teacher has.
+    """
+
+    def __init__(self, options: SolverSearch, run: Run) -> None:
+        self.options, self.run, self.schedule = options, run, run.denoiser.schedule
+        steps = run.data.source.table.nfe
+        if max(options.nfes) > steps:
+            raise ValueError(
+                f"{max(options.nfes)} evaluations are more than the teacher's {steps} steps: lower nfe, or make "
+                "trajectories with more steps"
+            )
+        extractor = Features(options.extractor).to(run.device) if options.extractor else None
+        self.objective = Objective(run.denoiser, options.loss, extractor, options.compute, run.sum)
+        self.judge = Objective(run.denoiser, options.loss, extractor, options.compute)
+        self.stage: Stage | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.finished: dict[int, SolverTable] = {}
+        self._errors: list[Tensor] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the last stage has ended."""
+        open_stages = [nfe for nfe in self.options.nfes if nfe not in self.finished]
+        return not open_stages or (len(open_stages) == 1 and self.stage is not None and self.stage.done)
+
+    def start(self) -> None:
+        """Say what the run will need."""
+        denoiser, compute, most = self.run.denoiser, self.options.compute, max(self.options.nfes)
+        condition = condition_to(class_labels(denoiser, [0]), self.run.device)
+        condition = with_scale(denoiser, condition, torch.ones(1, device=self.run.device))
+        tangents = most * (most + 2) if self.options.descent.optimizer == "lm" else None
+        batch, checkpointing = compute.micro_batch, compute.gradient_checkpointing
+        self.run.say(describe(denoiser, condition, batch, most, checkpointing, tangents))
+
+    def tables(self) -> dict[str, SolverTable]:
+        """The finished tables and the one that is searched."""
+        current = {} if self.stage is None else {self.stage.nfe: self.stage.table}
+        return {f"solver-search-{nfe}": table for nfe, table in (current | self.finished).items()}
+
+    def step(self, batch: Batch | tuple[int, ...]) -> None:
+        """One step of the optimiser, after the end of a stage of the next one."""
+        if self.stage is not None and self.stage.done:
+            self.finish()
+            self.objective.evaluations = Evaluations.of(self.run.denoiser)
+            self.run.restart_clock()
+        teacher = self._teacher(batch)
+        stage = self.stage = self.stage or self._next_stage(teacher)
+        before = stage.theta.clone()
+        loss, found = self._lm(stage, teacher) if self.optimizer is None else self._first_order(stage, teacher)
+        if not (torch.isfinite(torch.tensor(loss)) and bool(torch.isfinite(found).all())):
+            self._stop(stage, loss, before, found)
+        stage.step += 1
+        stage.done |= stage.step >= self.options.descent.steps
+        calls = float(self.objective.evaluations.calls)
+        self.run.log({"train/loss": loss, "train/rmse": loss**0.5, "nfe": float(stage.nfe), "evaluations": calls})
+        log_table(self.run.logger, "table", stage.table, f"nfe {stage.nfe}, step {stage.step}")
+
+    def validate(self, batch: Batch | tuple[int, ...]) -> None:
+        """Loss and RMSE of the current table on held-out trajectories."""
+        if self.stage is None:
+            return
+        teacher, table = self._teacher(batch), self.stage.table
+        if not self._errors:
+            self._show(table, teacher)
+        loss = self.judge.value(self.stage.parameters, self.stage.theta, teacher)
+        rmse = self.judge.rmse(table, teacher)
+        self._errors.append(torch.tensor([loss, rmse**2, 1.0], dtype=torch.float64) * len(teacher))
+
+    def end_validation(self) -> None:
+        """Keep the best theta of the stage."""
+        if self.stage is None:
+            return
+        total = sum(self._errors, torch.zeros(3, dtype=torch.float64))
+        self._errors = []
+        loss, squared, count = self.run.sum(total).tolist()
+        rmse = (squared / max(count, 1)) ** 0.5
+        self.run.log({"val/rmse": rmse})
+        self.run.log({"val/loss": loss / max(count, 1)}, bar=False)
+        if count and loss / count < self.stage.best_loss:
+            self.stage.best_loss, self.stage.best_rmse = loss / count, rmse
+            self.stage.best_theta = self.stage.theta.clone()
+            self.run.save(self._result(self.stage), is_final=False)
+
+    def finish(self) -> None:
+        """Write the stage's best table."""
+        if self.stage is not None and self.stage.step:
+            self.finished[self.stage.nfe] = self.stage.best_table
+            self.run.save(self._result(self.stage))
+            self.stage = None
+
+    def state(self) -> dict[str, Any]:
+        """The stage, the finished tables and the evaluations spent."""
+        return {
+            "stage": None if self.stage is None else self.stage.to_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "finished": {nfe: table_to_dict(table) for nfe, table in self.finished.items()},
+            "evaluations": vars(self.objective.evaluations),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up the stage."""
+        self.finished = {nfe: table_from_dict(values) for nfe, values in state["finished"].items()}
+        self.objective.evaluations = Evaluations(**state["evaluations"])
+        if state["stage"] is not None:
+            self.stage = Stage.from_dict(state["stage"], self.options.start, self.schedule)
+            self.optimizer = self.options.descent.make(self.stage.theta)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _teacher(self, batch: Batch | tuple[int, ...]) -> Batch:
+        """A batch as it is, or the trajectories of fresh seeds."""
+        if not isinstance(batch, tuple):
+            return batch
+        self.objective.evaluations.forward += len(batch) * self.run.data.source.table.nfe
+        return self.run.data.run_teacher(batch, self.run.device)
+
+    def _next_stage(self, teacher: Batch) -> Stage:
+        """The next number of evaluations, from the best of its starts."""
+        options = self.options
+        nfe = next(nfe for nfe in options.nfes if nfe not in self.finished)
+        stages = []
+        for name, table in options.start.tables(nfe, self.schedule, self.finished).items():
+            parameters = options.start.parameters(nfe, self.schedule, table)
+            stages.append(Stage(nfe, name, parameters, parameters.initial()))
+        losses = [self._screened(stage, teacher) for stage in stages] if len(stages) > 1 else [0.0]
+        stage = stages[losses.index(min(losses))]
+        self.optimizer = options.descent.make(stage.theta)
+        self.run.say(f"nfe {nfe}: {stage.parameters.size} numbers, starting from {stage.start}")
+        return stage
+
+    def _screened(self, stage: Stage, teacher: Batch) -> float:
+        """Loss after a few steps of Levenberg-Marquardt."""
+        if not self.options.start.screening:
+            return self.objective.value(stage.parameters, stage.theta, teacher)
+        for _ in range(self.options.start.screening):
+            result, _ = self.objective.lm_step(stage.parameters, stage.theta, teacher, stage.damping)
+            stage.theta, stage.damping = result.theta, result.damping
+        return result.loss
+
+    def _lm(self, stage: Stage, teacher: Batch) -> tuple[float, Tensor]:
+        result, before = self.objective.lm_step(stage.parameters, stage.theta, teacher, stage.damping)
+        stage.theta, stage.damping = result.theta, result.damping
+        stage.done |= not result.moved or before - result.loss < self.options.descent.tolerance * before
+        return result.loss, result.theta
+
+    def _first_order(self, stage: Stage, teacher: Batch) -> tuple[float, Tensor]:
+        loss, gradient = self.objective.gradient(stage.parameters, stage.theta, teacher)
+        if not bool(torch.isfinite(gradient).all()):
+            return loss, gradient
+        stage.theta.grad = gradient
+        self.optimizer.step()
+        stage.theta.copy_(stage.parameters.project(stage.theta))
+        return loss, stage.theta
+
+    def _stop(self, stage: Stage, loss: float, good: Tensor, found: Tensor) -> None:
+        """End the run at a loss that is not finite, the last good table saved."""
+        stage.theta = good
+        path = self.run.save(self._result(stage))
+        raise ValueError(
+            f"the loss is {loss} at step {stage.step} of {stage.nfe} evaluations, numbers {found.tolist()}: lower the "
+            f"learning rate or start from another solver; the last good table is {path or 'in fitting.tables()'}"
+        )
+
+    def _show(self, table: SolverTable, teacher: Batch) -> None:
+        """Images of the current table above the teacher's, where the logger takes pictures."""
+        if self.run.rank or not hasattr(self.run.logger, "log_image"):
+            return
+        from evaluation.pictures import image_grid
+
+        part = teacher[:SHOWN]
+        with torch.no_grad():
+            images = sample(self.run.denoiser, table, part.noise, part.condition)
+        self.run.logger.log_image("samples", [image_grid(torch.cat([images, part.end]), len(part))])
+
+    def _result(self, stage: Stage) -> Result:
+        options, data = self.options, self.run.data
+        return Result(
+            f"solver-search-{stage.nfe}",
+            stage.best_table,
+            self.objective.evaluations,
+            data.source.record | {"seeds": data.seed_ranges()},
+            {} if stage.best_theta is None else {"rmse": stage.best_rmse, "loss": stage.best_loss},
+            {
+                "nfe": stage.nfe,
+                "start": stage.start,
+                **vars(options.descent),
+                "steps": stage.step,
+                "loss": vars(options.loss),
+                "train_timesteps": options.start.train_timesteps,
+                "precision": self.run.precision,
+            },
+        )
