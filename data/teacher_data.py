@@ -167,10 +167,6 @@ class TeacherData(lightning.LightningDataModule):
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         return module.tables_to_test()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the loader keeps its own place."""
-        return {}
-
     def _processes(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 

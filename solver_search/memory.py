@@ -20,7 +20,8 @@ class Checkpointed(DenoiserWrapper):
 
 def activation_bytes(denoiser: Any, x: Tensor, timestep: Tensor, condition: Any = None) -> int:
     """Bytes autograd keeps for the backward pass of one evaluation, each storage once, weights left out."""
-    weights = {value.untyped_storage().data_ptr() for value in denoiser.parameters()} if _is_module(denoiser) else set()
+    parameters = denoiser.parameters() if isinstance(denoiser, torch.nn.Module) else ()
+    weights = {value.untyped_storage().data_ptr() for value in parameters}
     kept: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
@@ -63,23 +64,10 @@ def readable(size: float) -> str:
     return f"{size:.3g} GB"
 
 
-def _is_module(denoiser: Any) -> bool:
-    return isinstance(denoiser, torch.nn.Module)
-
-
 def describe(
     denoiser: Any, condition: Any, batch: int, nfe: int, checkpointing: bool, tangents: int | None = None
 ) -> str:
-    """One line that says what a search needs beside the weights.
-
-    Args:
-        denoiser: on its device.
-        condition: of one sample.
-        batch: samples that go through the network at once.
-        nfe: evaluations of a run.
-        checkpointing: recompute activations in the backward pass.
-        tangents: numbers searched by forward-mode derivatives; None: by backpropagation.
-    """
+    """One line that says what a run needs beside the weights: by so many `tangents`, or by backpropagation."""
     noise = torch.zeros(batch, *denoiser.sample_shape)
     if tangents:
         needed = estimate_tangents(noise, nfe, tangents)

@@ -7,7 +7,7 @@ number of a table that already exists.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -221,17 +221,13 @@ class FreeParameters:
         sizes = [self.nfe * self.train_timesteps, int(self._states.sum()), int(self._outputs.sum())]
         timesteps, states, outputs = theta.split(sizes)
         start = self.start
-        return SolverTable(
+        return replace(
+            start,
             timesteps=start.timesteps + self._spacing * timesteps if self.train_timesteps else start.timesteps,
-            alpha=start.alpha,
-            sigma=start.sigma,
             state_coef=_add(start.state_coef, self._states, states, start.state_coef.abs()),
             output_coef=_add(start.output_coef, self._outputs, outputs, self._scale.expand_as(start.output_coef)),
-            noise_coef=start.noise_coef,
-            start_scale=start.start_scale,
-            prediction_type=start.prediction_type,
-            state_support=start.state_support,
             output_support=self._outputs,
+            info={},
         )
 
     @property

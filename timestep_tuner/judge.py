@@ -1,17 +1,39 @@
-"""What tuned ratios are worth on samples held out, and which of them are kept."""
+"""How far a solver's tuning is, what its ratios are worth on samples held out, and which of them are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from data.shards import Trajectories
 from timestep_tuner.objective import Objective
-from timestep_tuner.stage import Stage
 from training.method import Run
 
 HALVINGS = 6  # of the way of the ratios from 1, before they are given up
+
+
+@dataclass
+class Stage:
+    """State of one solver's tuning; its fields go into checkpoints as they are.
+
+    Args:
+        row: row being tuned, None when all are.
+        before: held-out losses of the rows at ratio 1.
+        after: those of the tuned rows.
+        step: optimiser steps taken, on this row where there is one.
+        ends: losses of the whole solver's images before and after, with the trajectory objective.
+        history: the ratios after every step.
+        curvature: of Gauss-Newton, see `gauss_newton.towards`.
+    """
+
+    row: int | None
+    before: list[float]
+    after: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    step: int = 0
+    history: list[list[float]] = field(default_factory=list)
+    curvature: list[list[float]] = field(default_factory=list)
 
 
 @dataclass

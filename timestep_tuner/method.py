@@ -13,11 +13,10 @@ from data.teacher_data import Wanted
 from denoisers import Evaluations
 from solvers import SolverTable, resolve_solver
 from timestep_tuner.gauss_newton import Slopes, slopes, towards
-from timestep_tuner.judge import Judge
+from timestep_tuner.judge import Judge, Stage
 from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Objective
 from timestep_tuner.pictures import log_tuned
 from timestep_tuner.ratios import Ratios
-from timestep_tuner.stage import Stage
 from training.method import Fitting, Method, Result, Run
 
 LEARNED = ("olss", "solver_search")
@@ -80,7 +79,7 @@ class TimestepTuner(Method):
     Source: arXiv 2310.09469: sequential, Adam, learning rate 2e-3, 500 steps, no decay.
     """
 
-    solvers: str | list[str] = field(default_factory=list)
+    solvers: list[str] = field(default_factory=list)
     objective: str = "noise"
     strategy: str = "parallel"
     free_last: bool = False
@@ -97,14 +96,9 @@ class TimestepTuner(Method):
             raise ValueError(f"unknown strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
 
     @property
-    def bases(self) -> list[str]:
-        """The solvers."""
-        return [self.solvers] if isinstance(self.solvers, str) else list(self.solvers)
-
-    @property
     def names(self) -> list[str]:
         """What they are called."""
-        return [solver_name(solver) for solver in self.bases]
+        return [solver_name(solver) for solver in self.solvers]
 
     @property
     def artifacts(self) -> list[str]:
@@ -140,7 +134,7 @@ class Tuning(Fitting):
         self.options, self.run = options, run
         if not run.data.source.num_held:
             raise ValueError("tuned timesteps are kept only where they are better on samples held out: set holdout")
-        self.objectives = [self._objective(solver) for solver in options.bases]
+        self.objectives = [self._objective(solver) for solver in options.solvers]
         self.judge = Judge(run, options.strategy, options.needs_path)
         self.finished: list[list[float]] = []
         self.stage: Stage | None = None
@@ -266,7 +260,7 @@ class Tuning(Fitting):
         self.finished.append(self.judge.keep(objective, stage, self.ratio).tolist())
         self.stage = None
         self.run.say(
-            f"{self.options.bases[index]}: held-out loss {sum(stage.before):.5g} -> {sum(stage.after):.5g}, "
+            f"{self.options.solvers[index]}: held-out loss {sum(stage.before):.5g} -> {sum(stage.after):.5g}, "
             f"{objective.evaluations.calls} network calls in this process"
         )
         self.run.save(self._result(index, stage))
@@ -276,7 +270,7 @@ class Tuning(Fitting):
         """Back into the bounds; stop at a ratio that is no number."""
         if not bool(torch.isfinite(self.ratio).all()):
             raise ValueError(
-                f"the ratios of {self.options.bases[len(self.finished)]} are {self.ratio.tolist()} after step "
+                f"the ratios of {self.options.solvers[len(self.finished)]} are {self.ratio.tolist()} after step "
                 f"{stage.step}: check the denoiser's outputs, or lower the learning rate; solvers tuned before it have "
                 "their artifacts"
             )
@@ -293,7 +287,7 @@ class Tuning(Fitting):
 
     def _result(self, index: int, stage: Stage) -> Result:
         options, data, objective = self.options, self.run.data, self.objectives[index]
-        solver, source = options.bases[index], data.source
+        solver, source = options.solvers[index], data.source
         known = objective.base.info.get("fitted_on", {}).get("seeds", [])
         return Result(
             options.artifacts[index],

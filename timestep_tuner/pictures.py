@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from solvers import SolverTable
-from timestep_tuner.stage import Stage
+from timestep_tuner.judge import Stage
 from training.method import Run
 
 

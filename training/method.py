@@ -21,17 +21,10 @@ from solvers import SolverTable
 
 
 class Parameters(Protocol):
-    """A map from free numbers to a table."""
+    """A map from `size` free numbers to a table of `nfe` evaluations."""
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations of the table."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """How many numbers."""
-        ...
+    nfe: int
+    size: int
 
     def initial(self) -> Tensor:
         """Where a search starts: (size,) float64."""
@@ -151,7 +144,7 @@ class Fitting(ABC):
 
 
 class Method(ABC):
-    """The options of a method, checked when they are made."""
+    """The options of a method, checked when they are made; `name` stands in the artifacts."""
 
     name: ClassVar[str]
 
@@ -163,12 +156,8 @@ class Method(ABC):
     @property
     @abstractmethod
     def artifacts(self) -> list[str]:
-        """Names of the artifacts it writes."""
+        """Names of the artifacts it writes, without .json."""
 
     @abstractmethod
     def begin(self, run: Run) -> Fitting:
-        """A fresh run.
-
-        Raises:
-            ValueError: options that do not fit the denoiser or the data.
-        """
+        """A fresh run; ValueError where options do not fit the denoiser or the data."""

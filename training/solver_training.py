@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from denoisers import load_denoiser, with_guidance
-from solvers import SolverTable, identify, save_solver
+from solvers import DenoiserIdentity, SolverTable, identify, save_solver
 from training.method import Fitting, Method, Result, Run
 from training.record import upload_solver
 from training.testing import Evaluation, TableModule
@@ -136,6 +137,11 @@ class TrainerRun(Run):
         self.logger = self.trainer.logger
         self.shows_progress = self.rank == 0 and self.trainer.progress_bar_callback is not None
 
+    @cached_property
+    def identity(self) -> DenoiserIdentity:
+        """Of the denoiser, with the guidance that artifacts may be used at."""
+        return identify(self.denoiser, guidance_scale=self.module.guidance_scale)
+
     def sum(self, value: Tensor) -> Tensor:
         """By the trainer's strategy."""
         if self.world_size == 1:
@@ -163,12 +169,12 @@ class TrainerRun(Run):
         spent = result.spent.summed(self.sum)
         if self.folder is None:
             return None
-        path, scale = self.folder / f"{result.name}.json", self.module.guidance_scale
+        path = self.folder / f"{result.name}.json"
         if self.rank == 0:
             save_solver(
                 result.table.detach(),
                 path,
-                identify(self.denoiser, guidance_scale=scale),
+                self.identity,
                 method=self.module.method.name,
                 fitted_on=result.fitted_on | {"evaluations": spent.record(), "seconds": self.module.fitting_seconds},
                 validation=result.validation,

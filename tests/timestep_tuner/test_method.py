@@ -64,7 +64,7 @@ def make(
     rate = {"learning_rate": 0.03} if options.get("optimizer") == "adam" else {}
     options = {"steps": 20} | rate | options
     descent = Descent(**{name: options.pop(name) for name in list(options) if name in Descent.__dataclass_fields__})
-    method = TimestepTuner(solvers, descent=descent, **options)
+    method = TimestepTuner([solvers] if isinstance(solvers, str) else solvers, descent=descent, **options)
     denoiser, output = denoiser or TwoPoints(SCHEDULE), output and str(output)
     return SolverTraining(denoiser, method, output, guidance_scale, None, evaluation or Evaluation())
 
