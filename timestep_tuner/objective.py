@@ -211,11 +211,10 @@ def squared(residuals: Tensor) -> Tensor:
 
 def first_rows(table: SolverTable, timesteps: Tensor, rows: int) -> SolverTable:
     """The solver that stops after its first rows, told `timesteps`, (N,)."""
-    square = {name: getattr(table, name)[:rows, :rows] for name in ("state_coef", "output_coef", "noise_coef")}
-    nodes = {name: getattr(table, name)[: rows + 1] for name in ("alpha", "sigma")}
-    return SolverTable(
-        timesteps[:rows], **nodes, **square, start_scale=table.start_scale, prediction_type=table.prediction_type
-    )
+    blocks = ("state_coef", "output_coef", "noise_coef", "state_support", "output_support")
+    cut = {name: getattr(table, name)[:rows, :rows] for name in blocks}
+    cut |= {name: getattr(table, name)[: rows + 1] for name in ("alpha", "sigma")}
+    return replace(table, timesteps=timesteps[:rows], calls=table.calls[:rows], **cut)
 
 
 def _mix(weights: Tensor, values: Tensor) -> Tensor:
