@@ -1,88 +1,21 @@
 """Tuning with Lightning: both strategies, resume, two processes, artifacts, and what is refused."""
 
-import io
 import json
-import tarfile
 from dataclasses import replace
 
 import lightning
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 
 from data.teacher_data import TeacherData
-from data.trajectories import FIRST_SEED, generate_trajectories
+from data.trajectories import FIRST_SEED
 from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
-from solvers import DenoiserIdentity, NoiseSchedule, TableScheduler, load_solver, named_solver, save_solver
-from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
-from timestep_tuner.method import OPTIMIZERS, Descent, TimestepTuner, Tuning, solver_name
-from training.method import Run
-from training.solver_training import SolverTraining
+from solvers import DenoiserIdentity, TableScheduler, load_solver, named_solver, save_solver
+from tests.solver_search.toys import Labelled, TwoPoints
+from tests.timestep_tuner.runs import COUNT, SCHEDULE, data, fit, learn, make, make_cache, opened
+from timestep_tuner.method import OPTIMIZERS, solver_name
 from training.testing import Evaluation
-
-SCHEDULE = NoiseSchedule.linear()
-COUNT = 32
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"), TwoPoints(SCHEDULE))
-
-
-def make_cache(folder, denoiser, count=COUNT):
-    table = named_solver("ddim:16", SCHEDULE)
-    seeds = range(FIRST_SEED, FIRST_SEED + count)
-    generate_trajectories(denoiser, table, seeds, folder, shard_size=16, dtype=torch.float64, progress=False)
-    return str(folder)
-
-
-def data(cache, **options) -> TeacherData:
-    return TeacherData(cache, **{"holdout": 8, "batch_size": 8} | options)
-
-
-def fit(tuner, source, folder=None, ckpt_path=None, **options):
-    callbacks = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)] if folder else []
-    trainer = lightning.Trainer(
-        **{"max_steps": -1, "max_epochs": -1, "accelerator": "cpu", "devices": 1, "logger": False} | options,
-        callbacks=callbacks,
-        enable_checkpointing=bool(folder),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(tuner, datamodule=source, ckpt_path=ckpt_path, weights_only=True)
-    return trainer
-
-
-def make(
-    denoiser=None, solvers="ddim:4", output=None, guidance_scale=1.0, evaluation=None, **options
-) -> SolverTraining:
-    """Flat options of a tuner, those of its descent put into their group."""
-    rate = {"learning_rate": 0.03} if options.get("optimizer") == "adam" else {}
-    options = {"steps": 20} | rate | options
-    descent = Descent(**{name: options.pop(name) for name in list(options) if name in Descent.__dataclass_fields__})
-    method = TimestepTuner([solvers] if isinstance(solvers, str) else solvers, descent=descent, **options)
-    denoiser, output = denoiser or TwoPoints(SCHEDULE), output and str(output)
-    return SolverTraining(denoiser, method, output, guidance_scale, None, evaluation or Evaluation())
-
-
-def opened(cache, *arguments, **options) -> Tuning:
-    """A tuning that has not begun, without a trainer."""
-    tuner = make(*arguments, **options)
-    return tuner.method.begin(Run(tuner.denoiser, data(cache).open(tuner.denoiser, tuner.method.wanted)))
-
-
-def learn(tuning: Tuning) -> Tuning:
-    """The whole run, without a trainer."""
-    loader = tuning.run.data.train_dataloader()
-    while not tuning.done:
-        for batch in loader:
-            if not tuning.done:
-                tuning.step(batch)
-    return tuning
 
 
 def test_test_measures_the_tuned_tables(cache, tmp_path):
@@ -305,67 +238,6 @@ def test_exported_scheduler_passes_fractional_timesteps(cache, tmp_path):
     told = tuner.fitting.table(0).timesteps
     assert (told != told.round())[:-1].all()
     torch.testing.assert_close(scheduler.timesteps.double(), told, rtol=1e-6, atol=0)
-
-
-def shards(folder, kind="png", count=12, scale=1.0, label=1, shape=SHAPE):
-    folder.mkdir(exist_ok=True)
-    values = np.random.default_rng(0).choice([-1.0, 1.0], (count, *shape)).astype(np.float32) * scale
-    with tarfile.open(folder / "a.tar", "w") as archive:
-        for index, value in enumerate(values):
-            content = io.BytesIO()
-            if kind == "npy":
-                np.save(content, value)
-            else:
-                Image.fromarray(((value[0] + 1) * 127.5).astype(np.uint8)).save(content, "png")
-            for name, part in ((kind, content.getvalue()), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{index:04d}.{name}")
-                member.size = len(part)
-                archive.addfile(member, io.BytesIO(part))
-    return TeacherData(images=str(folder), holdout=4, batch_size=4)
-
-
-@pytest.mark.parametrize("kind", ["png", "npy"])
-def test_images_and_arrays_of_shards(tmp_path, kind):
-    tuner = make(Labelled(SCHEDULE), output=tmp_path, steps=4)
-    source = shards(tmp_path / "shards", kind)
-    fit(tuner, source)
-    samples = [next(iter(loader)) for loader in (source.train_dataloader(), source.held_out_batches())]
-    assert torch.cat([part.end for part in samples]).unique().tolist() == [-1, 1]
-    assert torch.cat([part.condition for part in samples]).tolist() == [1] * 8
-    info = load_solver(tmp_path / "tuned-ddim-4.json").info["fitted_on"]
-    assert info["data"] == "shards shards"
-    epochs = -(-4 // 2)  # four steps of two batches of four
-    first = FIRST_SEED + 2**21
-    assert info["seeds"] == [[first - 4, first + 8 * epochs]]
-
-
-def test_noise_is_fresh_in_every_epoch_and_the_same_when_held_out(cache):
-    tuning, seen = opened(cache, steps=8), []
-    original = tuning._gauss_newton
-    tuning._gauss_newton = lambda objective, batch, stage: seen.append(batch.seeds) or original(objective, batch, stage)
-    learn(tuning)
-    flat = [seed for seeds in seen for seed in seeds]
-    assert len(set(flat)) == len(flat) == 64
-    held_out = [next(iter(tuning.run.data.held_out_batches())) for _ in range(2)]
-    assert held_out[0].seeds == held_out[1].seeds == tuple(range(FIRST_SEED + 2**21 - 8, FIRST_SEED + 2**21))
-    assert torch.equal(held_out[0].noise, held_out[1].noise)
-    assert not set(flat) & set(held_out[0].seeds)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "npy", "scale": 100.0}, r"values from -100 to 100: images lie in \[-1, 1\]"),
-        ({"kind": "npy", "scale": float("nan")}, "values from nan"),
-        ({"kind": "npy", "shape": (1, 3, 3)}, r"shape \(1, 3, 3\), the denoiser takes \(1, 2, 2\)"),
-        ({"label": 7}, "label 7 is out of range: this denoiser has classes 0 to 2"),
-        ({"count": 4}, "do not fit; make more"),
-    ],
-)
-def test_shards_that_do_not_fit_are_refused_before_training(tmp_path, options, message):
-    denoiser = Labelled(SCHEDULE)
-    with pytest.raises(ValueError, match=message):
-        fit(make(denoiser), shards(tmp_path / "shards", **options))
 
 
 def test_refusals(cache, tmp_path):
