@@ -133,6 +133,7 @@ def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None
         len(held),
         {
             "data": f"{what} {names}, sampled from the model with {solver}",
+            "teacher": caches[0].manifest.get("solver"),
             "teacher_steps": caches[0].table.nfe,
             "precision": caches[0].manifest["teacher"]["precision"],
         },

@@ -307,6 +307,7 @@ class Search(Fitting):
                 "nfe": stage.nfe,
                 "start": stage.start,
                 **vars(options.descent),
+                "learning_rate": None if self.optimizer is None else options.descent.learning_rate,
                 "steps": stage.step,
                 "loss": vars(options.loss),
                 "train_timesteps": options.start.train_timesteps,
