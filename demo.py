@@ -13,7 +13,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-NFE, NUM_TRAJECTORIES, NUM_SAMPLES, TEACHER = 8, 80, 64, "ddim:100"
+NFE, NUM_TRAJECTORIES, NUM_SAMPLES = 8, 80, 64
 
 
 def main(args: list[str] | None = None) -> None:
@@ -38,7 +38,6 @@ def _record(denoiser: str, trajectories: Path, num_trajectories: int) -> None:
         "predict",
         "--config=configs/trajectories/cifar10-dit.yaml",
         f"--model.init_args.denoiser={denoiser}",
-        f"--model.init_args.teacher={TEACHER}",
         f"--model.init_args.num_trajectories={num_trajectories}",
         f"--model.init_args.folder={trajectories}",
     )
@@ -65,7 +64,6 @@ def _compare(denoiser: str, artifact: Path, output: Path) -> None:
     options = {
         "denoiser": denoiser,
         "solvers": json.dumps(solvers),
-        "reference": TEACHER,
         "num_samples": NUM_SAMPLES,
         "guidance_scale": "[1.0]",
         "metrics": "[rmse]",

@@ -1,4 +1,4 @@
-"""The shared sampler's command line: generate, compare, inspect, export.
+"""Run, compare, inspect and export solver tables.
 
     python sample.py generate --denoiser checkpoints/cifar10-dit --solver unipc:8 --output samples
     python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --output report
@@ -20,6 +20,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from evaluation.args import CompareArgs
 from training.arguments import OneLineErrors, guarded
 
 LISTS = ("--solvers", "--labels", "--metrics")  # values follow with spaces between them
@@ -42,7 +43,7 @@ def generate(
     sampler: Literal["sequential", "parataa"] = "sequential",
     preview: bool = False,
 ) -> None:
-    """Write images: samples.npz, grid.png and manifest.json.
+    """Sample images with one solver: samples.npz, grid.png and manifest.json.
 
     Args:
         solver: an artifact's path or name:steps.
@@ -57,8 +58,8 @@ def generate(
         sampler: sequential, or parataa (parallel rounds).
         preview: with parataa, write the images after each round.
     """
-    from evaluation.generate import as_images
-    from evaluation.generate import generate as run
+    from denoisers.generate import as_images
+    from denoisers.generate import generate as run
     from evaluation.pictures import save_grid
 
     if num_samples < 1:
@@ -90,8 +91,16 @@ def generate(
         print(f"{num_samples} images, {table.nfe} evaluations each, {seconds:.1f} s -> {folder}")
 
 
+def compare(**options) -> None:
+    """Measure solvers side by side from the same noises: report.html, .md and .json, comparison.png; can be resumed."""
+    from evaluation.compare import compare as run
+    from parataa import parallel_sample
+
+    run(CompareArgs(**options), {"parataa": parallel_sample})
+
+
 def inspect(solver: str, denoiser: str | None = None, output: str | None = None) -> None:
-    """Print a solver's rows and diagnostics; draw its coefficients and timesteps.
+    """Print a solver's rows and diagnostics, and draw its coefficients and timesteps.
 
     Args:
         solver: an artifact's path or name:steps.
@@ -114,7 +123,7 @@ def inspect(solver: str, denoiser: str | None = None, output: str | None = None)
 def export(
     solver: str, to: Literal["diffusers", "comfyui", "numpy"] = "diffusers", output: str = "runs/export"
 ) -> None:
-    """Write a solver for another program.
+    """Write a solver for another program: diffusers, ComfyUI or plain NumPy.
 
     Args:
         solver: an artifact's path.
@@ -126,12 +135,16 @@ def export(
     print(f"written: {export_solver(solver, to, output)}")
 
 
+COMMANDS = {"generate": generate, "compare": compare, "inspect": inspect, "export": export}
+
+
 def _load(solver: str, denoiser: str | None, guidance_scale: float | None, precision: str):
     """The table and the model it runs on, checked against each other."""
     from solvers import load_solver, named_solver, student_path
 
     if Path(solver).suffix != ".json":
-        model = _load_denoiser(_given(denoiser), guidance_scale=guidance_scale or 1.0, precision=precision)
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        model = _load_denoiser(_given(denoiser), guidance_scale=scale, precision=precision)
         return model, named_solver(solver, model.schedule)
     table = load_solver(solver)
     student = student_path(table)
@@ -182,12 +195,6 @@ def _sampler(name: str, preview: Path | None) -> Iterator[tuple[Callable, dict]]
             return images
 
         yield run, record
-
-
-def _parallel_sample(*arguments, **options):
-    from parataa import parallel_sample
-
-    return parallel_sample(*arguments, **options)
 
 
 def _world_size() -> int:
@@ -268,20 +275,19 @@ def _is_number(text: str) -> bool:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors a user can cause are one line and exit code 2."""
-    from evaluation.compare import compare
-
-    commands = {"generate": generate, "compare": compare, "inspect": inspect, "export": export}
-    parser = Parser(description="Run, compare, inspect and export solver tables.")
+    title, _, solvers = (__doc__ or "").split("\n\n")
+    parser = Parser(description=f"{title} {solvers}")
     subcommands = parser.add_subcommands(dest="command")
-    for name, command in commands.items():
-        part = Parser(description=(command.__doc__ or "").splitlines()[0])
-        part.add_function_arguments(command, as_positional=name in ("inspect", "export"), skip={"samplers"})
-        subcommands.add_subcommand(name, part)
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").splitlines()[0]
+        part = Parser(description=summary)
+        if command is compare:
+            part.add_class_arguments(CompareArgs, as_group=False)
+        else:
+            part.add_function_arguments(command, as_group=False, as_positional=command in (inspect, export))
+        subcommands.add_subcommand(name, part, help=summary)
     values = parser.parse_args(_lists_joined(sys.argv[1:] if args is None else args))
-    options = values[values.command].as_dict()
-    if values.command == "compare":
-        options["samplers"] = {"parataa": _parallel_sample}
-    guarded(commands[values.command], **options)
+    guarded(COMMANDS[values.command], **values[values.command].as_dict())
 
 
 if __name__ == "__main__":

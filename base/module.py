@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from denoisers.checkpoint import WEIGHTS_NAME, load_weights, save_denoiser
 from denoisers.dit import DiT
-from solvers.named import named_solver
+from solvers.named import default_solver, named_solver
 from solvers.prediction import per_sample, to_output
 from solvers.table import SolverTable
 from training.arguments import check_choice
@@ -113,7 +113,7 @@ class BaseModel(NetworkModule):
     def sample_tables(self) -> dict[str, SolverTable]:
         """20 steps of DDIM or Euler."""
         schedule = self.network.schedule
-        return {"samples": named_solver("euler:20" if schedule.kind == "flow" else "ddim:20", schedule)}
+        return {"samples": named_solver(default_solver(schedule, 20), schedule)}
 
     @rank_zero_only
     def write(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from denoisers import class_labels, load_denoiser
+from evaluation.args import CompareArgs
 from evaluation.compare import compare
 from solvers import start_noise
 
@@ -30,7 +32,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--denoiser", default="checkpoints/cifar10-dit")
-    parser.add_argument("--reference", default="ddim:100")
+    parser.add_argument("--reference", help="default: 100 steps of DDIM, or of Euler for a flow model")
     parser.add_argument("--nfe", type=int, nargs=2, default=[5, 10])
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -40,11 +42,19 @@ def main() -> None:
     denoiser = load_denoiser(options.denoiser, precision=options.precision)
     names = SOLVERS[denoiser.schedule.kind]
     compared = [f"{name}:{nfe}" for name in names for nfe in options.nfe]
-    shared = {"num_samples": options.num_samples, "batch_size": options.batch_size, "cache": options.cache}
-    shared |= {"precision": options.precision, "reference": options.reference}
     with tempfile.TemporaryDirectory() as folder:
-        compare(options.denoiser, compared[:1], output=f"{folder}/first", **shared)  # fills the cache
-        whole = spent(lambda: compare(options.denoiser, compared, output=f"{folder}/second", **shared))
+        args = CompareArgs(
+            options.denoiser,
+            compared,
+            options.reference,
+            output=f"{folder}/second",
+            num_samples=options.num_samples,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            cache=options.cache,
+        )
+        compare(replace(args, solvers=compared[:1], output=f"{folder}/first"))  # fills the cache
+        whole = spent(lambda: compare(args))
     evaluations = len(names) * sum(options.nfe) * options.num_samples
     bare = spent(lambda: network_alone(denoiser, evaluations, options.batch_size))
     print(f"comparison {whole:.1f} s, network alone {bare:.1f} s of processor time, {evaluations} evaluations")

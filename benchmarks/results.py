@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from denoisers import load_denoiser
+from evaluation.args import CompareArgs
 from evaluation.compare import compare
 from solvers import load_solver, resolve_solver
 from solvers.files import atomic_write
@@ -27,7 +28,6 @@ from solvers.identity import guidance_fits
 from training.arguments import guarded
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCES = {"cifar10-dit": "ddim:100", "cifar10-sit": "euler:100"}
 BASELINES = {
     "cifar10-dit": ("ddim", "dpmpp", "unipc", "deis", "ipndm"),
     "cifar10-sit": ("euler", "heun", "dpmpp", "unipc", "ipndm"),
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(REFERENCES), default=list(REFERENCES))
+    parser.add_argument("--models", nargs="+", choices=list(BASELINES), default=list(BASELINES))
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 1.5])
     parser.add_argument("--nfe", nargs="+", type=int, default=list(NFES))
     parser.add_argument(
@@ -72,16 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    return compare(
+    args = CompareArgs(
         f"checkpoints/{model}",
         [*baselines(model, options.nfe), *artifacts(model, scale, options.nfe), *options.solvers],
-        REFERENCES[model],
         output=str(options.output / f"{model}-g{scale:g}-{options.precision}"),
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         guidance_scale=scale,
         precision=options.precision,
     )
+    return compare(args)
 
 
 def baselines(model: str, nfes: Sequence[int], folder: Path = Path("checkpoints")) -> list[str]:
@@ -175,7 +175,7 @@ def family(solver: str) -> str:
         return re.sub(r"(@\w+)?:\d+$", r"\1", solver)
     path = Path(solver)
     parent = path.parent.name
-    if parent in REFERENCES or parent.startswith("guidance-"):
+    if parent in BASELINES or parent.startswith("guidance-"):
         parent = ""
     return f"{parent}/{re.sub('-[0-9]+$', '', path.stem)}".lstrip("/")
 

@@ -20,7 +20,6 @@ from timm.optim import Lion
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import Trajectories
-from data.teacher import default_teacher
 from data.trajectories import FIRST_SEED, TrajectoryCache, run_teacher
 from denoisers import load_denoiser, with_precision
 from solver_search.lm import Damping
@@ -28,7 +27,7 @@ from solver_search.losses import SearchLoss
 from solver_search.objective import Compute, Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
-from solvers import SolverTable, identify, resolve_solver, save_solver
+from solvers import SolverTable, default_solver, identify, resolve_solver, save_solver
 
 PAPER_LOSS = SearchLoss(endpoint=0.0, path=1.0, huber=1000.0)
 PAPER_ITERATIONS = (313, 1562)  # 10,000 and 50,000 samples in batches of 32
@@ -43,7 +42,7 @@ class Source:
         cache = TrajectoryCache(folder) if folder else None
         if cache is not None:
             cache.check(denoiser)
-        self.table = cache.table if cache else resolve_solver(default_teacher(denoiser.schedule), denoiser.schedule)
+        self.table = cache.table if cache else resolve_solver(default_solver(denoiser.schedule), denoiser.schedule)
         self.pool = cache.load() if cache else None
 
     def __call__(self, numbers: list[int]) -> Trajectories:

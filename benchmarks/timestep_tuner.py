@@ -19,10 +19,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.clean_samples import noised
-from data.teacher import default_teacher
 from data.trajectories import Trajectories, run_teacher
 from denoisers import Evaluations, load_denoiser
-from solvers import SolverTable, load_solver, named_solver
+from solvers import SolverTable, default_solver, load_solver, named_solver
 from timestep_tuner.objective import STRATEGIES, Objective
 from timestep_tuner.ratios import Ratios
 
@@ -47,7 +46,7 @@ def losses(objective: Objective, strategy: str, timesteps: Tensor, tried: Trajec
 def rows(options: argparse.Namespace) -> list[list[Any]]:
     """One row per artifact."""
     denoiser = load_denoiser(options.denoiser, options.guidance_scale, precision=options.precision)
-    teacher = named_solver(options.teacher or default_teacher(denoiser.schedule), denoiser.schedule)
+    teacher = named_solver(options.teacher or default_solver(denoiser.schedule), denoiser.schedule)
     tables = [load_solver(path, denoiser) for path in options.solvers]
     totals = torch.zeros(len(tables), 2, dtype=torch.float64)
     for first in tqdm(range(0, options.num_samples, options.batch_size), desc="batches"):

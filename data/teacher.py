@@ -10,8 +10,7 @@ from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, run_teacher
 from data.trajectory_writer import TrajectoryWriter
 from denoisers import load_denoiser
-from solvers.named import resolve_solver
-from solvers.schedule import NoiseSchedule
+from solvers.named import default_solver, resolve_solver
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -22,7 +21,7 @@ class TeacherTrajectories(lightning.LightningModule):
     Args:
         denoiser: a network, or a path for `load_denoiser`.
         folder: where the trajectories go; an interrupted run goes on there.
-        teacher: solver as name:steps or an artifact's path; default: ddim:100, or euler:100 for a flow schedule.
+        teacher: solver as name:steps or an artifact's path; default: 100 steps of `default_solver`.
         num_trajectories: how many.
         first_seed: they have seeds first_seed, first_seed + 1, ...
         shard_size: trajectories in a shard and in the network's batch.
@@ -47,7 +46,7 @@ class TeacherTrajectories(lightning.LightningModule):
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
         self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
-        self.solver = teacher or default_teacher(self.denoiser.schedule)
+        self.solver = teacher or default_solver(self.denoiser.schedule)
         self.table = resolve_solver(self.solver, self.denoiser.schedule)
         self.seeds = range(first_seed, first_seed + num_trajectories)
         self.folder, self.shard_size, self.dtype_ = folder, shard_size, getattr(torch, dtype)
@@ -108,11 +107,6 @@ class TrajectoryShards(lightning.LightningDataModule):
         shards = [shard if shard in todo else -1 for shard in mine]
         padding = -(-writer.num_shards // world_size) - len(shards)
         return DataLoader(shards + [-1] * padding, batch_size=None, collate_fn=_as_is)
-
-
-def default_teacher(schedule: NoiseSchedule) -> str:
-    """DDIM with 100 steps, or Euler for a flow schedule."""
-    return "euler:100" if schedule.kind == "flow" else "ddim:100"
 
 
 def _as_is(batch: int) -> int:

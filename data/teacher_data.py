@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 from data.loader import EpochBatchSampler, ResumableLoader
 from data.shards import Trajectories
 from data.sources import Batch, Source, clean, fresh, stored
-from data.teacher import default_teacher
 from data.trajectories import FIRST_SEED, run_teacher
 from denoisers import class_labels, with_scale
 from solvers import resolve_solver
 from solvers.identity import guidance_range, own_guidance
+from solvers.named import default_solver
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class TeacherData(lightning.LightningDataModule):
         elif wanted.in_order or wanted.states == "samples":
             raise ValueError("this method cannot learn from trajectories that are made afresh: give trajectories")
         else:
-            name = self.teacher or default_teacher(denoiser.schedule)
+            name = self.teacher or default_solver(denoiser.schedule)
             self.source = fresh(resolve_solver(name, denoiser.schedule), *self.sizes)
         return self
 

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from denoisers.generate import generate
 from evaluation.contenders import Contender
 from evaluation.distances import require_finite
-from evaluation.generate import generate
 from solvers import sample
 from solvers.files import atomic_write
 

@@ -1,49 +1,30 @@
-"""`sample.py compare`: solvers side by side on the same noises. Imports what it needs only when called."""
+"""The work behind `sample.py compare`: load what is named, sample what is missing, measure and report."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from denoisers.generate import image_shape
+from evaluation.args import CompareArgs
+from evaluation.comparison import Comparison
+from evaluation.contenders import Group, check_seeds, load_groups
+from evaluation.extractors import Extractor, extractor_of, load_extractor
+from evaluation.processes import barrier, first_alone, processes
+from evaluation.report import log_report, write_report
+from evaluation.rows import choose_metrics
+from evaluation.statistics import DataStatistics, find_statistics
 
 
-def compare(
-    denoiser: str,
-    solvers: list[str],
-    reference: str = "ddim:100",
-    output: str = "runs/compare",
-    num_samples: int = 512,
-    seed: int = 0,
-    batch_size: int = 64,
-    guidance_scale: float | list[float] | None = None,
-    precision: Literal["float32", "bf16"] = "float32",
-    metrics: list[Literal["rmse", "fd", "kid", "precision_recall", "inception_score"]] | None = None,
-    extractor: str | None = None,
-    statistics: str | None = None,
-    bootstrap: int = 200,
-    cache: str = "runs/cache/reference",
-    wandb: bool = False,
-    samplers: Mapping[str, Callable] | None = None,
-) -> list[dict[str, Any]]:
+def compare(args: CompareArgs, samplers: Mapping[str, Callable] | None = None) -> list[dict[str, Any]]:
     """Compare solvers: report.json, report.md, report.html and comparison.png. A killed comparison continues.
 
-    All solvers start from the same noises; image k has seed + k. The reference solver's images are computed once,
-    kept in `cache` and used again by later comparisons. Several processes: `torchrun --nproc_per_node N sample.py ...`.
+    Several processes: `torchrun --nproc_per_node N sample.py compare ...`.
 
     Args:
-        denoiser: checkpoint folder.
-        solvers: artifacts' paths or name:steps; SOLVER+parataa runs it in parallel rounds.
-        reference: the solver that RMSE and PSNR are measured against.
-        output: folder to write; it may hold an unfinished run of this comparison, or one with fewer solvers or images.
-        num_samples: number of images per solver.
-        seed: seed of the first image; must be disjoint from what the artifacts were fitted on.
-        batch_size: images per network call.
-        guidance_scale: one or more scales; default: the one the artifacts were fitted for, else 1 (none).
-        precision: of the network; states stay in float32.
-        metrics: default: rmse, and the others as far as the images fit the extractor and are numerous enough.
-        extractor: classifier folder, `timm:NAME` or `inception` (the last two need the network once); default: the
-            shipped classifier that is named like the model, `fashion-classifier` for `fashion-sit`, else cifar10's.
-        statistics: reference statistics file, or a folder of image shards; default: those beside the extractor.
-        bootstrap: number of resamplings for the 95 % intervals; 0 leaves them out.
-        cache: folder that keeps the reference solver's images.
-        wandb: also log the table and the pictures to W&B (offline when not logged in).
+        args: what is compared and how.
         samplers: other samplers than the sequential one, by name, see `evaluation.contenders.Contender`.
     Returns:
         The rows of report.json: the reference, then the solvers, per guidance scale.
@@ -52,23 +33,65 @@ def compare(
             metric that was asked for, images that are not finite, statistics of another extractor, or an output
             folder of something else.
     """
-    from evaluation.comparison import compare_paths
+    device = _device()
+    groups = load_groups(args, device, samplers)
+    folder = args.extractor or str(extractor_of(groups[0].reference.denoiser))
+    extractor = _load_extractor(folder, args.metrics, device)
+    statistics = None if extractor is None else find_statistics(args.statistics, extractor, folder)
+    return compare_groups(groups, args, extractor, statistics)
 
-    return compare_paths(
-        denoiser,
-        solvers,
-        reference,
-        output=output,
-        num_samples=num_samples,
-        seed=seed,
-        batch_size=batch_size,
-        guidance_scale=guidance_scale,
-        precision=precision,
-        metrics=metrics,
-        extractor=extractor,
-        statistics=statistics,
-        bootstrap=bootstrap,
-        cache=cache,
-        log_to_wandb=wandb,
-        samplers=samplers,
-    )
+
+def compare_groups(
+    groups: Sequence[Group],
+    args: CompareArgs,
+    extractor: Extractor | None = None,
+    statistics: DataStatistics | None = None,
+) -> list[dict[str, Any]]:
+    """Compare solvers that are loaded already.
+
+    Started in several processes with the variables of `torchrun`, each samples its share of the images, and the first
+    one writes the report.
+
+    Args:
+        groups: the solvers and their networks.
+        args: how they are compared.
+        extractor: None measures RMSE alone.
+        statistics: of the data.
+    Returns:
+        The rows of report.json; an empty list in the other processes.
+    """
+    check_seeds(groups, args.seeds)
+    shape = image_shape(groups[0].reference.denoiser)
+    measure = choose_metrics(args.metrics, extractor, statistics, args.num_samples, shape)
+    comparison = Comparison(args, groups, measure)
+    with processes() as (rank, world_size):
+        first_alone(comparison.claim)
+        comparison.sample(rank, world_size)
+        barrier()
+        return _report(comparison) if rank == 0 else []
+
+
+def _report(comparison: Comparison) -> list[dict[str, Any]]:
+    output, notes = comparison.output, comparison.measure.notes
+    entries = comparison.entries()
+    write_report(output, entries, comparison.settings() | {"num_samples": comparison.args.num_samples}, notes)
+    comparison.finish()
+    print(*notes, f"report: {output / 'report.html'}", sep="\n")
+    if comparison.args.wandb:
+        log_report(output, entries)
+    return [entry.row for entry in entries]
+
+
+def _load_extractor(name: str, metrics: Sequence[str] | None, device: torch.device) -> Extractor | None:
+    """The extractor; None when no metric needs it, or when none was asked for and it is not there."""
+    if metrics is not None and not set(metrics) - {"rmse"}:
+        return None
+    if metrics is None and not Path(name).is_dir() and ":" not in name and name != "inception":
+        return None
+    return load_extractor(name).to(device)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from denoisers import load_denoiser
+from evaluation.args import CompareArgs
 from solvers import SolverTable
 from solvers.artifact import TENSORS, load_solver, student_path
 from solvers.conditions import condition_tensors
 from solvers.identity import guidance_fits, own_guidance, own_hash
-from solvers.named import resolve_solver
+from solvers.named import default_solver, resolve_solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +99,7 @@ def _described(function: Any) -> str:
 
 
 def load_groups(
-    denoiser: str,
-    solvers: Sequence[str],
-    reference: str,
-    guidance_scale: Sequence[float] | None = None,
-    precision: str = "float32",
-    device: torch.device | None = None,
-    samplers: Mapping[str, Callable] | None = None,
+    args: CompareArgs, device: torch.device | None = None, samplers: Mapping[str, Callable] | None = None
 ) -> list[Group]:
     """Load what a command line names, a group per guidance scale.
 
@@ -112,39 +107,41 @@ def load_groups(
     by the sampler of that name.
 
     Args:
-        denoiser: path of the network.
-        solvers: artifacts' paths or name:steps.
-        reference: the same.
-        guidance_scale: scales; default: the one the artifacts were made for, else 1.
-        precision: of the networks.
+        args: what it names.
         device: of the networks.
         samplers: other samplers than the sequential one, by name; see `Contender`.
     Raises:
-        ValueError: no solver, the same one twice, an unknown one, one that fits none of the scales or not the
-            network, or artifacts of different scales when none was given.
+        ValueError: an unknown solver, one that fits none of the scales or not the network, or artifacts of different
+            scales when none was given.
     """
-    solvers = [str(solver) for solver in solvers]
-    if not solvers:
-        raise ValueError("no solvers to compare: give at least one artifact's path or name:steps")
-    if len(set(solvers)) < len(solvers):
-        raise ValueError(f"a solver is named twice in {', '.join(solvers)}: name each once")
     samplers = samplers or {}
     made_for = {
-        solver: _made_for(path) for solver in solvers if (path := _split(solver, samplers)[0]).endswith(".json")
+        solver: _made_for(path) for solver in args.solvers if (path := _split(solver, samplers)[0]).endswith(".json")
     }
-    scales = list(guidance_scale) if guidance_scale else _common_scale(made_for)
+    scales = args.scales or _common_scale(made_for)
     for solver, allowed in made_for.items():
         if not any(guidance_fits(allowed, scale) for scale in scales):
             raise ValueError(
                 f"{solver} was made for guidance scale {allowed}, not for {scales}: add it, or leave it out"
             )
-    groups = []
-    for scale in scales:
-        model = load_denoiser(denoiser, guidance_scale=scale, precision=precision, device=device)
-        chosen = [name for name in solvers if name not in made_for or guidance_fits(made_for[name], scale)]
-        contenders = tuple(_load(name, model, scale, precision, device, samplers) for name in chosen)
-        groups.append(Group(_load(reference, model, scale, precision, device), contenders))
-    return groups
+    return [_load_group(args, scale, made_for, device, samplers) for scale in scales]
+
+
+def _load_group(
+    args: CompareArgs,
+    scale: float,
+    made_for: Mapping[str, Any],
+    device: torch.device | None,
+    samplers: Mapping[str, Callable],
+) -> Group:
+    model = load_denoiser(args.denoiser, guidance_scale=scale, precision=args.precision, device=device)
+
+    def load(name: str, samplers: Mapping[str, Callable]) -> Contender:
+        return _load(name, model, scale, args.precision, device, samplers)
+
+    chosen = [name for name in args.solvers if name not in made_for or guidance_fits(made_for[name], scale)]
+    reference = load(args.reference or default_solver(model.schedule), {})
+    return Group(reference, tuple(load(name, samplers) for name in chosen))
 
 
 def check_seeds(groups: Sequence[Group], seeds: range) -> None:
@@ -179,15 +176,10 @@ def check_disjoint(seeds: range, fitted: Sequence[Sequence[int]], name: str = "t
 
 
 def _load(
-    name: str,
-    model: Any,
-    scale: float,
-    precision: str,
-    device: torch.device | None,
-    samplers: Mapping[str, Callable] | None = None,
+    name: str, model: Any, scale: float, precision: str, device: torch.device | None, samplers: Mapping[str, Callable]
 ) -> Contender:
-    solver, chosen = _split(name, samplers or {})
-    sampler = {"sampler": (samplers or {})[chosen], "sampler_name": chosen} if chosen else {}
+    solver, chosen = _split(name, samplers)
+    sampler = {"sampler": samplers[chosen], "sampler_name": chosen} if chosen else {}
     if not solver.endswith(".json"):
         return Contender(name, resolve_solver(solver, model.schedule), model, scale, **sampler)
     weights = student_path(load_solver(solver))

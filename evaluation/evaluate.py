@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torchmetrics import MetricCollection
 
+from denoisers.generate import as_images, device_of, generate, image_shape
 from evaluation.contenders import check_disjoint
 from evaluation.extractors import Extractor, extractor_of, load_extractor
-from evaluation.generate import as_images, device_of, generate, image_shape
 from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
+from evaluation.processes import rank_and_size
 from evaluation.rows import Measure, choose_metrics
 from evaluation.statistics import find_statistics
 from solvers import SolverTable
@@ -120,9 +121,7 @@ def _distances(
 
 def _share(seeds: range) -> range:
     """Seeds of this process."""
-    group = torch.distributed
-    running = group.is_available() and group.is_initialized()
-    rank, world_size = (group.get_rank(), group.get_world_size()) if running else (0, 1)
+    rank, world_size = rank_and_size()
     if len(seeds) < world_size:
         raise ValueError(f"{len(seeds)} images for {world_size} processes: evaluate at least one per process")
     return seeds[rank::world_size]

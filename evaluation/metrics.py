@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 from evaluation import distances
 from evaluation.distances import require_finite
-from evaluation.statistics import ReferenceStatistics
+from evaluation.statistics import DataStatistics
 
 
 class FrechetDistance(Metric):
@@ -23,7 +23,7 @@ class FrechetDistance(Metric):
 
     is_differentiable, higher_is_better, full_state_update = False, False, False
 
-    def __init__(self, statistics: ReferenceStatistics, **kwargs: Any) -> None:
+    def __init__(self, statistics: DataStatistics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.statistics = statistics
         dimension = len(statistics.gaussian.mean)
@@ -80,7 +80,7 @@ class KernelDistance(_Gathered):
 
     higher_is_better = False
 
-    def __init__(self, statistics: ReferenceStatistics, **kwargs: Any) -> None:
+    def __init__(self, statistics: DataStatistics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.statistics = statistics
 
@@ -99,7 +99,7 @@ class PrecisionRecall(_Gathered):
 
     higher_is_better = True
 
-    def __init__(self, statistics: ReferenceStatistics, **kwargs: Any) -> None:
+    def __init__(self, statistics: DataStatistics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.statistics = statistics
 

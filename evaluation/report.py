@@ -3,23 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.columns import COLUMNS, HINTS, cell, interval, label, shown_columns, summary
+from evaluation.comparison import Entry
 from evaluation.contenders import display_names
 from evaluation.html import report_html
 from evaluation.pictures import image_grid
 from solvers.files import atomic_write
 
-if TYPE_CHECKING:
-    from evaluation.comparison import Entry
-
 
 def write_report(
-    output: str | Path, entries: Sequence["Entry"], settings: Mapping[str, Any], notes: Sequence[str] = ()
+    output: str | Path, entries: Sequence[Entry], settings: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> None:
     """Write all files of a comparison.
 
@@ -64,7 +62,7 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return f"{cell(row, name)} ({around})" if around else cell(row, name)
 
 
-def comparison_picture(entries: Sequence["Entry"], names: Mapping[str, str], columns: int = 12) -> Image.Image:
+def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str], columns: int = 12) -> Image.Image:
     """One labelled row of images per solver; each column starts from the same noise."""
     several = len({entry.row["guidance"] for entry in entries}) > 1
     labels = []
@@ -88,7 +86,7 @@ def comparison_picture(entries: Sequence["Entry"], names: Mapping[str, str], col
     return picture
 
 
-def log_report(output: str | Path, entries: Sequence["Entry"], project: str = "learned-diffusion-solvers") -> None:
+def log_report(output: str | Path, entries: Sequence[Entry], project: str = "learned-diffusion-solvers") -> None:
     """Log the table and the pictures of a written report to W&B, offline when not logged in."""
     import wandb
 

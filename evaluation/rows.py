@@ -3,19 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from evaluation.args import Metric
 from evaluation.bootstrap import frechet_interval, kernel_interval, resamplings, rmse_interval
 from evaluation.contenders import Contender
 from evaluation.distances import Gaussian, inception_score, precision_recall, psnr, require_full_rank
 from evaluation.extractors import Extractor
-from evaluation.statistics import ReferenceStatistics
+from evaluation.statistics import DataStatistics
 from solvers import SolverTable
 
-METRICS = ("rmse", "fd", "kid", "precision_recall", "inception_score")
+METRICS = get_args(Metric)
 NEEDS_DATA = {"fd", "kid", "precision_recall"}
 
 
@@ -33,7 +34,7 @@ class Measure:
 
     metrics: tuple[str, ...]
     extractor: Extractor | None
-    statistics: ReferenceStatistics | None
+    statistics: DataStatistics | None
     notes: tuple[str, ...] = ()
     asked: tuple[str, ...] | None = None
 
@@ -41,7 +42,7 @@ class Measure:
 def choose_metrics(
     wanted: Sequence[str] | None,
     extractor: Extractor | None,
-    statistics: ReferenceStatistics | None,
+    statistics: DataStatistics | None,
     num_samples: int,
     shape: Sequence[int],
 ) -> Measure:
@@ -88,7 +89,7 @@ def _obstacle(metric, extractor, statistics, num_samples, shape) -> str | None:
     if metric == "inception_score":
         return None if extractor.num_classes else f"the extractor {extractor.identity['name']} has no classes"
     if statistics is None:
-        return "there are no reference statistics (--statistics)"
+        return "there are no data statistics (--statistics)"
     if min(num_samples, len(statistics.features)) < 4:
         return f"{num_samples} images, compared with {len(statistics.features)} of the data, are too few"
     if metric == "fd":

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from data.image_shards import read_shards
 from data.named import NAMED_SETS
+from denoisers.generate import device_of
 from evaluation.distances import FrechetTo, Gaussian, KernelTo, Manifold
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
-from evaluation.generate import device_of
 from solvers.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -27,7 +27,7 @@ SUBSET = 2000
 
 
 @dataclass(frozen=True)
-class ReferenceStatistics:
+class DataStatistics:
     """What distances need to know of the data.
 
     Args:
@@ -65,9 +65,9 @@ class ReferenceStatistics:
         return f"{self.extractor}-{self.data}"
 
 
-def reference_statistics(
+def data_statistics(
     images: Tensor, extractor: Extractor, cache: str | Path, description: str = "", batch_size: int = 250
-) -> ReferenceStatistics:
+) -> DataStatistics:
     """Statistics of images, computed once per data, extractor and preprocessing.
 
     Args:
@@ -87,7 +87,7 @@ def reference_statistics(
 
 def compute_statistics(
     images: Tensor, extractor: Extractor, description: str = "", batch_size: int = 250
-) -> ReferenceStatistics:
+) -> DataStatistics:
     """Statistics of uint8 images (n, channels, height, width); the subset is spread evenly over them.
 
     Raises:
@@ -95,13 +95,13 @@ def compute_statistics(
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"reference images are {images.dtype}: give uint8 pictures")
-    bar = tqdm(images.split(batch_size), desc="reference statistics", unit="batch")
+    bar = tqdm(images.split(batch_size), desc="data statistics", unit="batch")
     device = device_of(extractor)
     features = torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in bar])
     chosen = torch.linspace(0, len(features) - 1, min(SUBSET, len(features))).round().long()
     # Rounded to what the file holds, so that computed and loaded statistics give the same distances.
     subset = features[chosen].half().float()
-    return ReferenceStatistics(Gaussian.of(features), subset, extractor.fingerprint, data_hash(images), description)
+    return DataStatistics(Gaussian.of(features), subset, extractor.fingerprint, data_hash(images), description)
 
 
 def data_hash(images: Tensor) -> str:
@@ -111,7 +111,7 @@ def data_hash(images: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_statistics(statistics: ReferenceStatistics, path: str | Path) -> None:
+def save_statistics(statistics: DataStatistics, path: str | Path) -> None:
     """Write the file: mean and covariance in float64, the subset in float16."""
     tensors = {
         "mean": statistics.gaussian.mean,
@@ -129,7 +129,7 @@ def save_statistics(statistics: ReferenceStatistics, path: str | Path) -> None:
         save_file(tensors, temporary, metadata={key: str(value) for key, value in metadata.items()})
 
 
-def load_statistics(path: str | Path, extractor: Extractor | None = None) -> ReferenceStatistics:
+def load_statistics(path: str | Path, extractor: Extractor | None = None) -> DataStatistics:
     """Read a statistics file.
 
     Args:
@@ -140,7 +140,7 @@ def load_statistics(path: str | Path, extractor: Extractor | None = None) -> Ref
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no reference statistics at {path}: give a file, or a folder of image shards")
+        raise ValueError(f"no data statistics at {path}: give a file, or a folder of image shards")
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -148,12 +148,12 @@ def load_statistics(path: str | Path, extractor: Extractor | None = None) -> Ref
             raise ValueError(f"format_version is {metadata['format_version']}, this project reads {FORMAT_VERSION}")
         gaussian = Gaussian(tensors["mean"], tensors["covariance"], int(metadata["count"]))
         found = (metadata["extractor"], metadata["data"], metadata["description"])
-        statistics = ReferenceStatistics(gaussian, tensors["features"].float(), *found)
+        statistics = DataStatistics(gaussian, tensors["features"].float(), *found)
     except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a file of reference statistics ({error}): make it again") from error
+        raise ValueError(f"{path} is not a file of data statistics ({error}): make it again") from error
     if extractor is not None and statistics.extractor != extractor.fingerprint:
         raise ValueError(
-            f"the reference statistics {path} are of the extractor {statistics.extractor}, but the samples would go "
+            f"the data statistics {path} are of the extractor {statistics.extractor}, but the samples would go "
             f"through {extractor.identity['name']} ({extractor.fingerprint}): distances between different feature "
             "spaces mean nothing; give statistics of the same extractor, or a folder of images to compute them from"
         )
@@ -165,7 +165,7 @@ def find_statistics(
     extractor: Extractor,
     extractor_name: str | Path = DEFAULT_EXTRACTOR,
     cache: str | Path = "runs/cache",
-) -> ReferenceStatistics | None:
+) -> DataStatistics | None:
     """The statistics a user means.
 
     Args:
@@ -187,10 +187,10 @@ def find_statistics(
     if not any(Path(source).glob("*train*.tar*")):
         raise ValueError(f"{source} has no image shards *train*.tar: give a folder of them, or a statistics file")
     images, _ = read_shards(source, "*train*.tar*")
-    return reference_statistics(torch.from_numpy(images), extractor, cache, f"training shards of {Path(source).name}")
+    return data_statistics(torch.from_numpy(images), extractor, cache, f"training shards of {Path(source).name}")
 
 
-def describe(statistics: ReferenceStatistics | None) -> dict[str, Any] | None:
+def describe(statistics: DataStatistics | None) -> dict[str, Any] | None:
     """For a report: what the distances refer to."""
     if statistics is None:
         return None

@@ -9,7 +9,7 @@ from solvers.export import export_solver
 from solvers.hub import push_to_hub
 from solvers.identity import DenoiserIdentity, identify
 from solvers.ipndm import ipndm
-from solvers.named import baseline_names, named_solver, resolve_solver, solver_names
+from solvers.named import baseline_names, default_solver, named_solver, resolve_solver, solver_names
 from solvers.noise import row_noise, start_noise
 from solvers.sampler import Trace, sample, sample_trace
 from solvers.schedule import NoiseSchedule
@@ -34,6 +34,7 @@ __all__ = [
     "TableScheduler",
     "Trace",
     "baseline_names",
+    "default_solver",
     "export_solver",
     "identify",
     "ipndm",

@@ -146,6 +146,17 @@ def baseline_names(schedule: NoiseSchedule) -> list[str]:
     return ["ipndm@linspace", "ipndm@trailing"]
 
 
+def default_solver(schedule: NoiseSchedule, steps: int = 100) -> str:
+    """The teacher, and the reference of comparisons, where none is named: DDIM, or what stands for it.
+
+    Args:
+        schedule: Euler is the same step for a flow schedule; a continuous VP one has iPNDM alone.
+        steps: of the solver.
+    """
+    name = {"flow": "euler", "continuous_vp": "ipndm"}.get(schedule.kind, "ddim")
+    return f"{name}:{steps}"
+
+
 def _parsed(text: str, schedule: NoiseSchedule) -> tuple[str, str, int]:
     match = re.fullmatch(r"(\w+)(?:@(\w+))?:(\d+)", text)
     known = ", ".join(solver_names(schedule))

@@ -82,10 +82,7 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-ROOMS_WITH_CIRCLES = {"denoisers", "evaluation"}
-
-
-@pytest.mark.parametrize("package", sorted(LEVEL.keys() - ROOMS_WITH_CIRCLES))
+@pytest.mark.parametrize("package", LEVEL)
 def test_no_circles_inside_a_room(package):
     imports = {f"{package}.{path.stem}": modules_imported(path) for path in files(package) if path.stem != "__init__"}
     assert not circle(imports)

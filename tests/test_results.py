@@ -35,7 +35,6 @@ def folder(tmp_path, monkeypatch):
     save_solver(named_solver("unipc:2", network.schedule), solvers / "b" / "olss-2.json", guided, method="olss")
     (tmp_path / "results.md").write_text(f"Before.\n\n{START}\nold\n{END}\n\nAfter.\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results, "REFERENCES", {"tiny": "ddim:6"})
     monkeypatch.setattr(results, "BASELINES", {"tiny": ("ddim",)})
     monkeypatch.setattr(results, "PUBLISHED", {"tiny": "vp"})
     monkeypatch.setattr(results, "NFES", (2, 3))
@@ -54,11 +53,11 @@ def test_compares_what_fits_and_writes_all_files(folder):
     results.main([*arguments, "--json", "results.json", "--markdown", "results.md"])
     rows = json.loads((folder / "results.json").read_text())
     path = "checkpoints/solvers/tiny/olss-3.json"
-    assert [one["solver"] for one in rows] == ["x:1", "ddim:6", "ddim:2", "ddim:3", path, str(outside)]
+    assert [one["solver"] for one in rows] == ["x:1", "ddim:100", "ddim:2", "ddim:3", path, str(outside)]
     assert all(one["num_images"] == 4 for one in rows[1:])
     assert rows[-1]["rmse"] == rows[-2]["rmse"] > 0
     text = (folder / "results.md").read_text()
-    assert text.startswith("Before.\n\n<!-- table tiny 1 -->\n4 images per row; the teacher is ddim:6.")
+    assert text.startswith("Before.\n\n<!-- table tiny 1 -->\n4 images per row; the teacher is ddim:100.")
     assert f"| olss |  | **{rows[-1]['rmse']:.4f}** ({rows[-1]['rmse_low']:.4f} to " in text
     assert "old" not in text
     assert "\n\nAfter.\n" in text

@@ -81,6 +81,15 @@ def test_labels_and_guidance_change_the_images(model, tmp_path):
     assert np.abs(plain - images_in(tmp_path / "guided")).max() > 1e-4
 
 
+def test_guidance_zero_is_the_unconditional_output(model, tmp_path):
+    run("generate", "--denoiser", model, "--solver", "ddim:3", "--guidance_scale", 0, "--output", tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["guidance_scale"] == 0
+    denoiser = load_denoiser(model)
+    noise, null = start_noise(range(64), denoiser.sample_shape), torch.full((64,), denoiser.num_classes)
+    expected = run_table(denoiser, named_solver("ddim:3", denoiser.schedule), noise, null)
+    np.testing.assert_allclose(images_in(tmp_path), expected.numpy(), rtol=1e-4, atol=1e-3)
+
+
 def test_inspect_draws_and_prints(model, tmp_path, capsys):
     run("inspect", "heun:5", "--output", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
@@ -103,6 +112,7 @@ def test_export_runs_elsewhere(model, tmp_path):
         (("--solver", "nowhere.json"), "nowhere.json"),
         (("--solver", "ddim:5", "--num_samples", 0), "num_samples is 0"),
         (("--solver", "ddim:5", "--labels", "[10]"), "classes 0 to 9"),
+        (("--solver", "ddim:5", "--labels", "[]"), "labels is an empty list"),
         (("--solver", "ddim:5", "--preview", "true"), "parataa"),
         (("--solver", "ddim:5", "--colour", "red"), "--colour"),
         (("--solver", "ddim:5", "--precision", "int3"), "precision"),

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from data.loader import seed_of
-from evaluation.generate import as_images, generate
+from denoisers.generate import as_images, generate
 from evaluation.pictures import image_grid
 from solvers.table import SolverTable
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaluation.contenders import fitted_seeds
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
-from solvers import SolverTable, load_solver, resolve_solver
+from solvers import SolverTable, default_solver, load_solver, resolve_solver
 from training.clock import Clock
 from training.record import log_table
 
@@ -97,8 +97,8 @@ class TableModule(lightning.LightningModule):
 
     @property
     def default_reference(self) -> str:
-        """The teacher: 100 steps of DDIM, or of Euler for a flow model."""
-        return "euler:100" if self.denoiser.schedule.kind == "flow" else "ddim:100"
+        """The teacher."""
+        return default_solver(self.denoiser.schedule)
 
     def tables_to_test(self) -> list[str]:
         """Names of the tables.

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evaluation.args import CompareArgs
 from evaluation.contenders import Contender, Group
 from evaluation.distances import Gaussian
 from evaluation.extractors import Extractor
-from evaluation.statistics import ReferenceStatistics
+from evaluation.statistics import DataStatistics
 from solvers import NoiseSchedule
 from solvers.named import named_solver
 
@@ -60,9 +62,9 @@ def extractor(name: str = "pooled") -> Extractor:
     return Extractor(Pooled(), {"name": name}, 12, 2, (3, 8, 8))
 
 
-def statistics(seed: int = 0, count: int = 200) -> ReferenceStatistics:
+def statistics(seed: int = 0, count: int = 200) -> DataStatistics:
     features = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed)) * 0.4
-    return ReferenceStatistics(Gaussian.of(features), features, extractor().fingerprint, f"data{seed}", "random")
+    return DataStatistics(Gaussian.of(features), features, extractor().fingerprint, f"data{seed}", "random")
 
 
 def group(denoiser: nn.Module, names: list[str], reference: str = "ddim:12") -> Group:
@@ -70,6 +72,13 @@ def group(denoiser: nn.Module, names: list[str], reference: str = "ddim:12") -> 
         return Contender(name, named_solver(name, denoiser.schedule), denoiser)
 
     return Group(contender(reference), tuple(contender(name) for name in names))
+
+
+def compare_args(folder: Path, **options: Any) -> CompareArgs:
+    """Of solvers that are loaded already; report and cache in a folder."""
+    return CompareArgs(
+        "mixture", ["loaded"], **{"output": str(folder / "out"), "cache": str(folder / "cache")} | options
+    )
 
 
 def in_processes(function: Callable[[int], object], number: int, folder: Path) -> list:

@@ -1,4 +1,4 @@
-"""The classifier: whitening, files, training, and the shipped one."""
+"""The classifier: whitening, files and the shipped one."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,6 @@ import torch
 from torch.nn.functional import unfold
 
 from evaluation.classifier import Classifier, load_classifier, save_classifier
-from evaluation.classifier_module import ClassifierModule, random_crop
 from evaluation.extractors import CHECKPOINTS, DEFAULT_EXTRACTOR, extractor_of, load_extractor, quantised
 from evaluation.statistics import STATISTICS_NAME, load_statistics
 
@@ -50,33 +49,6 @@ def test_a_damaged_folder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format_version": 7}))
     with pytest.raises(ValueError, match="format_version is 7, this project reads 1"):
         load_classifier(tmp_path)
-
-
-def test_random_crops_are_shifts():
-    images = torch.arange(100.0).view(1, 1, 10, 10).repeat(200, 1, 1, 1)
-    cropped = random_crop(images, 2, torch.Generator().manual_seed(0))
-    inner = {tuple((image[0, 4:6, 4:6] - 44).flatten().tolist()) for image in cropped}
-    assert inner == {
-        tuple(10 * i + j + offset for offset in (0, 1, 10, 11)) for i in range(-2, 3) for j in range(-2, 3)
-    }
-
-
-def test_steps_of_training_lower_the_loss():
-    images = torch.cat([torch.randn(40, 3, 16, 16) * 0.2 + shift for shift in (-0.5, 0, 0.5)])
-    batch = images, torch.arange(3).repeat_interleave(40)
-    module = ClassifierModule(small(), learning_rate=0.1, label_smoothing=0)
-    module.log = lambda *args, **kwargs: None
-    module.network.fit_whitening(images)
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    module._trainer = type("Trainer", (), {"current_epoch": 0, "global_rank": 0})()
-    losses = []
-    for index in range(30):
-        loss = module.training_step(batch, index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_quantising_gives_the_values_of_saved_pictures():

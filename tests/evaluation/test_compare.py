@@ -10,6 +10,7 @@ import sample
 from denoisers import load_denoiser
 from denoisers.checkpoint import save_denoiser
 from denoisers.dit import DiT
+from evaluation.args import CompareArgs
 from evaluation.compare import compare
 from evaluation.contenders import load_groups
 from solvers import DenoiserIdentity, NoiseSchedule, save_solver
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
 
 def run(folder, output, *solvers, **options):
     settings = {"reference": "ddim:6", "num_samples": 6, "cache": str(output / "cache"), **options}
-    return compare(str(folder / "model"), list(solvers), output=str(output / "out"), **settings)
+    return compare(CompareArgs(str(folder / "model"), list(solvers), output=str(output / "out"), **settings))
 
 
 def test_artifacts_and_names_side_by_side(folder, tmp_path):
@@ -63,7 +64,8 @@ def test_artifacts_and_names_side_by_side(folder, tmp_path):
 def test_a_models_name_chooses_the_features(tmp_path):
     save_denoiser(DiT(NoiseSchedule.flow(), 32, 16, 1, 16, 1, 1), tmp_path / "model" / "fashion-tiny")
     options = {"reference": "euler:3", "num_samples": 65, "bootstrap": 0, "cache": str(tmp_path / "cache")}
-    rows = compare(str(tmp_path / "model" / "fashion-tiny"), ["euler:2"], output=str(tmp_path / "out"), **options)
+    model = str(tmp_path / "model" / "fashion-tiny")
+    rows = compare(CompareArgs(model, ["euler:2"], output=str(tmp_path / "out"), **options))
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["extractor"] == "fashion-classifier"
     assert all(row["fd"] > 0 for row in rows)
 
@@ -85,9 +87,25 @@ def test_the_command_line_runs_solvers_in_parallel_rounds(folder, tmp_path):
         sample.main(["compare", "--denoiser", str(folder / "model"), "--solvers", "ddim:6+newton", *options])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [(NoiseSchedule.linear(), "ddim:100"), (NoiseSchedule.flow(), "euler:100")]
+)
+def test_the_reference_defaults_to_the_teacher_of_the_schedule(tmp_path, schedule, expected):
+    save_denoiser(DiT(schedule, 8, 4, 1, 32, 1, 2), tmp_path / "model")
+    arguments = ["compare", "--denoiser", str(tmp_path / "model"), "--solvers", "dpmpp:3", "--num_samples", "2"]
+    sample.main([*arguments, "--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")])
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(row["solver"], row["is_reference"]) for row in rows] == [(expected, True), ("dpmpp:3", False)]
+
+
+def test_guidance_zero_is_a_scale_of_its_own(folder):
+    (group,) = load_groups(CompareArgs(str(folder / "model"), ["ddim:3"], guidance_scale=0))
+    assert group.reference.guidance_scale == group.reference.denoiser.guidance_scale == 0
+
+
 def test_each_artifact_runs_at_its_scales(folder):
     paths = [str(folder / name) for name in ("one.json", "range.json", "student.json")]
-    groups = load_groups(str(folder / "model"), [*paths, "ddim:3"], "ddim:6", [1.0, 1.5])
+    groups = load_groups(CompareArgs(str(folder / "model"), [*paths, "ddim:3"], guidance_scale=[1.0, 1.5]))
     assert [[c.name.split("/")[-1] for c in group.contenders] for group in groups] == [
         ["one.json", "range.json", "ddim:3"],
         ["range.json", "student.json", "ddim:3"],
@@ -105,7 +123,8 @@ def test_each_artifact_runs_at_its_scales(folder):
 def test_scales_default_to_the_artifacts(folder):
     def scales(*names):
         paths = [str(folder / name) if name.endswith("json") else name for name in names]
-        return [group.reference.guidance_scale for group in load_groups(str(folder / "model"), paths, "ddim:6")]
+        groups = load_groups(CompareArgs(str(folder / "model"), paths))
+        return [group.reference.guidance_scale for group in groups]
 
     assert scales("ddim:3") == [1.0]
     assert scales("student.json", "ddim:3") == [1.5]
@@ -146,7 +165,10 @@ def test_the_command_line_writes_reports_and_errors_in_a_line(folder, tmp_path, 
         (["one.json"], {"guidance_scale": [2.0]}, "was made for guidance scale 1.0, not for"),
         (["one.json"], {"seed": 2**31 + 60}, "overlap the evaluation seeds"),
         (["ddim:3"], {"metrics": ["fd"]}, "fd was asked for: the extractor cifar10-classifier takes images"),
-        (["ddim:3"], {"num_samples": 0}, "must be positive"),
+        (["ddim:3"], {"num_samples": 0}, "num_samples is 0: give at least 1"),
+        (["ddim:3"], {"batch_size": 0}, "batch_size is 0: give at least 1"),
+        (["ddim:3"], {"bootstrap": -1}, "bootstrap is -1: give at least 0"),
+        (["ddim:3"], {"guidance_scale": []}, "guidance_scale is an empty list"),
         (["ddim:3"], {"seed": -3}, "seed -3 is outside 0 to"),
         (["ddim:3"], {"seed": 2**32 - 2}, "seed 4294967299 is outside 0 to"),
         (["ddim:3"], {"statistics": "checkpoints/solvers"}, "has no image shards"),

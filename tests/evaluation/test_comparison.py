@@ -9,16 +9,17 @@ import torch
 
 from denoisers import class_labels
 from evaluation import blocks
-from evaluation.comparison import compare_groups
+from evaluation.compare import compare_groups
 from evaluation.contenders import Contender, Group, check_seeds, display_names
 from evaluation.distances import Gaussian, frechet_distance, kernel_distance
 from evaluation.rows import choose_metrics, trajectory_error
 from parataa import parallel_sample
 from solvers import sample, sample_trace, start_noise
 from solvers.named import named_solver
-from tests.evaluation.helpers import Mixture, extractor, group, in_processes, statistics
+from tests.evaluation.helpers import Mixture, compare_args, extractor, group, in_processes, statistics
 
 NAMES = ["ddim:3", "unipc:4"]
+MEASURE = {"extractor": extractor, "statistics": statistics}
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +29,10 @@ def _small_blocks(monkeypatch):
 
 def run(folder, denoiser=None, names=NAMES, num_samples=20, output="out", **options):
     denoiser = denoiser or Mixture()
-    settings = {"batch_size": 4, "extractor": extractor(), "statistics": statistics(), "bootstrap": 20} | options
-    return compare_groups(
-        [group(denoiser, names)], folder / output, num_samples=num_samples, cache=folder / "cache", **settings
-    )
+    measure = {name: options.pop(name, default()) for name, default in MEASURE.items()}
+    settings = {"batch_size": 4, "bootstrap": 20, "num_samples": num_samples} | options
+    args = compare_args(folder, output=str(folder / output), **settings)
+    return compare_groups([group(denoiser, names)], args, **measure)
 
 
 def figures(rows):
@@ -54,7 +55,7 @@ def test_a_parallel_sampler_has_the_images_of_the_sequential_one_and_counts_its_
     both = replace(group(denoiser, ["ddim:3"]), contenders=(group(denoiser, ["ddim:3"]).contenders[0], parallel))
 
     def compared():
-        return compare_groups([both], tmp_path / "out", num_samples=20, cache=tmp_path / "cache", batch_size=4)
+        return compare_groups([both], compare_args(tmp_path, num_samples=20, batch_size=4))
 
     rows = compared()
     assert [row["rounds"] for row in rows[:2]] == [row["evaluations"] for row in rows[:2]] == [12, 3]
@@ -190,7 +191,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path):
     reference = group(Mixture(), [])
     broken = replace(reference.reference, name="broken", denoiser=Mixture(19, gives_nan=True))
     with pytest.raises(ValueError, match="4 of 4 images of broken hold NaN or infinity"):
-        compare_groups([Group(reference.reference, (broken,))], tmp_path / "out", num_samples=4, cache=tmp_path)
+        compare_groups([Group(reference.reference, (broken,))], compare_args(tmp_path, num_samples=4))
 
 
 def test_a_damaged_block_is_named(tmp_path):
@@ -233,7 +234,7 @@ def test_what_cannot_be_measured_is_left_out_or_refused():
         choose_metrics(["fd"], extractor(), statistics(count=12), 13, (3, 8, 8))
     for wanted, data, message in (
         (["fd"], statistics(), "fd was asked for: 12 images are too few"),
-        (["kid"], None, "no reference statistics"),
+        (["kid"], None, "no data statistics"),
         (["kid"], statistics(count=3), "12 images, compared with 3 of the data, are too few"),
         (["fid"], None, "unknown metrics fid: use some of rmse, fd"),
     ):

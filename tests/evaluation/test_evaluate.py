@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from evaluation.comparison import compare_groups
+from evaluation.compare import compare_groups
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
 from evaluation.rows import choose_metrics
 from solvers.named import named_solver
-from tests.evaluation.helpers import Mixture, extractor, group, in_processes, statistics
+from tests.evaluation.helpers import Mixture, compare_args, extractor, group, in_processes, statistics
 
 MEASURE = choose_metrics(None, extractor(), statistics(), 18, (3, 8, 8))
 
@@ -22,15 +22,8 @@ def evaluated(**options):
 
 
 def test_it_gives_the_figures_of_a_comparison(tmp_path):
-    rows = compare_groups(
-        [group(Mixture(), ["unipc:4"])],
-        tmp_path / "out",
-        num_samples=18,
-        extractor=extractor(),
-        statistics=statistics(),
-        cache=tmp_path,
-        bootstrap=0,
-    )
+    args = compare_args(tmp_path, num_samples=18, bootstrap=0)
+    rows = compare_groups([group(Mixture(), ["unipc:4"])], args, extractor(), statistics())
     found = evaluated()
     assert set(found) == {"nfe", "num_images", "rmse", "psnr", "fd", "kid", "precision", "recall", "inception_score"}
     assert found == pytest.approx({name: rows[1][name] for name in found}, rel=1e-4)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.comparison import Entry, compare_groups
+from evaluation.compare import compare_groups
+from evaluation.comparison import Entry
 from evaluation.contenders import Contender, Group
 from evaluation.report import write_report
 from evaluation.svg import Chart, Series, color_class, heat_map
-from tests.evaluation.helpers import Mixture, extractor, group, statistics
+from tests.evaluation.helpers import Mixture, compare_args, extractor, group, statistics
 
 VOID = {"meta", "img", "br"}
 
@@ -28,9 +29,7 @@ def report(tmp_path_factory):
         Contender("ddim:12", one.reference.table, one.reference.denoiser, 2.0),
         tuple(Contender(c.name, c.table, c.denoiser, 2.0) for c in one.contenders[:2]),
     )
-    rows = compare_groups(
-        [one, two], folder / "out", num_samples=16, extractor=extractor(), statistics=statistics(), cache=folder
-    )
+    rows = compare_groups([one, two], compare_args(folder, num_samples=16), extractor(), statistics())
     return folder / "out", rows
 
 
@@ -103,15 +102,21 @@ def test_charts_place_points_where_their_values_are():
     assert Chart([Series("empty", [], [])], "x", "y").svg() == ""
 
 
-def report_of(folder, rows):
-    """The page of made-up rows on a real group."""
+def report_of(folder, rows, called=None, notes=()):
+    """The page of made-up rows on a real group; `called` renames solvers."""
     one = group(Mixture(), [row["solver"] for row in rows[1:]])
+    renamed = [row | {"solver": (called or {}).get(row["solver"], row["solver"])} for row in rows]
     entries = [
-        Entry(contender, row, torch.zeros(2, 3, 8, 8), torch.zeros(contender.table.nfe + 1))
-        for contender, row in zip((one.reference, *one.contenders), rows)
+        Entry(
+            contender,
+            row,
+            torch.zeros(2, 3, 8, 8),
+            None if row["is_reference"] else torch.zeros(contender.table.nfe + 1),
+        )
+        for contender, row in zip((one.reference, *one.contenders), renamed)
     ]
     common = {"seed": 0, "num_samples": 9, "precision": "float32"}
-    write_report(folder, entries, common)
+    write_report(folder, entries, common, notes)
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 
 
@@ -134,6 +139,16 @@ def test_far_solvers_are_named_below_the_chart_and_the_frontier_goes_down(tmp_pa
     heights = [re.search(f'cy="([^"]*)"[^>]*><title>{name}<', chart)[1] for name in ("unipc: 3, 4", "unipc: 6, 3")]
     assert [point.split(",")[1] for point in frontier.split()] == heights
     assert "| 4 (3.6 to 2) |" in markdown  # KID, times 1000
+
+
+def test_names_and_notes_are_text_whatever_they_hold(tmp_path):
+    rows = [made_up("ddim:12", 12, 2.0, True), made_up("ddim:3", 3, 5.0), made_up("unipc:3", 3, 4.0)]
+    hostile = '<em title="a">&'
+    called = {row["solver"]: f"{hostile}{k}" for k, row in enumerate(rows)}
+    page, _ = report_of(tmp_path, rows, called, [f"left out: {hostile}"])
+    assert "em" not in Page(page).count
+    assert "&lt;em title=&#34;a&#34;&gt;&amp;2" in page
+    assert "left out: &lt;em title" in page
 
 
 def test_colours_of_many_families_differ():
@@ -171,7 +186,7 @@ def test_wandb_gets_table_and_pictures(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setattr(wandb.Run, "log", lambda self, values: logged.update(values))
     one = group(Mixture(), ["ddim:3"])
-    compare_groups([one], tmp_path / "out", num_samples=4, cache=tmp_path, log_to_wandb=True)
+    compare_groups([one], compare_args(tmp_path, num_samples=4, wandb=True))
     assert set(logged) == {"comparison", "pictures", "report"}
     table = logged["comparison"]
     assert [row[table.columns.index("solver")] for row in table.data] == ["ddim:12", "ddim:3"]

@@ -1,4 +1,4 @@
-"""Reference statistics: cached by data, extractor and preprocessing; never mixed up."""
+"""Data statistics: cached by data, extractor and preprocessing; never mixed up."""
 
 import numpy as np
 import pytest
@@ -11,10 +11,10 @@ from evaluation.extractors import Extractor, load_extractor
 from evaluation.statistics import (
     compute_statistics,
     data_hash,
+    data_statistics,
     find_statistics,
     load_statistics,
     main,
-    reference_statistics,
     save_statistics,
 )
 from tests.evaluation.helpers import Pooled, extractor
@@ -51,15 +51,15 @@ def test_they_are_computed_once_per_data_and_extractor(tmp_path):
 
         fingerprint = extractor().fingerprint
 
-    first = reference_statistics(IMAGES, Counting(), tmp_path)
-    again = reference_statistics(IMAGES, Counting(), tmp_path)
+    first = data_statistics(IMAGES, Counting(), tmp_path)
+    again = data_statistics(IMAGES, Counting(), tmp_path)
     assert Counting.calls == 1
     assert torch.equal(first.gaussian.mean, again.gaussian.mean)
     changed = IMAGES.clone()
     changed[0, 0, 0, 0] += 1
-    reference_statistics(changed, Counting(), tmp_path)
+    data_statistics(changed, Counting(), tmp_path)
     assert Counting.calls == 2
-    reference_statistics(IMAGES, extractor("another"), tmp_path)
+    data_statistics(IMAGES, extractor("another"), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -74,10 +74,10 @@ def test_errors(tmp_path):
     save_statistics(compute_statistics(IMAGES, extractor()), path)
     with pytest.raises(ValueError, match="distances between different feature spaces mean nothing"):
         load_statistics(path, extractor("another"))
-    with pytest.raises(ValueError, match="no reference statistics at"):
+    with pytest.raises(ValueError, match="no data statistics at"):
         load_statistics(tmp_path / "none.safetensors")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a file of reference statistics"):
+    with pytest.raises(ValueError, match="not a file of data statistics"):
         load_statistics(path)
     with pytest.raises(ValueError, match="give uint8 pictures"):
         compute_statistics(IMAGES.float(), extractor())

@@ -14,7 +14,7 @@ from data.images import ImageData
 from denoisers import load_denoiser
 from denoisers.dit import DiT
 from denoisers.gamma import Student, with_gamma
-from evaluation.generate import generate
+from denoisers.generate import generate
 from slam.export import Exports
 from slam.lora import plain_weights
 from slam.module import SLAM

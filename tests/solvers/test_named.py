@@ -7,6 +7,7 @@ from solvers import (
     DenoiserIdentity,
     NoiseSchedule,
     baseline_names,
+    default_solver,
     ipndm,
     named_solver,
     resolve_solver,
@@ -49,6 +50,20 @@ def test_baselines_are_names(schedule):
     names = baseline_names(schedule)
     assert len(set(names)) == len(names)
     assert all(named_solver(f"{name}:5", schedule).nfe == 5 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (VP, "ddim:100"),
+        (FLOW, "euler:100"),
+        (NoiseSchedule.continuous_vp(), "ipndm:100"),
+    ],
+    ids=lambda value: getattr(value, "kind", value),
+)
+def test_every_schedule_has_a_default_solver(schedule, expected):
+    assert default_solver(schedule) == expected
+    assert named_solver(default_solver(schedule, 12), schedule).nfe == 12
 
 
 def test_baselines_are_those_of_the_comparison():

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from denoisers import class_labels, condition_to, index_condition
+from denoisers.labels import check_labels, class_labels
 from solvers import SolverTable, sample, start_noise
+from solvers.conditions import condition_to, index_condition
 
 
 def generate(
@@ -34,7 +35,7 @@ def generate(
     Returns:
         (len(seeds), *sample_shape), float32, on the CPU.
     Raises:
-        ValueError: no seeds, or a label out of range.
+        ValueError: no seeds, no labels, or a label out of range.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds:
@@ -75,13 +76,10 @@ def _batches(denoiser, seeds, labels, batch_size) -> Iterator[tuple[list[int], A
 def _labels(denoiser, seeds, labels) -> Any:
     if labels is None:
         return class_labels(denoiser, seeds)
-    classes = getattr(denoiser, "num_classes", None)
-    if not classes:
-        raise ValueError("labels were given, but this model is not class-conditional")
-    wrong = [label for label in labels if not 0 <= label < classes]
-    if wrong:
-        raise ValueError(f"labels {wrong} are out of range: this model has classes 0 to {classes - 1}")
-    return torch.tensor([labels[k % len(labels)] for k in range(len(seeds))])
+    classes = check_labels(denoiser, labels)
+    if not len(classes):
+        raise ValueError("labels is an empty list: give at least one, or leave it out")
+    return classes[torch.arange(len(seeds)) % len(classes)]
 
 
 def device_of(denoiser: Any) -> torch.device:
