@@ -70,6 +70,8 @@ class OLSS(Method):
             raise ValueError(f"unknown path {self.path!r}: use one of {', '.join(PATHS)}, or a list of indices")
         if isinstance(self.path, list) and [len(self.path)] != self.nfes:
             raise ValueError(f"a path of {len(self.path)} indices is for nfe {len(self.path)}, asked for is {self.nfe}")
+        if isinstance(self.path, list) and self.path[0] != 0:
+            raise ValueError(f"path {self.path} must start at 0, the teacher's start noise")
         if self.path == "search" and self.basis == "teacher":
             raise ValueError("path search fits students on their own outputs: use basis student, or path greedy")
         if not self.ridge >= 0:
