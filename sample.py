@@ -215,15 +215,18 @@ def _print_table(name: str, table) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from evaluation.pictures import call_names
+
     view = Table("row", "timestep", "alpha", "sigma", "states", "outputs", "noise", title=name)
-    blocks = (table.state_coef, table.output_coef, table.noise_coef)
-    for i in range(table.nfe):
-        cells = [" ".join(f"{j}:{v:+.4g}" for j, v in enumerate(block[i].tolist()) if v) for block in blocks]
+    scalars, rows = table.scalar_part(), [str(i) for i in range(table.num_rows)]
+    blocks = ((scalars.state_coef, rows), (scalars.output_coef, call_names(table)), (scalars.noise_coef, rows))
+    for i in range(table.num_rows):
+        cells = [" ".join(f"{n}:{v:+.4g}" for n, v in zip(names, block[i].tolist()) if v) for block, names in blocks]
         nodes = (table.timesteps[i], table.alpha[i], table.sigma[i])
         view.add_row(str(i), *(f"{float(value):.5g}" for value in nodes), *cells)
     view.add_row("image", "", f"{float(table.alpha[-1]):.5g}", f"{float(table.sigma[-1]):.5g}")
     Console().print(view)
-    print(f"evaluations (NFE)      {table.nfe}   prediction type {table.prediction_type}")
+    print(f"evaluations (NFE)      {table.nfe}   rows {table.num_rows}   prediction type {table.prediction_type}")
     print(f"start scale            {table.start_scale:g}")
     print(f"consistency, worst     {table.consistency().worst:.3g}   (0: rows and nodes agree)")
     print(f"noise amplification    {table.noise_amplification():.4g}")

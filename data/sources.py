@@ -126,7 +126,7 @@ def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None
     is_clean = states == "samples" and isinstance(kept, Trajectories)
     what = "end points of the trajectories" if is_clean else "trajectories"
     names = ", ".join(cache.folder.name for cache in caches)
-    solver = caches[0].manifest.get("solver") or f"a solver of {caches[0].table.nfe} steps"
+    solver = caches[0].manifest.get("solver") or f"a solver of {caches[0].table.num_rows} steps"
     return Source(
         partial(noised, kept.end, kept.condition) if is_clean else lambda indices, seeds: kept.choose(indices),
         len(fitted),
@@ -134,7 +134,7 @@ def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None
         {
             "data": f"{what} {names}, sampled from the model with {solver}",
             "teacher": caches[0].manifest.get("solver"),
-            "teacher_steps": caches[0].table.nfe,
+            "teacher_steps": caches[0].table.num_rows,
             "precision": caches[0].manifest["teacher"]["precision"],
         },
         caches[0].table,
@@ -155,5 +155,5 @@ def clean(folder: str, pattern: str, denoiser: Any, limit: int | None, holdout: 
 
 def fresh(table: SolverTable, limit: int, holdout: int) -> Source:
     """Seeds on which the teacher is to be run, `limit` in an epoch."""
-    record = {"data": f"fresh trajectories of a solver of {table.nfe} steps", "teacher_steps": table.nfe}
+    record = {"data": f"fresh trajectories of a solver of {table.num_rows} steps", "teacher_steps": table.num_rows}
     return Source(lambda indices, seeds: tuple(seeds), limit, holdout, record, table)

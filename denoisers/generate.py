@@ -31,7 +31,7 @@ def generate(
         batch_size: images per network call.
         labels: class labels to use in turn instead.
         sampler: `sample` or a function of the same signature.
-        progress: text of a progress bar over the evaluations; none by default.
+        progress: text of a progress bar over the rows; none by default.
     Returns:
         (len(seeds), *sample_shape), float32, on the CPU.
     Raises:
@@ -41,7 +41,7 @@ def generate(
     if not seeds:
         raise ValueError("no images to generate: num_samples is 0, give at least 1")
     batches = list(_batches(denoiser, seeds, labels, batch_size))
-    with tqdm(total=len(seeds) * table.nfe, desc=progress, unit="evaluation", disable=progress is None) as bar:
+    with tqdm(total=len(seeds) * table.num_rows, desc=progress, unit="row", disable=progress is None) as bar:
         images = []
         for batch, condition in batches:
             noise = start_noise(batch, denoiser.sample_shape).to(device_of(denoiser))

@@ -45,7 +45,7 @@ def draw(contender: Contender, seeds: range, batch_size: int, traced: int, step:
         seeds: one per image.
         batch_size: images per network call.
         traced: keep all states of this many images at the start of the first batch.
-        step: called with the number of evaluations done.
+        step: called with the number of rows done.
     Raises:
         ValueError: images that are not finite.
     """
@@ -96,7 +96,7 @@ def _with_rounds(
         rounds, evaluations = rounds + sum(stats.sample_rounds), evaluations + stats.evaluations
         if keep:
             traces.append(stats.states[:, :keep].float().cpu())
-        step(table.nfe * len(images))
+        step(table.num_rows * len(images))
         return images
 
     images = generate(contender.denoiser, contender.table, seeds, batch_size=batch_size, sampler=sampler)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evaluation.comparison import Entry
+from evaluation.pictures import call_names, canonical_outputs
 from evaluation.svg import Chart, Series, heat_map
 from solvers import SolverTable
 
@@ -97,18 +98,18 @@ def _noise_level(entry: Entry) -> Tensor:
 
 def coefficients_chart(table: SolverTable) -> str:
     """Canonical coefficients as a heat map; empty for a table of too many rows."""
-    if table.nfe > _LARGEST_HEAT_MAP:
+    if table.num_rows > _LARGEST_HEAT_MAP:
         return ""
-    states, outputs = [str(i + 1) for i in range(table.nfe)], [str(i) for i in range(table.nfe)]
-    return heat_map(table.canonical().output.tolist(), states, outputs)
+    rows = [row[~row.isnan()].tolist() for row in canonical_outputs(table)]
+    return heat_map(rows, [str(i + 1) for i in range(table.num_rows)], call_names(table))
 
 
 def timesteps_chart(table: SolverTable) -> str:
     """Timesteps the network is told, and those before tuning."""
-    rows = list(range(table.nfe))
-    series = [Series("told to the network", rows, table.timesteps.tolist(), 0, dots=table.nfe <= 40)]
+    rows = list(range(table.num_rows))
+    series = [Series("told to the network", rows, table.timesteps.tolist(), 0, dots=table.num_rows <= 40)]
     original = table.info.get("fitted_on", {}).get("original_timesteps")
     if original is not None:
         series.append(Series("before tuning", rows, torch.as_tensor(original).tolist(), None, dashed=True))
-    ticks = rows[:: max(1, table.nfe // 8)]
+    ticks = rows[:: max(1, table.num_rows // 8)]
     return Chart(series, "evaluation", "timestep", x_ticks=ticks, **_SIZE).svg()

@@ -21,7 +21,7 @@ COLUMNS = {
     "fitting_seconds": "fitting s",
 }
 HINTS = {
-    "nfe": "network evaluations; a guided one counts once",
+    "nfe": "network calls; one of a guided network counts once",
     "fd": "Frechet distance to the data; lower is better; 95 % interval",
     "kid": "kernel distance to the data, times 1000; lower is better; 95 % interval",
     "precision": "share of samples inside the data's manifold",

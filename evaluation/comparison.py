@@ -95,9 +95,7 @@ class Comparison:
 
     def sample(self, rank: int = 0, world_size: int = 1) -> None:
         """Compute this process's missing blocks, the reference of a block before the solvers that need it."""
-        with tqdm(
-            total=self._evaluations(rank, world_size), desc="comparing", unit="evaluation", disable=rank > 0
-        ) as bar:
+        with tqdm(total=self._rows(rank, world_size), desc="comparing", unit="row", disable=rank > 0) as bar:
             for group in self.groups:
                 reference = self._reference(group)
                 for block in self.blocks[rank::world_size]:
@@ -144,15 +142,15 @@ class Comparison:
             values |= {"images": drawn.images[:SHOWN], "trace": drawn.trace}
         return values
 
-    def _evaluations(self, rank: int, world_size: int) -> int:
-        """Network evaluations still to do in this process."""
+    def _rows(self, rank: int, world_size: int) -> int:
+        """Rows of tables still to compute in this process, for all images."""
         total = 0
         for group in self.groups:
             reference = self._reference(group)
             for block in self.blocks[rank::world_size]:
                 missing = self._missing(group, block)
-                total += sum(c.table.nfe * len(block) for c in missing if c is not group.reference)
-                total += reference.missing(block) * group.reference.table.nfe if missing else 0
+                total += sum(c.table.num_rows * len(block) for c in missing if c is not group.reference)
+                total += reference.missing(block) * group.reference.table.num_rows if missing else 0
         return total
 
     def entries(self) -> list[Entry]:

@@ -45,6 +45,8 @@ class Contender:
         digest = hashlib.sha256(self.table.prediction_type.encode())
         for name in TENSORS:
             digest.update(getattr(self.table, name).detach().contiguous().numpy().tobytes())
+        if not self.table.is_plain:
+            digest.update(f"{self.table.calls} {self.table.space}".encode())
         own_scale = own_guidance(self.denoiser)
         digest.update(f"{self.table.start_scale!r} {own_scale!r} {network_hash(self.denoiser)}".encode())
         digest.update(f"{inputs_hash(self.denoiser)} {self.sampler_name} {_described(self.sampler)}".encode())

@@ -162,7 +162,7 @@ def _solver(entry: Entry, names: Mapping[str, str]) -> dict[str, Any]:
         "label": label(row, names),
         "facts": facts,
         "is_open": row["method"] != "baseline",
-        "num_rows": table.nfe,
+        "num_rows": table.num_rows,
         "coefficients": coefficients_chart(table),
         "timesteps": timesteps_chart(table),
     }

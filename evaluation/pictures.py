@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from solvers import SolverTable
+from solvers.calls import CONDITIONAL
 from solvers.files import atomic_write
 
 
@@ -53,7 +54,7 @@ def draw_table(table: SolverTable, title: str = "", original: Tensor | None = No
     table = table.detach()
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     heat, line = figure.subplots(1, 2)
-    _draw_coefficients(figure, heat, table.canonical().output.numpy())
+    _draw_coefficients(figure, heat, table)
     _draw_timesteps(line, table, original)
     figure.suptitle(title)
     return figure
@@ -65,32 +66,40 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def _draw_coefficients(figure: Figure, axes, coefficients: np.ndarray) -> None:
-    n = len(coefficients)
+def call_names(table: SolverTable) -> list[str]:
+    """The row of each network call, and the first letter of a branch other than the conditional one: 0, 0u, 1."""
+    return [f"{call.row}{'' if call.branch == CONDITIONAL else call.branch[0]}" for call in table.calls]
+
+
+def canonical_outputs(table: SolverTable) -> Tensor:
+    """Canonical output coefficients as numbers, (N, K), NaN where a call comes after the row."""
+    later = table.call_rows > torch.arange(table.num_rows)[:, None]
+    return table.scalar_part().canonical().output.detach().masked_fill(later, torch.nan)
+
+
+def _draw_coefficients(figure: Figure, axes, table: SolverTable) -> None:
+    coefficients = np.ma.masked_invalid(canonical_outputs(table).numpy())
     limit = float(np.abs(coefficients).max()) or 1.0
-    masked = np.ma.masked_where(~np.tri(n, dtype=bool), coefficients)
-    image = axes.imshow(masked, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    if n <= 12:
-        for i, j in zip(*np.tril_indices(n)):
-            dark = abs(coefficients[i, j]) > 0.6 * limit
-            axes.text(
-                j, i, f"{coefficients[i, j]:.2g}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
-            )
+    image = axes.imshow(coefficients, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    if table.num_rows <= 12:
+        for (i, j), value in np.ma.ndenumerate(coefficients):
+            color = "w" if abs(value) > 0.6 * limit else "k"
+            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
     axes.set(xlabel="network output", ylabel="next state", title="canonical output coefficients")
-    ticks = np.arange(0, n, max(1, n // 10))
-    axes.set_xticks(ticks, ticks)
-    axes.set_yticks(ticks, ticks + 1)
+    rows, columns = (np.arange(0, count, max(1, count // 10)) for count in coefficients.shape)
+    axes.set_xticks(columns, np.array(call_names(table))[columns])
+    axes.set_yticks(rows, rows + 1)
     figure.colorbar(image, ax=axes, shrink=0.9)
 
 
 def _draw_timesteps(axes, table: SolverTable, original: Tensor | None) -> None:
-    rows = torch.arange(table.nfe)
+    rows = torch.arange(table.num_rows)
     if original is not None:
         axes.plot(rows, original, "o--", color="0.6", label="original")
     axes.plot(rows, table.timesteps, "o-", label="told to the network")
     axes.set(xlabel="evaluation", ylabel="timestep", title="timesteps and noise level")
     level = axes.twinx()
-    level.plot(torch.arange(table.nfe + 1), table.sigma / (table.alpha**2 + table.sigma**2).sqrt(), "k:", label="sigma")
+    level.plot(table.sigma / (table.alpha**2 + table.sigma**2).sqrt(), "k:", label="sigma")
     level.set(ylabel="sigma / sqrt(alpha² + sigma²)", ylim=(-0.02, 1.02))
     handles = axes.get_legend_handles_labels()[0] + level.get_legend_handles_labels()[0]
     axes.legend(handles=handles)

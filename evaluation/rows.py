@@ -147,9 +147,9 @@ def make_row(
 
 
 def _per_image(values: Mapping[str, Tensor], name: str, contender: Contender) -> float:
-    """Of a sequential sampler: one round and one evaluation for each row."""
+    """Of a sequential sampler: a round for each row, an evaluation for each network call."""
     if name not in values:
-        return float(contender.table.nfe)
+        return float(contender.table.num_rows if name == "rounds" else contender.table.nfe)
     return float(values[name]) / len(values["squared_errors"])
 
 

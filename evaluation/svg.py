@@ -109,13 +109,13 @@ def color_class(color: int | None) -> str:
 
 
 def heat_map(rows: Sequence[Sequence[float]], row_names: Sequence[str], column_names: Sequence[str]) -> str:
-    """Lower-triangular coefficients as coloured cells: blue negative, red positive; values where they fit."""
+    """Coefficients as coloured cells, rows of any length: blue negative, red positive; values where they fit."""
     cell, left, top = (34, 30, 18) if len(rows) <= 12 else (16, 26, 14)
     limit = max((abs(value) for row in rows for value in row), default=0) or 1.0
     parts = []
     for i, row in enumerate(rows):
         parts.append(_text(left - 5, top + (i + 0.5) * cell, row_names[i], "end", dy=".35em"))
-        for j, value in enumerate(row[: i + 1]):
+        for j, value in enumerate(row):
             x, y = left + j * cell, top + i * cell
             sign, share = ("pos" if value > 0 else "neg"), abs(value) / limit
             parts.append(

@@ -59,14 +59,15 @@ def linearize(
     table, jacobian = _table_jacobian(parameters, theta)
     dtype = torch.promote_types(noise.dtype, torch.float32)
     d_time, d_state, d_output = (value.to(noise.device, dtype) for value in jacobian[:3])
-    moves = [[(block[:, i] != 0).reshape(len(theta), -1).any(1) for block in jacobian[:3]] for i in range(table.nfe)]
+    rows = range(table.num_rows)
+    moves = [[(block[:, i] != 0).reshape(len(theta), -1).any(1) for block in jacobian[:3]] for i in rows]
     calls = [evaluator(network or denoiser, table, condition) for network in (denoiser, tangent_denoiser)]
     weights = [coef.to(noise.device, dtype) for coef in (table.state_coef, table.output_coef)]
     supports = [support.tolist() for support in (table.state_support, table.output_support)]
     values = [[noise.to(dtype) * table.start_scale], []]
     tangents: list[list[Tensor | None]] = [[None], []]
     reached = torch.zeros(len(theta), dtype=torch.bool)
-    for i in range(table.nfe):
+    for i in rows:
         live = reached | moves[i][0]
         output, tangent = _evaluate(
             calls, table.plan[i], table.timesteps[i], values[0][i], tangents[0][i], d_time[:, i], live, chunk
@@ -139,7 +140,7 @@ def normal_equations(
     size = len(run.tangents[-1])
     matrix = torch.zeros(size, size, dtype=torch.float64)
     gradient, value = torch.zeros(size, dtype=torch.float64), 0.0
-    for term in loss.terms(run.table.nfe):
+    for term in loss.terms(run.table.num_rows):
         error, slope = _linear_residual(term, run, teacher, extractor)
         curvature = term.curvature(error) / error.numel()
         rows = slope.double().flatten(1)

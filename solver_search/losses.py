@@ -60,11 +60,11 @@ class SearchLoss:
         if self.huber_delta <= 0:
             raise ValueError(f"huber_delta is {self.huber_delta}: it must be positive")
 
-    def terms(self, nfe: int) -> list[Term]:
+    def terms(self, num_rows: int) -> list[Term]:
         """The parts, by state index."""
-        terms = [Term(self.path / nfe, row) for row in range(1, nfe + 1)]
-        terms += [Term(self.endpoint, nfe), Term(self.huber, nfe, delta=self.huber_delta)]
-        terms.append(Term(self.feature, nfe, feature=True))
+        terms = [Term(self.path / num_rows, row) for row in range(1, num_rows + 1)]
+        terms += [Term(self.endpoint, num_rows), Term(self.huber, num_rows, delta=self.huber_delta)]
+        terms.append(Term(self.feature, num_rows, feature=True))
         return [term for term in terms if term.weight]
 
 
@@ -83,7 +83,7 @@ def total(
     loss: SearchLoss, table: SolverTable, states: Sequence[Tensor], teacher: Trajectories, extractor: nn.Module | None
 ) -> Tensor:
     """The loss of a run: a scalar; gradients flow to the table."""
-    terms = loss.terms(table.nfe)
+    terms = loss.terms(table.num_rows)
     return sum(term.value(residual(term, table, states, teacher, extractor)) for term in terms)
 
 

@@ -126,7 +126,7 @@ class Search(Fitting):
 
     def __init__(self, options: SolverSearch, run: Run) -> None:
         self.options, self.run, self.schedule = options, run, run.denoiser.schedule
-        steps = run.data.source.table.nfe
+        steps = run.data.source.table.num_rows
         if max(options.nfes) > steps:
             raise ValueError(
                 f"{max(options.nfes)} evaluations are more than the teacher's {steps} steps: lower nfe, or make "

@@ -1,7 +1,7 @@
 """Where a search starts: a named solver, an artifact, or the solution with fewer evaluations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ def start_table(text: str, nfe: int, schedule: NoiseSchedule) -> SolverTable:
 
 def check_start(table: SolverTable, name: str, nfe: int, schedule: NoiseSchedule) -> None:
     """ValueError unless a search at `nfe` evaluations of this schedule can start from `table`."""
+    table.require_plain("a search")
     if table.nfe != nfe:
         raise ValueError(
             f"the start {name} has {table.nfe} evaluations, the search has {nfe}: start from a solver of {nfe}, or set "
@@ -129,33 +130,35 @@ def split_widest(table: SolverTable, schedule: NoiseSchedule) -> SolverTable:
     Returns:
         A table of N + 1 evaluations with the canonical rows of `table`, the new one apart.
     """
-    n, ends = table.nfe, schedule.timestep(table.alpha, table.sigma)
+    n, ends = table.num_rows, schedule.timestep(table.alpha, table.sigma)
     row = int((ends[:-1] - ends[1:]).argmax())
     middle = (ends[row] + ends[row + 1]) / 2
     alpha, sigma = schedule.alpha_sigma(middle)
     step = Nodes(table.alpha[row : row + 2], table.sigma[row : row + 2])
     _, (before, after) = step.between(alpha, sigma)
-    rows = [_widened(block, row) for block in (table.state_coef, table.output_coef)]
-    half = [after * block[row + 1] for block in rows]
-    half[0][row] += before
-    for block, new in zip(rows, half):
-        block[row] = new
-    return SolverTable(
+    coefs = {name: _widened(getattr(table, name), row) for name in ("state_coef", "output_coef")}
+    supports = {name: _widened(getattr(table, name), row) for name in ("state_support", "output_support")}
+    for coef, support in zip(coefs.values(), supports.values()):
+        coef[row], support[row] = after * coef[row + 1], support[row + 1]
+    coefs["state_coef"][row, row] += before
+    supports["state_support"][row, row] = True
+    return replace(
+        table,
         timesteps=torch.cat([table.timesteps[: row + 1], middle[None], table.timesteps[row + 1 :]]),
         alpha=torch.cat([table.alpha[: row + 1], alpha[None], table.alpha[row + 1 :]]),
         sigma=torch.cat([table.sigma[: row + 1], sigma[None], table.sigma[row + 1 :]]),
-        state_coef=rows[0],
-        output_coef=rows[1],
         noise_coef=torch.zeros(n + 1, n + 1, dtype=torch.float64),
-        start_scale=table.start_scale,
-        prediction_type=table.prediction_type,
+        calls=(),
+        info={},
+        **coefs,
+        **supports,
     )
 
 
-def _widened(coef: Tensor, row: int) -> Tensor:
+def _widened(block: Tensor, row: int) -> Tensor:
     """A copy with an empty row `row` and an empty column `row + 1`."""
-    n = len(coef)
+    n = len(block)
     old = torch.arange(n)
-    wide = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    wide[(old + (old >= row))[:, None], old + (old > row)] = coef
+    wide = block.new_zeros(n + 1, n + 1)
+    wide[(old + (old >= row))[:, None], old + (old > row)] = block
     return wide

@@ -1,6 +1,7 @@
 """The sampler's command line, in-process."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import sample
 from denoisers import class_labels, load_denoiser
-from solvers import identify, load_solver, named_solver, save_solver, start_noise
+from solvers import Bands, identify, load_solver, named_solver, save_solver, start_noise
 from solvers import sample as run_table
 from tests.tiny_models import tiny_checkpoint
 
@@ -94,6 +95,18 @@ def test_inspect_draws_and_prints(model, tmp_path, capsys):
     run("inspect", "heun:5", "--output", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
     assert "evaluations (NFE)      5" in capsys.readouterr().out
+
+
+def test_inspect_shows_calls_and_operators_of_a_table(model, tmp_path, capsys):
+    denoiser, space = load_denoiser(model), Bands((0.2,), 3)
+    table = named_solver("unipc:3", denoiser.schedule).guided(2.0, rows=[0])
+    weights = {name: space.embed(getattr(table, name)) for name in ("state_coef", "output_coef", "noise_coef")}
+    solver = save_solver(replace(table, space=space, **weights), tmp_path / "o.json", identify(denoiser), method="olss")
+    run("inspect", solver, "--output", tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "0u:" in printed
+    assert "evaluations (NFE)      4   rows 3 " in printed
 
 
 def test_export_runs_elsewhere(model, tmp_path):

@@ -21,7 +21,7 @@ class Ratios:
         bounds: (t_min, t_max), the timesteps the network was trained on.
         free_last: also tune the last row, which the paper leaves alone.
     Raises:
-        ValueError: base timesteps outside the bounds, or nothing to tune.
+        ValueError: base timesteps outside the bounds, nothing to tune, or a table that is not plain.
     Source: arXiv 2310.09469; the clamp is this project's.
     """
 
@@ -30,6 +30,7 @@ class Ratios:
     free_last: bool = False
 
     def __post_init__(self) -> None:
+        self.base.require_plain("the tuner")
         low, high = self.bounds
         told = self.base.timesteps.detach()
         if bool(((told < low) | (told > high)).any()):
@@ -48,7 +49,7 @@ class Ratios:
     @property
     def size(self) -> int:
         """Number of ratios: N, or N - 1 with the last row fixed; ratio i belongs to row i."""
-        return self.base.nfe - (not self.free_last)
+        return self.base.num_rows - (not self.free_last)
 
     def initial(self) -> Tensor:
         """Ones, (size,) float64."""

@@ -14,7 +14,7 @@ from evaluation.contenders import Contender, Group, check_seeds, display_names
 from evaluation.distances import Gaussian, frechet_distance, kernel_distance
 from evaluation.rows import choose_metrics, trajectory_error
 from parataa import parallel_sample
-from solvers import sample, sample_trace, start_noise
+from solvers import Call, sample, sample_trace, start_noise
 from solvers.named import named_solver
 from tests.evaluation.helpers import Mixture, compare_args, extractor, group, in_processes, statistics
 
@@ -287,6 +287,15 @@ class Enlarging(Mixture):
         return states.repeat_interleave(2, -1)
 
 
+def test_rounds_are_rows_and_evaluations_are_calls(tmp_path):
+    denoiser = Mixture()
+    denoiser.null_condition = lambda condition: condition
+    one = group(denoiser, [])
+    split = Contender("split", named_solver("ddim:3", denoiser.schedule).guided(2.0, rows=[0]), denoiser)
+    row = compare_groups([replace(one, contenders=(split,))], compare_args(tmp_path, num_samples=4))[1]
+    assert (row["nfe"], row["rounds"], row["evaluations"]) == (4, 3, 4)
+
+
 def test_what_can_be_measured_depends_on_the_decoded_images(tmp_path):
     rows = run(tmp_path, Enlarging(), names=["ddim:3"])
     assert rows[1]["fd"] is None
@@ -302,11 +311,16 @@ def test_references_are_told_apart(tmp_path):
     assert len(set(folders)) == 3
 
 
-def keyed(sampler=None, **attributes):
+def keyed(sampler=None, table=None, **attributes):
     denoiser = Mixture()
     for name, value in attributes.items():
         setattr(denoiser, name, value)
-    return Contender("a", named_solver("ddim:3", denoiser.schedule), denoiser, sampler=sampler).key
+    return Contender("a", table or named_solver("ddim:3", denoiser.schedule), denoiser, sampler=sampler).key
+
+
+def calling(branch):
+    table = named_solver("ddim:3", Mixture.schedule)
+    return replace(table, calls=tuple(Call(call.row, branch) for call in table.calls))
 
 
 def test_everything_that_images_depend_on_is_in_the_key():
@@ -321,6 +335,8 @@ def test_everything_that_images_depend_on_is_in_the_key():
         keyed(num_classes=None),
         keyed(partial(parallel_sample, tolerance=1e-2)),
         keyed(partial(parallel_sample, tolerance=1e-4)),
+        keyed(table=calling("unconditional")),
+        keyed(table=calling("negative")),
     ]
     assert len(set(keys)) == len(keys)
     assert keyed(conditions=dict(prompts)) == keys[1]

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.charts import coefficients_chart
 from evaluation.compare import compare_groups
 from evaluation.comparison import Entry
 from evaluation.contenders import Contender, Group
 from evaluation.report import write_report
 from evaluation.svg import Chart, Series, color_class, heat_map
+from solvers.named import named_solver
 from tests.evaluation.helpers import Mixture, compare_args, extractor, group, statistics
 
 VOID = {"meta", "img", "br"}
@@ -173,10 +175,19 @@ def test_labels_of_close_points_do_not_overlap():
 
 
 def test_heat_maps_colour_signs_and_sizes():
-    drawn = heat_map([[1.0, 0.0], [-0.5, 0.25]], ["1", "2"], ["0", "1"])
+    drawn = heat_map([[1.0], [-0.5, 0.25]], ["1", "2"], ["0", "1"])
     assert drawn.count('class="pos"') == 2
     assert drawn.count('class="neg"') == 1
     assert re.search(r'class="neg" opacity="0.500"', drawn)
+
+
+def test_the_coefficients_of_a_table_with_calls_are_named_by_row_and_branch():
+    drawn = coefficients_chart(named_solver("ddim:3", Mixture.schedule).guided(2.0, rows=[1]))
+    assert re.findall(r"<title>state (\d), output (\w+):", drawn) == [
+        ("1", "0"),
+        *(("2", name) for name in ("0", "1", "1u")),
+        *(("3", name) for name in ("0", "1", "1u", "2")),
+    ]
 
 
 def test_wandb_gets_table_and_pictures(monkeypatch, tmp_path):

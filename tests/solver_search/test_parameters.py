@@ -163,6 +163,10 @@ def test_one_evaluation_more_changes_nothing(name, noise):
     assert split.nfe == 5
     assert split.unused_evaluations()
     torch.testing.assert_close(sample(denoiser, split, noise), sample(denoiser, table, noise), rtol=1e-11, atol=1e-11)
+    assert torch.equal(split.state_support, split.state_coef != 0)
+    every = torch.ones(4, 4, dtype=torch.bool).tril()
+    supports = split_widest(replace(table, state_support=every, output_support=every), schedule)
+    assert int(supports.output_support.sum()) > int(split.output_support.sum())
     if name != "unipc":
         assert split.consistency().worst < 1e-6
 
@@ -176,6 +180,8 @@ def test_refused_starts():
         check_start(table, "x", 5, NoiseSchedule.flow())
     with pytest.raises(ValueError, match="adds noise"):
         start_table("ddpm", 5, schedule)
+    with pytest.raises(ValueError, match="a search cannot run this solver, which has network calls of its own"):
+        check_start(table.guided(2.0), "x", 10, schedule)
     with pytest.raises(ValueError, match="needs one without"):
         FreeParameters(named_solver("ddpm:5", schedule), (0.0, 999.0))
     with pytest.raises(ValueError, match="no solver artifact"):

@@ -80,5 +80,7 @@ def test_a_timestep_of_zero_stays():
 def test_refusals():
     with pytest.raises(ValueError, match=r"timesteps \[999.* trained on \[0.0, 500.0\]: start from"):
         Ratios(named_solver("ddim:4", SCHEDULE), (0.0, 500.0))
+    with pytest.raises(ValueError, match="the tuner cannot run this solver, which has network calls of its own"):
+        Ratios(named_solver("ddim:4", SCHEDULE).guided(2.0), (0.0, 999.0))
     with pytest.raises(ValueError, match="set free_last"):
         ratios("ddim:1")
