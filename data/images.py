@@ -4,14 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.image_shards import describe_samples, read_shards
-from data.loader import EpochBatchSampler, ResumableLoader
+from data.loader import EpochBatchSampler, ResumableLoader, SharedData
 from data.named import NAMED_SETS
 from denoisers import check_labels
 
@@ -44,7 +43,7 @@ class ImageArray(Dataset):
         return torch.where(mirrored, images.flip(-1), images), self.labels[source]
 
 
-class ImageData(lightning.LightningDataModule):
+class ImageData(SharedData):
     """Images and labels for base models.
 
     Args:
@@ -128,14 +127,8 @@ class ImageData(lightning.LightningDataModule):
         """The first `val_images` validation images, in order."""
         return self._loader(self._val, shuffle=False)
 
-    def test_dataloader(self) -> list[str]:
-        """What a module tests that is about solver tables, not images (`training.testing.TableModule`)."""
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        return module.tables_to_test()
-
     def _loader(self, images: ImageArray, shuffle: bool) -> ResumableLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpochBatchSampler(len(images), self.batch_size, self.seed, rank, world_size, shuffle)
+        sampler = EpochBatchSampler(len(images), self.batch_size, self.seed, *self.processes(), shuffle)
         return ResumableLoader(images, sampler)
 
     def _load(self, train: bool) -> tuple[np.ndarray, np.ndarray, int]:

@@ -4,16 +4,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.latent_shards import LatentShards
-from data.loader import EpochBatchSampler, ResumableLoader
+from data.loader import EpochBatchSampler, ResumableLoader, SharedData
 
 
-class LatentData(lightning.LightningDataModule):
+class LatentData(SharedData):
     """Batches (latents, condition) of shards made by `train.py predict --config configs/encode/...`.
 
     Latents are float32 and scaled as the network takes them; the condition has the embeddings of the captions and, as
@@ -53,9 +52,8 @@ class LatentData(lightning.LightningDataModule):
         if self.shards is not None:
             return
         shards = LatentShards(self.folder, self.skip_corrupt)
-        rank, world_size = self._processes()
         if self.verify:
-            shards.leave_out(_gather(shards.verify(rank, world_size)))
+            shards.leave_out(_gather(shards.verify(*self.processes())))
         for note in shards.notes:
             print(f"left out: {note}", file=sys.stderr)
         self.shards = shards
@@ -74,16 +72,8 @@ class LatentData(lightning.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches; resumes at the exact batch."""
         assert self.shards is not None
-        sampler = EpochBatchSampler(len(self.shards), self.batch_size, self.seed, *self._processes())
+        sampler = EpochBatchSampler(len(self.shards), self.batch_size, self.seed, *self.processes())
         return ResumableLoader(_Samples(self.shards), sampler, self.num_workers)
-
-    def test_dataloader(self) -> list[str]:
-        """What a module tests that is about solver tables (`training.testing.TableModule`)."""
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        return module.tables_to_test()
-
-    def _processes(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 class _Samples(Dataset):

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -12,6 +13,19 @@ def seed_of(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part and on their order."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+class SharedData(lightning.LightningDataModule):
+    """Data whose batches the trainer's processes share; modules about solver tables test those, not the data."""
+
+    def processes(self) -> tuple[int, int]:
+        """(rank, world_size) of the trainer; (0, 1) without one."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def test_dataloader(self) -> list[str]:
+        """The names of the module's tables, see `training.testing.TableModule`."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        return module.tables_to_test()
 
 
 class EpochBatchSampler(Sampler[list[int]]):

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning
 import torch
 from torch.utils.data import Dataset
 
-from data.loader import EpochBatchSampler, ResumableLoader
+from data.loader import EpochBatchSampler, ResumableLoader, SharedData
 from data.shards import Trajectories
 from data.sources import Batch, Source, clean, fresh, stored
 from data.trajectories import FIRST_SEED, run_teacher
@@ -36,7 +35,7 @@ class Wanted:
     validation: bool = False
 
 
-class TeacherData(lightning.LightningDataModule):
+class TeacherData(SharedData):
     """Batches for a method, and samples held out from it.
 
     Give `trajectories`, or `images`; with neither, every batch has seeds of its own and the teacher runs on them. Whole
@@ -141,7 +140,7 @@ class TeacherData(lightning.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """This process's batches; fresh seeds and noises are others in every epoch."""
         size = self.source.num_fitted
-        rank, world_size = self._processes()
+        rank, world_size = self.processes()
         batch_size = self.batch_size or self.wanted.batch_size or size // world_size
         in_order = self.wanted.in_order
         sampler = EpochBatchSampler(size, batch_size, self.seed, rank, world_size, not in_order, even=in_order)
@@ -155,20 +154,10 @@ class TeacherData(lightning.LightningDataModule):
     def held_out_batches(self) -> ResumableLoader:
         """This process's share of the samples held out, always with the same noises."""
         size = self.source.num_held
-        rank, world_size = self._processes()
         batch_size = min(size, self.batch_size or self.wanted.batch_size or 64)
-        sampler = EpochBatchSampler(size, batch_size, self.seed, rank, world_size, shuffle=False)
-        return ResumableLoader(
-            _Samples(self.source, self.source.num_fitted, self.first_seed - size, 0, sampler), sampler
-        )
-
-    def test_dataloader(self) -> list[str]:
-        """What is tested are tables, on noises of their own: one unit for each."""
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        return module.tables_to_test()
-
-    def _processes(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpochBatchSampler(size, batch_size, self.seed, *self.processes(), shuffle=False)
+        first, first_seed = self.source.num_fitted, self.first_seed - size
+        return ResumableLoader(_Samples(self.source, first, first_seed, 0, sampler), sampler)
 
 
 class _Samples(Dataset):

@@ -12,7 +12,7 @@ NAMED = sorted(set(re.findall(r"`([\w/]+(?:\.py|\.toml|/))`", TEXT)))
 
 @pytest.mark.parametrize("name", NAMED)
 def test_what_the_page_names_is_there(name):
-    assert (ROOT / name).exists() or (ROOT / "training" / name).exists()
+    assert (ROOT / name).exists()
 
 
 def test_every_room_is_on_the_page():

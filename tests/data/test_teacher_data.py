@@ -81,7 +81,7 @@ def test_batches_in_order_are_equally_many_on_all_processes(cache, world_size, m
     data = opened(cache, "path", wanted=Wanted("path", batch_size=2, in_order=True))
     seeds, counts = [], []
     for rank in range(world_size):
-        monkeypatch.setattr(data, "_processes", lambda rank=rank: (rank, world_size))
+        monkeypatch.setattr(data, "processes", lambda rank=rank: (rank, world_size))
         batches = list(data.train_dataloader())
         counts.append(len(batches))
         seeds += [seed for batch in batches if len(batch) for seed in batch[:].seeds]
