@@ -1,7 +1,7 @@
 """What all diffusers networks have in common as denoisers: schedule, size, dtype, decoding."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,7 +34,8 @@ def read_schedule(scheduler: Any, image_tokens: int | None = None, mu: float | N
     if not config.get("use_dynamic_shifting") or (image_tokens is None and mu is None):
         return schedule
     mu = _shift_exponent(config, image_tokens) if mu is None else mu
-    return NoiseSchedule.flow(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    return replace(schedule, parameters=schedule.parameters | {"shift": shift})
 
 
 def _shift_exponent(config: dict[str, Any], image_tokens: int) -> float:

@@ -7,6 +7,7 @@ from solvers.artifact import load_solver
 from solvers.errors import SolverError
 from solvers.export import describe
 from solvers.files import atomic_write
+from solvers.student import student_files
 from solvers.table import SolverTable
 
 
@@ -18,7 +19,7 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Upload solvers",
 ) -> str:
-    """Upload the artifacts of a folder, with the student weights they name and a model card.
+    """Upload the artifacts of a folder, with the students they name and a model card.
 
     Args:
         folder: holds `*.json` artifacts; every one must load. Its README.md is written, other files are left out.
@@ -38,7 +39,8 @@ def push_to_hub(
     students = [table.info["student"]["path"] for table in tables.values() if table.info["student"] is not None]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files = sorted({"README.md", *tables, *students, *_beside(folder, students)})
+    beside = {file.relative_to(folder).as_posix() for name in students for file in student_files(folder, name)}
+    files = sorted({"README.md", *tables, *beside})
     done = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=commit_message)
     return str(done.commit_url)
 
@@ -65,16 +67,6 @@ def model_card(tables: dict[str, SolverTable], repo_id: str) -> str:
         rows="\n".join(rows),
         sources="\n".join(sources),
     )
-
-
-def _beside(folder: Path, students: list[str]) -> list[str]:
-    """What a student needs besides its weights: config.json beside them; of a diffusers pipeline all files."""
-    found = [folder / Path(student).with_name("config.json") for student in students]
-    for student in students:
-        pipeline = (folder / student).parent.parent
-        if (pipeline / "model_index.json").is_file() and folder in pipeline.parents:
-            found += pipeline.rglob("*")
-    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
 
 
 def _row(table: SolverTable) -> str:

@@ -47,7 +47,7 @@ class DenoiserIdentity:
         """Why what was made for this denoiser does not fit another one: a line for each field, none where it fits."""
         pairs = {field: (value, found._compared[field]) for field, value in self._compared.items()}
         return [
-            f"made for {field} {_short(made)}, found {_short(other)}"
+            f"made for {field} {_short(made, other)}, found {_short(other, made)}"
             for field, (made, other) in pairs.items()
             if made != other and not (field in _FITS and _FITS[field](made, other))
         ]
@@ -135,12 +135,15 @@ def _schedule(denoiser: Any) -> NoiseSchedule:
     return schedule
 
 
-def _short(value: Any) -> str:
-    """A value as text: of a hash its beginning, of a long text its hash."""
+def _short(value: Any, other: Any) -> str:
+    """A value as text beside another: of a hash its beginning, of two dicts what differs."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {name: part for name, part in value.items() if part != other.get(name, _ABSENT)}
     text = str(value)
     if len(text) > 200:
         return f"one with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
+_ABSENT = object()
 _FITS = {"guidance scale": guidance_fits, "weights": lambda made, found: made is None or found is None}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from solvers.ipndm import ipndm
+from solvers.parameters import stretched, training_betas
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
@@ -195,6 +196,9 @@ def _fewest(entry: _Named) -> int:
 def _vp_table(entry: _Named, schedule: NoiseSchedule, n: int, spacing: str) -> SolverTable:
     config = schedule.parameters | entry.config | {"prediction_type": schedule.prediction_type}
     config["timestep_spacing"] = spacing
+    if config.pop("snr_shift_scale", 1) != 1:  # a parameter of two classes; all take betas
+        config = {name: value for name, value in config.items() if name not in ("beta_start", "beta_end")}
+        config |= {"trained_betas": training_betas(schedule.parameters).tolist()}
     if "trained_betas" in config:
         config["num_train_timesteps"] = len(config["trained_betas"])
     if not config.get("rescale_betas_zero_snr"):
@@ -209,14 +213,18 @@ def _flow_table(entry: _Named, schedule: NoiseSchedule, n: int, spacing: str) ->
     shift = schedule.parameters["shift"]
     if schedule.prediction_type != "flow_prediction":
         raise ValueError(f"it has prediction type {schedule.prediction_type!r}, and diffusers needs flow_prediction")
+    terminal = {name: schedule.parameters[name] for name in ("shift_terminal",) if name in schedule.parameters}
     if entry.config.get("use_flow_sigmas"):
-        scheduler = _scheduler(entry, entry.config | {"prediction_type": "flow_prediction", "flow_shift": shift})
+        config = entry.config | {"prediction_type": "flow_prediction", "flow_shift": shift}
     else:
-        scheduler = _scheduler(entry, {"shift": shift})
+        config = {"shift": shift}
+    scheduler = _scheduler(entry, config | terminal)
     arguments = {}
-    if spacing == "trailing" and entry.scheduler == "FlowMatchHeunDiscreteScheduler":
+    if spacing == "linspace":
+        scheduler.sigma_min = float(torch.tensor(1e-3))  # its own is shifted already, and would be once more
+    elif entry.scheduler == "FlowMatchHeunDiscreteScheduler":
         scheduler.sigma_min = 1 / n  # its set_timesteps takes no sigmas, but spreads n of them down to this one
-    elif spacing == "trailing" and entry.scheduler != "DPMSolverMultistepScheduler":
+    elif entry.scheduler != "DPMSolverMultistepScheduler":
         arguments["sigmas"] = torch.linspace(1, 1 / n, n, dtype=torch.float64).numpy()  # UniPC takes no list
     table = tabulate(scheduler, n, set_timesteps=arguments)
     return replace(table, timesteps=table.timesteps * (schedule.parameters["timestep_scale"] / 1000))
@@ -243,5 +251,5 @@ def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> torch.Tensor:
     sigma = line(1, 1e-3, n) if spacing == "linspace" else line(1, 1 / n, n)
     if schedule.kind == "flow":
         shift = schedule.parameters["shift"]
-        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        sigma = stretched(shift * sigma / (1 + (shift - 1) * sigma), schedule.parameters.get("shift_terminal"))
     return sigma * schedule.parameters["timestep_scale"]

@@ -12,7 +12,8 @@ _SEED_LIMIT = 2**32  # torch's CPU generator reads the low 32 bits of a seed onl
 def start_noise(seeds: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Unit Gaussian start noise, (len(seeds), *shape), on the CPU; sample k from seeds[k] alone."""
     generators = [torch.Generator().manual_seed(check_seed(seed)) for seed in seeds]
-    return _stacked([torch.randn(tuple(shape), generator=generator) for generator in generators], shape, dtype)
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    return _stacked([torch.randn(tuple(shape), generator=one, **plain) for one in generators], shape, dtype)
 
 
 def row_noise(seeds: Sequence[int], row: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.parameters import check_parameters, training_betas
 from solvers.prediction import check_prediction_type
 
 KINDS = ("discrete_vp", "continuous_vp", "flow")
@@ -40,6 +40,7 @@ class NoiseSchedule:
         if self.kind not in KINDS:
             raise ValueError(f"unknown schedule kind {self.kind!r}: use one of {', '.join(KINDS)}")
         check_prediction_type(self.prediction_type)
+        check_parameters(self.kind, self.parameters)
         if self.kind == "discrete_vp":
             _ = self._angles
 
@@ -99,41 +100,46 @@ class NoiseSchedule:
 
     @classmethod
     def flow(
-        cls, shift: float = 1.0, timestep_scale: float = 1000.0, prediction_type: str = "flow_prediction"
+        cls,
+        shift: float = 1.0,
+        timestep_scale: float = 1000.0,
+        prediction_type: str = "flow_prediction",
+        shift_terminal: float | None = None,
     ) -> "NoiseSchedule":
         """Rectified flow, alpha = 1 - sigma, timestep = timestep_scale * sigma.
 
         `shift` moves evenly spaced steps towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma)
-        (arXiv 2403.03206); it belongs to the spacing of steps, not to the map from timestep to node.
+        (arXiv 2403.03206), and `shift_terminal` then stretches them to end there; both belong to the spacing of steps,
+        not to the map from timestep to node.
         """
-        return cls("flow", prediction_type, {"shift": shift, "timestep_scale": timestep_scale})
+        terminal = {} if shift_terminal is None else {"shift_terminal": shift_terminal}
+        return cls("flow", prediction_type, {"shift": shift, "timestep_scale": timestep_scale, **terminal})
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
         """The schedule a diffusers scheduler (or its config) describes.
 
         Raises:
-            ValueError: a beta schedule this class does not know.
+            ValueError: a beta schedule this class does not know, or parameters out of range.
         """
         config = dict(getattr(scheduler, "config", scheduler))
         name = str(config.get("_class_name") or type(scheduler).__name__)
-        if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-            return cls.flow(float(config.get("shift") or config.get("flow_shift") or 1.0))
-        prediction_type = config.get("prediction_type", "epsilon")
-        rescale = bool(config.get("rescale_betas_zero_snr", False))
         steps = int(config.get("num_train_timesteps", 1000))
+        if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+            shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+            return cls.flow(shift, float(steps), shift_terminal=config.get("shift_terminal") or None)
         if config.get("trained_betas") is not None:
-            return cls.from_betas(list(config["trained_betas"]), prediction_type)
-        beta_schedule = config.get("beta_schedule")
-        if beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-            raise ValueError(
-                f"{name} has beta schedule {beta_schedule!r}: known are linear, scaled_linear and squaredcos_cap_v2; "
-                "give NoiseSchedule.from_betas the betas of any other"
-            )
-        if beta_schedule == "squaredcos_cap_v2":
-            return cls.cosine(steps, prediction_type, rescale)
-        start, end = float(config["beta_start"]), float(config["beta_end"])
-        return cls._discrete(beta_schedule, start, end, steps, prediction_type, rescale)
+            parameters: dict[str, Any] = {"trained_betas": [float(beta) for beta in config["trained_betas"]]}
+        else:
+            parameters = {"beta_schedule": config.get("beta_schedule"), "num_train_timesteps": steps}
+            if config.get("beta_schedule") != "squaredcos_cap_v2":
+                parameters |= {name: float(config[name]) for name in ("beta_start", "beta_end") if name in config}
+            parameters["rescale_betas_zero_snr"] = False
+        if config.get("rescale_betas_zero_snr"):
+            parameters["rescale_betas_zero_snr"] = True
+        if config.get("snr_shift_scale", 1.0) != 1:
+            parameters["snr_shift_scale"] = float(config["snr_shift_scale"])
+        return cls("discrete_vp", config.get("prediction_type", "epsilon"), parameters)
 
     @classmethod
     def _discrete(cls, beta_schedule, beta_start, beta_end, steps, prediction_type, rescale) -> "NoiseSchedule":
@@ -215,24 +221,7 @@ class NoiseSchedule:
     @cached_property
     def _angles(self) -> Tensor:
         """atan2(sigma, alpha) at every training timestep, float64, strictly increasing."""
-        betas = _betas(self.parameters)
-        if len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ValueError("betas must be at least two numbers in (0, 1]")
-        alpha = (1 - betas).cumprod(0).sqrt()
+        alpha = (1 - training_betas(self.parameters)).cumprod(0).sqrt()
         if self.parameters.get("rescale_betas_zero_snr"):
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         return torch.atan2((1 - alpha**2).sqrt(), alpha)
-
-
-def _betas(parameters: dict[str, Any]) -> Tensor:
-    """Betas of a discrete schedule, float64, (num_train_timesteps,)."""
-    if "trained_betas" in parameters:
-        return torch.tensor(parameters["trained_betas"], dtype=torch.float64)
-    steps = parameters["num_train_timesteps"]
-    if parameters["beta_schedule"] == "squaredcos_cap_v2":
-        bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        return torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(steps)], dtype=torch.float64)
-    start, end = parameters["beta_start"], parameters["beta_end"]
-    if parameters["beta_schedule"] == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float64)
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2

@@ -1,7 +1,9 @@
 """JSON that keeps doubles exact and refuses what JSON does not know: NaN, infinity, a field given twice."""
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from solvers.errors import SolverError
@@ -22,14 +24,23 @@ def dumps(value: Any) -> str:
     return _text(value, 0) + "\n"
 
 
+def checksum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values in their canonical spelling: fields in order, no white space, floats as Python's repr."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def loads(text: str) -> Any:
     """Inverse of `dumps`.
 
     Raises:
-        SolverError: text that is not JSON, a NaN or infinity in any spelling, a field given twice.
+        SolverError: text that is not JSON, a NaN or infinity in any spelling, an integer that no double holds, a field
+            given twice.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+        return json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole, object_pairs_hook=_unique
+        )
     except (json.JSONDecodeError, RecursionError) as error:
         raise SolverError(f"the artifact is not valid JSON ({error}): export it again") from error
 
@@ -52,15 +63,10 @@ def check_typed(name: str, value: Any, *types: type) -> None:
 
 
 def check_number(name: str, value: Any) -> float:
-    """The value as a double; SolverError for text, true or false, or an integer that is too large."""
+    """The value as a double; SolverError for anything but a number, such as text or true."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SolverError(f"{name} holds {value!r}: it must be a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise SolverError(
-            f"{name} holds an integer beyond the range of a double: every number must be finite"
-        ) from error
+    return float(value)
 
 
 def _text(value: Any, depth: int) -> str:
@@ -83,6 +89,12 @@ def _refuse(constant: str) -> float:
 def _finite(text: str) -> float:
     number = float(text)
     return number if math.isfinite(number) else _refuse(text)
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:
+        raise SolverError(f"the artifact holds an integer of {len(text)} digits, beyond the range of a double")
+    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

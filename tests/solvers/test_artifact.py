@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from solvers import (
     student_path,
 )
 from solvers.files import sha256
+from solvers.strict_json import checksum
+from solvers.student import folder_sha256
 from tests.analytic import gaussian_denoiser
 
 SCHEDULE = NoiseSchedule.linear()
@@ -54,8 +57,8 @@ def saved(tmp_path) -> Path:
     return save_solver(small_table(), tmp_path / "solver.json", denoiser, method="olss")
 
 
-def edited(path: Path, *keys, value=None, remove: bool = False) -> Path:
-    """The artifact with one field set or removed, without any check."""
+def edited(path: Path, *keys, value=None, remove: bool = False, sealed: bool = False) -> Path:
+    """The artifact with one field set or removed, without any check; `sealed`: and its checksum made to fit."""
     values = json.loads(path.read_text())
     inner = values
     for key in keys[:-1]:
@@ -64,6 +67,8 @@ def edited(path: Path, *keys, value=None, remove: bool = False) -> Path:
         del inner[keys[-1]]
     else:
         inner[keys[-1]] = value
+    if sealed:
+        values["checksum"] = checksum({name: part for name, part in values.items() if name != "checksum"})
     path.write_text(json.dumps(values))
     return path
 
@@ -163,7 +168,13 @@ def test_a_loaded_solver_samples_the_same_image(saved):
 
 
 DAMAGE = {
-    "unknown version": (("format_version",), 2, "format_version is 2, this code reads 1"),
+    "unknown version": (("format_version",), 3, "format_version is 3, this code reads 1 and 2"),
+    "version of another type": (("format_version",), True, "format_version is True"),
+    "older version": (("format_version",), 1, "has unknown checksum"),
+    "checksum": (("checksum",), "0" * 64, "has checksum [0-9a-f]{12}, the file names 000000000000"),
+    "number edited": (("table", "timesteps"), [1.0, 2.0, 3.0], "it was edited or damaged"),
+    "metadata edited": (("denoiser", "weight_hash"), None, "it was edited or damaged"),
+    "config edited": (("config", "steps"), 3, "it was edited or damaged"),
     "extra field": (("extra",), 1, "has unknown extra"),
     "extra table field": (("table", "steps"), 3, "table has unknown steps"),
     "shape": (("table", "alpha"), [1.0, 1.0], r"alpha has shape \(2,\): a table of 3 rows needs \(4,\)"),
@@ -180,24 +191,77 @@ DAMAGE = {
     "other prediction type": (("table", "prediction_type"), "sample", "expects sample outputs .* gives epsilon"),
     "schedule edited": (("schedule", "parameters", "beta_end"), 0.03, "has fingerprint"),
     "fingerprint edited": (("schedule", "fingerprint"), "0" * 64, "has fingerprint"),
+    "schedule betas": (("schedule", "parameters", "beta_end"), 10**40, r"must be a positive number up to 1e\+12"),
+    "schedule range": (("schedule", "parameters", "beta_end"), 2, "betas must be at least two"),
+    "schedule huge": (("schedule", "parameters", "beta_end"), 10**400, "beyond the range of a double"),
+    "schedule steps": (("schedule", "parameters", "num_train_timesteps"), 10**12, "must be from 2 to 1000000"),
+    "schedule text": (("schedule", "parameters", "beta_end"), "0.02", "beta_end is 0.02: it must be a positive number"),
+    "schedule extra": (("schedule", "parameters", "shift"), 3.0, "unknown shift"),
+    "schedule list": (("schedule", "parameters"), [1], "schedule is not valid"),
     "schedule kind": (("schedule", "kind"), "linear", "unknown schedule kind"),
     "schedule without betas": (("schedule", "parameters"), {}, "schedule is not valid"),
     "guidance text": (("guidance_scale",), "high", "guidance_scale holds 'high'"),
     "guidance order": (("guidance_scale",), [3, 1], r"give one number or \[lowest, highest\]"),
     "seeds": (("fitted_on",), {"seeds": [[5, 5]]}, "half-open ranges"),
+    "seconds": (("fitted_on",), {"seconds": "text"}, "fitted_on.seconds holds 'text': it must be a number"),
+    "original timesteps": (("fitted_on",), {"original_timesteps": "abc"}, "original_timesteps is str: it must be list"),
+    "original of another length": (("fitted_on",), {"original_timesteps": [1.0]}, "has 1 numbers, the table 3 rows"),
+    "evaluations": (("fitted_on",), {"evaluations": {"forward": "3"}}, "evaluations.forward holds '3'"),
+    "guidance fitted": (("fitted_on",), {"guidance_scale": "high"}, "fitted_on.guidance_scale holds 'high'"),
+    "seeds judged": (("validation",), {"seeds": [5]}, "validation.seeds holds 5"),
+    "error judged": (("validation",), {"rmse": []}, "validation.rmse holds"),
     "method": (("method",), None, "method is NoneType: it must be str"),
     "config": (("config",), [], "config is list: it must be dict"),
     "student absolute": (("student",), {"path": "/etc/passwd", "sha256": ""}, "leaves the artifact's folder"),
     "student above": (("student",), {"path": "../w.safetensors", "sha256": ""}, "leaves the artifact's folder"),
     "student drive": (("student",), {"path": "C:\\w", "sha256": ""}, "leaves the artifact's folder"),
     "student missing": (("student",), {"path": "w.safetensors", "sha256": ""}, "are missing"),
+    "student long": (("student",), {"path": "w" * 5000, "sha256": ""}, "File name too long"),
+    "student itself": (("student",), {"path": ".", "sha256": ""}, "leaves the artifact's folder"),
 }
 
 
 @pytest.mark.parametrize(("keys", "value", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_refused(saved, keys, value, message):
-    with pytest.raises(SolverError, match=message):
+    with pytest.raises(SolverError, match=message) as caught:
         load_solver(edited(saved, *keys, value=value))
+    text = str(caught.value)
+    assert len(text) <= 300
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, '"' + "\\n" * 5000 + '"', "[" * 60 + "]" * 60, '{"\\ud800": 1}'])
+def test_errors_are_one_line_whatever_the_file_holds(saved, text):
+    whole = saved.read_text()
+    for old in ('"epsilon"', "2.0", '"tiny"', '"abc"', "{}"):
+        saved.write_text(whole.replace(old, text, 1))
+        with pytest.raises(SolverError) as caught:
+            load_solver(saved)
+        assert len(str(caught.value)) <= 300
+        assert str(caught.value).isprintable()
+
+
+def test_an_artifact_of_format_1_loads_and_says_so_once(saved):
+    values = json.loads(saved.read_text())
+    del values["checksum"]
+    saved.write_text(json.dumps(values | {"format_version": 1}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        tables = [load_solver(saved) for _ in range(3)]
+    assert torch.equal(tables[0].state_coef, small_table().state_coef)
+    assert [str(one.message) for one in caught] == [
+        "solver artifacts of format 1 have no checksum, so a changed number in them is not noticed"
+    ]
+
+
+def test_an_artifact_of_format_1_holds_no_calls(saved):
+    save_solver(small_table().guided(2.0), saved, DenoiserIdentity(SCHEDULE), method="m")
+    assert load_solver(saved).nfe == 6
+    values = json.loads(saved.read_text())
+    del values["checksum"]
+    saved.write_text(json.dumps(values | {"format_version": 1}))
+    with pytest.raises(SolverError, match="format_version is 1, but the table has calls"):
+        load_solver(saved)
 
 
 @pytest.mark.parametrize("keys", [("method",), ("table", "sigma"), ("schedule", "fingerprint"), ("created", "time")])
@@ -278,7 +342,7 @@ class Model:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Model(NoiseSchedule.cosine()), "made for noise schedule .*discrete_vp.*linear.*found .*squaredcos"),
+        (Model(NoiseSchedule.cosine()), "made for noise schedule .*linear.*found .*squaredcos"),
         (
             Model(NoiseSchedule.linear(prediction_type="v_prediction")),
             "made for prediction type epsilon, found v_pred",
@@ -300,27 +364,50 @@ def test_a_model_that_fits(saved):
     with pytest.raises(SolverError, match=r"found 1\.0"):
         load_solver(saved, plain)
     assert load_solver(saved, plain, guidance_scale=2.0).nfe == 3
-    assert load_solver(edited(saved, "guidance_scale", value=[1, 2]), plain).nfe == 3
+    assert load_solver(edited(saved, "guidance_scale", value=[1, 2], sealed=True), plain).nfe == 3
     with pytest.raises(SolverError, match=r"found 2\.5"):
         load_solver(saved, guidance_scale=2.5)
     with pytest.raises(SolverError, match="the denoiser has no `schedule`"):
         load_solver(saved, lambda x, timestep, condition: x)
 
 
-def test_student_weights_are_named_and_checked(tmp_path):
-    weights = tmp_path / "student" / "model.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(b"weights")
-    path = save_solver(small_table(), tmp_path / "s.json", DenoiserIdentity(SCHEDULE), method="slam", student=weights)
-    loaded = load_solver(path)
-    assert loaded.info["student"] == {"path": "student/model.safetensors", "sha256": sha256(weights)}
-    assert student_path(loaded) == weights
-    weights.write_bytes(b"other")
-    with pytest.raises(SolverError, match="have sha256"):
-        load_solver(path)
+@pytest.fixture
+def distilled(tmp_path) -> Path:
+    """An artifact with a student of three files."""
+    for name in ("model.safetensors", "config.json", "vae/model.bin"):
+        (tmp_path / "student" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "student" / name).write_text(name)
+    arguments = {"method": "slam", "student": "student/model.safetensors"}
+    return save_solver(small_table(), tmp_path / "s.json", DenoiserIdentity(SCHEDULE), **arguments)
 
 
-def test_student_weights_outside_the_folder_are_refused(tmp_path):
+def test_a_student_is_known_by_its_whole_folder(distilled):
+    loaded, folder = load_solver(distilled), distilled.parent / "student"
+    assert loaded.info["student"] == {"path": "student/model.safetensors", "sha256": folder_sha256(folder)}
+    assert student_path(loaded) == folder / "model.safetensors"
+    (folder / ".hidden").write_text("what a download leaves")
+    assert load_solver(distilled).nfe == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vae/model.bin", "denoiser.yaml"])
+def test_a_changed_or_new_file_of_a_student_is_refused(distilled, name):
+    (distilled.parent / "student" / name).write_text("path: os.system")
+    with pytest.raises(SolverError, match=r"has SHA-256 [0-9a-f]{12}, the artifact names"):
+        load_solver(distilled)
+
+
+def test_a_student_of_format_1_is_known_by_its_weights(distilled):
+    values, weights = json.loads(distilled.read_text()), distilled.parent / "student/model.safetensors"
+    del values["checksum"]
+    values |= {"format_version": 1, "student": {"path": "student/model.safetensors", "sha256": sha256(weights)}}
+    distilled.write_text(json.dumps(values))
+    assert student_path(load_solver(distilled)) == weights
+    weights.write_text("other")
+    with pytest.raises(SolverError, match=r"student's weights student/model\.safetensors has SHA-256"):
+        load_solver(distilled)
+
+
+def test_a_student_has_a_folder_of_its_own_inside(tmp_path, distilled):
     (tmp_path / "inside").mkdir()
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     path = tmp_path / "inside" / "s.json"
@@ -329,11 +416,16 @@ def test_student_weights_outside_the_folder_are_refused(tmp_path):
         save_solver(small_table(), path, student="../w.safetensors", **arguments)
     with pytest.raises(SolverError, match="save them before"):
         save_solver(small_table(), path, student="w.safetensors", **arguments)
+    with pytest.raises(SolverError, match="give them a folder of their own"):
+        save_solver(small_table(), tmp_path / "s.json", student="w.safetensors", **arguments)
     (tmp_path / "inside" / "link.safetensors").symlink_to(tmp_path / "w.safetensors")
     save_solver(small_table(), path, **arguments)
     edited(path, "student", value={"path": "link.safetensors", "sha256": sha256(tmp_path / "w.safetensors")})
     with pytest.raises(SolverError, match="leaves the artifact's folder"):
         load_solver(path)
+    (tmp_path / "student" / "link.bin").symlink_to(tmp_path / "w.safetensors")
+    with pytest.raises(SolverError, match="leads out of it"):
+        load_solver(distilled)
 
 
 def test_the_documented_example_loads_and_is_ddim(tmp_path):

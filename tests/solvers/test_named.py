@@ -1,5 +1,6 @@
 """Solvers by name: steps, spacings, end points, errors."""
 
+import diffusers
 import pytest
 import torch
 
@@ -223,3 +224,43 @@ def test_resolve_loads_an_artifact(tmp_path):
     table = named_solver("unipc:6", VP)
     save_solver(table, path, DenoiserIdentity(VP), method="test")
     assert torch.equal(resolve_solver(str(path), VP).state_coef, table.state_coef)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "lcm", "ipndm"])
+@pytest.mark.parametrize(("spacing", "last"), [("linspace", 1 / 1000), ("trailing", 1 / 8)])
+def test_a_static_shift_is_applied_once(name, spacing, last):
+    """diffusers itself shifts its smallest noise level, which is shifted already, once more where it gets no sigmas."""
+    table = named_solver(f"{name}@{spacing}:{15 if name == 'heun' else 8}", NoiseSchedule.flow(shift=3.0))
+    assert float(table.timesteps[-1]) == pytest.approx(1000 * 3 * last / (1 + 2 * last), rel=1e-6)
+    assert float(table.timesteps[0]) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("name", ["euler", "lcm", "ipndm", "unipc"])
+def test_a_shift_can_end_at_a_noise_level(name):
+    schedule = NoiseSchedule.flow(shift=2.0, shift_terminal=0.1)
+    table = named_solver(f"{name}:8", schedule)
+    assert float(table.timesteps[-1]) == pytest.approx(100, abs=1)  # UniPC truncates
+    with pytest.raises(ValueError, match=r"'heun:7' cannot be built .* knows no shift_terminal"):
+        named_solver("heun:7", schedule)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_solvers_of_a_scaled_signal_to_noise_ratio_lie_on_its_nodes(rescale):
+    scheduler = diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=rescale, prediction_type="v_prediction")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    table = named_solver("ddim:4", schedule)
+    alpha, sigma = schedule.alpha_sigma(table.timesteps)
+    assert torch.allclose(table.alpha[:-1], alpha, atol=2e-3 if rescale else 1e-6)
+    assert torch.allclose(table.sigma[:-1], sigma, atol=2e-3 if rescale else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_start_noise_is_the_same_whatever_torchs_defaults(dtype):
+    expected = start_noise([0, 7], (3, 4))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = start_noise([0, 7], (3, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

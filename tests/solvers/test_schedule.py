@@ -64,6 +64,54 @@ def test_flow_schedulers_are_recognised():
     assert sigma.tolist() == [0.0, 0.25, 1.0]
 
 
+def test_flow_schedulers_say_how_many_timesteps_and_where_they_end():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=2.0, shift_terminal=0.1)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    assert schedule == NoiseSchedule.flow(shift=2.0, timestep_scale=100, shift_terminal=0.1)
+    assert schedule.t_max == 100
+    scheduler.set_timesteps(5, sigmas=torch.linspace(1, 0.2, 5).tolist())
+    timesteps = scheduler.timesteps.double()
+    assert torch.allclose(schedule.alpha_sigma(timesteps)[1], scheduler.sigmas[:-1].double(), atol=1e-7)
+    assert schedule.fingerprint() != NoiseSchedule.flow(shift=2.0, timestep_scale=100).fingerprint()
+
+
+@pytest.mark.parametrize("kind", [diffusers.CogVideoXDDIMScheduler, diffusers.CogVideoXDPMScheduler])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"rescale_betas_zero_snr": True}, {"snr_shift_scale": 1.0}, {"trained_betas": [0.1, 0.2, 0.3, 0.4]}],
+)
+def test_a_scaled_signal_to_noise_ratio(kind, config):
+    """CogVideoX divides the signal-to-noise ratio by `snr_shift_scale`, 3 by default."""
+    scheduler = kind(**config)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    alpha, _ = schedule.alpha_sigma(torch.arange(len(scheduler.alphas_cumprod)))
+    assert torch.allclose(alpha**2, scheduler.alphas_cumprod.double(), atol=1e-6)
+    assert ("snr_shift_scale" in schedule.parameters) == (scheduler.config.snr_shift_scale != 1)
+
+
+def test_trained_betas_are_rescaled_where_the_scheduler_rescales():
+    scheduler = diffusers.DDIMScheduler(trained_betas=[0.1, 0.2, 0.3, 0.4], rescale_betas_zero_snr=True)
+    alpha, _ = NoiseSchedule.from_scheduler(scheduler).alpha_sigma(torch.arange(4))
+    assert torch.allclose(alpha**2, scheduler.alphas_cumprod.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"shift": 1.0}, "missing timestep_scale, unknown none"),
+        ({"shift": 1.0, "timestep_scale": 1000.0, "beta_start": 0.1}, "missing none, unknown beta_start"),
+        ({"shift": "3", "timestep_scale": 1000.0}, "shift is 3: it must be a positive number"),
+        ({"shift": True, "timestep_scale": 1000.0}, "shift is True: it must be a positive number"),
+        ({"shift": 1.0, "timestep_scale": 0}, "timestep_scale is 0: it must be a positive number"),
+        ({"shift": 1.0, "timestep_scale": math.inf}, "timestep_scale is inf: it must be a positive number"),
+        ({"shift": 1.0, "timestep_scale": 1000.0, "shift_terminal": 1.0}, "shift_terminal is 1.0: it must be between"),
+    ],
+)
+def test_parameters_are_checked(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule("flow", "flow_prediction", parameters)
+
+
 def test_continuous_vp_solves_its_equation():
     """d log alpha / dt = -beta(t) / 2 with beta linear from beta_min to beta_max."""
     time = torch.tensor([50.0, 500.0, 900.0], dtype=torch.float64, requires_grad=True)

@@ -391,7 +391,7 @@ def test_a_pipeline_that_fits_and_those_that_do_not(tmp_path):
     with pytest.raises(SolverError, match=r"made for guidance scale 3.0, found 7.5"):
         TableScheduler.for_pipeline(path, pipe, guidance_scale=7.5)
     dit = tiny_pipeline("dit")
-    with pytest.raises(SolverError, match=r"made for noise schedule .*'beta_end': 0.012.* found .*'beta_end': 0.02,"):
+    with pytest.raises(SolverError, match=r"made for noise schedule .*'beta_end': 0.012.* found .*'beta_end': 0.02}"):
         TableScheduler.for_pipeline(path, dit)
     assert TableScheduler.for_pipeline(path, dit, allow_mismatch=True).config["allow_mismatch"]
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
