@@ -325,7 +325,7 @@ def test_an_artifact_refuses_another_student(tmp_path):
         load_solver(tmp_path / "one/slam-1.json", load_denoiser(tmp_path / "two/student"))
     weights = tmp_path / "one/student/model.safetensors"
     weights.write_bytes((tmp_path / "two/student/model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="have sha256"):
+    with pytest.raises(ValueError, match="has SHA-256"):
         load_solver(tmp_path / "one/slam-1.json")
 
 
