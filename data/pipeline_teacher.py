@@ -1,12 +1,11 @@
 """`train.py predict` for pipelines without an adapter: their own runs, recorded on any number of devices."""
 
 import lightning
-import torch
 from torch import nn
 
 from data.pipeline_recorder import describe_recording, record_seeds
 from data.shards import Trajectories
-from data.teacher import DTYPES, TeacherTrajectories
+from data.teacher import TeacherTrajectories, stored_dtype
 from data.trajectories import FIRST_SEED
 from data.trajectory_writer import TrajectoryWriter
 from denoisers import load_denoiser
@@ -41,8 +40,7 @@ class PipelineTrajectories(TeacherTrajectories):
         guidance_scale: float = 1.0,
     ) -> None:
         lightning.LightningModule.__init__(self)
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+        self.dtype_ = stored_dtype(dtype)
         self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
         if not isinstance(self.denoiser, PipelineDenoiser):
             raise ValueError(
@@ -51,7 +49,7 @@ class PipelineTrajectories(TeacherTrajectories):
             )
         self.num_inference_steps = num_inference_steps
         self.seeds = range(first_seed, first_seed + (num_trajectories or len(self.denoiser.prompts)))
-        self.folder, self.shard_size, self.dtype_ = folder, shard_size, getattr(torch, dtype)
+        self.folder, self.shard_size = folder, shard_size
 
     def setup(self, stage: str) -> None:
         """Move the pipeline to this process's device, and check the folder, or refuse it, before any work."""

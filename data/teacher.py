@@ -43,13 +43,12 @@ class TeacherTrajectories(lightning.LightningModule):
         guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+        self.dtype_ = stored_dtype(dtype)
         self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
         self.solver = teacher or default_solver(self.denoiser.schedule)
         self.table = resolve_solver(self.solver, self.denoiser.schedule)
         self.seeds = range(first_seed, first_seed + num_trajectories)
-        self.folder, self.shard_size, self.dtype_ = folder, shard_size, getattr(torch, dtype)
+        self.folder, self.shard_size = folder, shard_size
         self.writer: TrajectoryWriter
 
     def setup(self, stage: str) -> None:
@@ -68,6 +67,13 @@ class TeacherTrajectories(lightning.LightningModule):
     def configure_callbacks(self) -> list[lightning.Callback]:
         """The writer is part of the job."""
         return [StoreTrajectories()]
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """A dtype by its name; ValueError where trajectories are not stored in it."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 class StoreTrajectories(lightning.Callback):

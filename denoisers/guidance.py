@@ -1,6 +1,6 @@
 """Classifier-free guidance and reduced precision, each as a denoiser around another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,6 @@ def with_precision(denoiser: nn.Module, precision: str = "float32") -> nn.Module
     Raises:
         ValueError: any other precision.
     """
-    wrappers: dict[str, Callable[[nn.Module], nn.Module]] = {"float32": lambda inner: inner, "bf16": AutocastDenoiser}
-    if precision not in wrappers:
+    if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return wrappers[precision](denoiser)
+    return AutocastDenoiser(denoiser) if precision == "bf16" else denoiser

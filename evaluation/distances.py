@@ -29,23 +29,16 @@ class Gaussian:
         return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
 
 
-def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians, the "FID" formula.
+class FrechetTo:
+    """Squared Frechet distances to one fixed Gaussian, whose root is taken once, the "FID" formula.
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
 
     The root is taken of the symmetric product, with a symmetric eigenvalue solver, in float64.
 
-    Source: arXiv 1706.08500, eq. 6.
-    """
-    return float(FrechetTo(first)(second.mean[None], second.covariance[None]))
-
-
-class FrechetTo:
-    """Frechet distances to one fixed Gaussian, whose root is taken once.
-
     Args:
         target: the fixed one, usually that of the data.
+    Source: arXiv 1706.08500, eq. 6.
     """
 
     def __init__(self, target: Gaussian) -> None:
@@ -102,11 +95,6 @@ class KernelTo:
             raise ValueError(f"a kernel distance of {count} images is undefined: give at least 2")
         total = sum(float(_kernel(part, features).sum()) for part in features.split(self.chunk))
         return (total - float(((features.square().mean(1) + 1) ** 3).sum())) / (count * (count - 1))
-
-
-def kernel_distance(first: Tensor, second: Tensor) -> float:
-    """`KernelTo` of two sets of features, (n, d) and (m, d)."""
-    return KernelTo(second)(first)
 
 
 def _kernel(first: Tensor, second: Tensor) -> Tensor:

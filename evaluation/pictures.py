@@ -35,10 +35,10 @@ def image_grid(images: Tensor, columns: int, scale: int = 2) -> np.ndarray:
     return rearrange(pixels, "(r c) h w k -> (r h) (c w) k", c=columns)
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
+def save_grid(images: Tensor, path: str | Path) -> None:
     """Write a PNG of up to 256 images."""
     with atomic_write(path) as temporary:
-        Image.fromarray(image_grid(images[:256], columns)).save(temporary)
+        Image.fromarray(image_grid(images[:256], columns=8)).save(temporary)
 
 
 def draw_table(table: SolverTable, title: str = "", original: Tensor | None = None) -> Figure:

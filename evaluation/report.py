@@ -15,6 +15,8 @@ from evaluation.html import report_html
 from evaluation.pictures import image_grid
 from solvers.files import atomic_write
 
+_COLUMNS = 12  # of the picture
+
 
 def write_report(
     output: str | Path, entries: Sequence[Entry], settings: Mapping[str, Any], notes: Sequence[str] = ()
@@ -62,7 +64,7 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return f"{cell(row, name)} ({around})" if around else cell(row, name)
 
 
-def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str], columns: int = 12) -> Image.Image:
+def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str]) -> Image.Image:
     """One labelled row of images per solver; each column starts from the same noise."""
     several = len({entry.row["guidance"] for entry in entries}) > 1
     labels = []
@@ -72,7 +74,7 @@ def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str], colum
         labels.append(f"{label(row, names)}\n{second}")
     height = entries[0].images.shape[-2]
     scale = max(1, round(64 / height))
-    strips = [image_grid(entry.images[:columns], min(columns, len(entry.images)), scale) for entry in entries]
+    strips = [image_grid(entry.images[:_COLUMNS], min(_COLUMNS, len(entry.images)), scale) for entry in entries]
     font = ImageFont.load_default(13)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = int(max(probe.multiline_textbbox((0, 0), text, font=font)[2] for text in labels)) + 16
@@ -86,16 +88,14 @@ def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str], colum
     return picture
 
 
-def log_report(output: str | Path, entries: Sequence[Entry], project: str = "learned-diffusion-solvers") -> None:
+def log_report(output: str | Path, entries: Sequence[Entry]) -> None:
     """Log the table and the pictures of a written report to W&B, offline when not logged in."""
     import wandb
 
     rows = [entry.row for entry in entries]
     names = sorted({name for row in rows for name in row})
-    online = bool(wandb.api.api_key)
-    with wandb.init(
-        project=project, job_type="compare", name=Path(output).name, mode=None if online else "offline"
-    ) as run:
+    project, mode = "learned-diffusion-solvers", None if wandb.api.api_key else "offline"
+    with wandb.init(project=project, job_type="compare", name=Path(output).name, mode=mode) as run:
         table = wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in rows])
         html = wandb.Html(Path(output, "report.html").read_text(encoding="utf-8"))
         picture = wandb.Image(str(Path(output, "comparison.png")))

@@ -17,7 +17,6 @@ from evaluation.statistics import DataStatistics
 from solvers import SolverTable
 
 METRICS = get_args(Metric)
-NEEDS_DATA = {"fd", "kid", "precision_recall"}
 
 
 @dataclass(frozen=True)

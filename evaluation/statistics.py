@@ -65,9 +65,7 @@ class DataStatistics:
         return f"{self.extractor}-{self.data}"
 
 
-def data_statistics(
-    images: Tensor, extractor: Extractor, cache: str | Path, description: str = "", batch_size: int = 250
-) -> DataStatistics:
+def data_statistics(images: Tensor, extractor: Extractor, cache: str | Path, description: str = "") -> DataStatistics:
     """Statistics of images, computed once per data, extractor and preprocessing.
 
     Args:
@@ -75,12 +73,11 @@ def data_statistics(
         extractor: the network; its device is used.
         cache: folder of the files, named by the two hashes.
         description: kept in the file.
-        batch_size: images per call of the extractor.
     """
     path = Path(cache) / f"{extractor.fingerprint}-{data_hash(images)}.safetensors"
     if path.is_file():
         return load_statistics(path, extractor)
-    found = compute_statistics(images, extractor, description, batch_size)
+    found = compute_statistics(images, extractor, description)
     save_statistics(found, path)
     return found
 

@@ -2,10 +2,13 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slam.lora import plain_weights
 from solvers import identify, save_solver
+
+if TYPE_CHECKING:
+    from slam.module import SLAM
 
 STUDENT_NAME = "student"
 
@@ -33,7 +36,7 @@ class Exports:
             raise ValueError("steps is empty: give the numbers of evaluations to export, such as 1, 2, 4, 8")
 
 
-def export(module: Any, folder: Path) -> None:
+def export(module: "SLAM", folder: Path) -> None:
     """Write student/ and slam-<steps>.json into a folder, in the first process; sharded weights need all of them."""
     weights = plain_weights(module.result)
     if module.global_rank != 0:
@@ -55,7 +58,7 @@ def export(module: Any, folder: Path) -> None:
         )
 
 
-def fitted_on(module: Any) -> dict[str, Any]:
+def fitted_on(module: "SLAM") -> dict[str, Any]:
     """Teacher, data and cost."""
     teacher = module.identity
     return {
@@ -77,7 +80,7 @@ def data_origin(trainer: Any) -> dict[str, Any]:
     return {} if origin is None else origin()
 
 
-def config(module: Any) -> dict[str, Any]:
+def config(module: "SLAM") -> dict[str, Any]:
     """The settings that make a difference and are not in `fitted_on`."""
     trainer = module.trainer
     return {

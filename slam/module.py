@@ -15,7 +15,7 @@ from slam.lines import teacher_points
 from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
 from slam.objective import Objective, Weights, predictions
 from slam.tables import student_table
-from solvers import NoiseSchedule, SolverTable, identify
+from solvers import NoiseSchedule, SolverTable, default_solver, identify
 from solvers.prediction import per_sample
 from training.ema import averaged_network
 from training.network import AdamW, NetworkModule
@@ -104,7 +104,7 @@ class SLAM(NetworkModule, TableModule):
     @property
     def default_reference(self) -> str:
         """The teacher's steps."""
-        return f"{'euler' if self.schedule.kind == 'flow' else 'ddim'}:{self.objective.teacher_points}"
+        return default_solver(self.schedule, self.objective.teacher_points)
 
     def current_tables(self) -> dict[str, SolverTable]:
         """The student's samplers, once it has seen an image."""

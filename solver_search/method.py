@@ -16,6 +16,7 @@ from solver_search.stage import Stage
 from solver_search.starts import Start
 from solvers import SolverTable, sample
 from solvers.artifact import table_from_dict, table_to_dict
+from training.arguments import check_choice
 from training.method import Fitting, Method, Result, Run
 from training.record import log_table
 
@@ -42,8 +43,7 @@ class Descent:
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.learning_rate <= 0 or self.steps < 1:
             raise ValueError(f"learning_rate {self.learning_rate} and steps {self.steps} must be positive")
 

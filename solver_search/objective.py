@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from data.shards import Trajectories
 from data.sources import Batch
 from denoisers import Evaluations, with_precision
+from denoisers.guidance import PRECISIONS
 from solver_search.lm import Damping, NormalEquations, StepResult, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, total
 from solver_search.memory import Checkpointed
 from solvers import SolverTable, sample_trace
+from training.arguments import check_choice
 from training.method import Parameters
-
-PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ class Compute:
         numbers = {name: getattr(self, name) for name in ("micro_batch", "tangent_chunk", "curvature_samples")}
         if any(value is not None and value < 1 for value in numbers.values()):
             raise ValueError(f"{numbers}: each must be at least 1")
-        if self.tangent_precision not in PRECISIONS:
-            raise ValueError(
-                f"unknown tangent_precision {self.tangent_precision!r}: use one of {', '.join(PRECISIONS)}"
-            )
+        check_choice("tangent_precision", self.tangent_precision, PRECISIONS)
 
 
 @dataclass

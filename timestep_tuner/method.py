@@ -17,6 +17,7 @@ from timestep_tuner.judge import Judge, Stage
 from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Objective
 from timestep_tuner.pictures import log_tuned
 from timestep_tuner.ratios import Ratios
+from training.arguments import check_choice
 from training.method import Fitting, Method, Result, Run
 
 LEARNED = ("olss", "solver_search")
@@ -42,8 +43,7 @@ class Descent:
     decay: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.peak <= 0 or self.steps < 1 or not 0 <= self.decay <= 1:
             raise ValueError(
                 f"learning_rate {self.learning_rate} and steps {self.steps} must be positive, decay {self.decay} in "
@@ -90,10 +90,8 @@ class TimestepTuner(Method):
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
             raise ValueError(f"the solvers have names {self.names}: give one or more, no two of the same name")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}: use one of {', '.join(OBJECTIVES)}")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"unknown strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("strategy", self.strategy, STRATEGIES)
 
     @property
     def names(self) -> list[str]:

@@ -16,6 +16,7 @@ from denoisers import Evaluations, index_condition
 from solvers import NoiseSchedule, SolverTable, row_noise, sample, sample_trace
 from solvers.prediction import to_noise
 from timestep_tuner.ratios import Ratios
+from training.arguments import check_choice
 
 OBJECTIVES = ("noise", "trajectory")
 STRATEGIES = ("parallel", "sequential")
@@ -70,8 +71,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         self.evaluations = Evaluations.of(self.denoiser)
-        if self.kind not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.kind!r}: use one of {', '.join(OBJECTIVES)}")
+        check_choice("objective", self.kind, OBJECTIVES)
         if self.kind == "trajectory" and self.base.is_stochastic:
             raise ValueError("this solver adds noise in its rows, the teacher's path does not: use objective noise")
         at_data = self.ratios.free_last and not bool(self.base.sigma[-1])

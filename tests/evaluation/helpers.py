@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evaluation.args import CompareArgs
 from evaluation.contenders import Contender, Group
-from evaluation.distances import Gaussian
+from evaluation.distances import FrechetTo, Gaussian, KernelTo
 from evaluation.extractors import Extractor
 from evaluation.statistics import DataStatistics
 from solvers import NoiseSchedule
@@ -65,6 +65,14 @@ def extractor(name: str = "pooled") -> Extractor:
 def statistics(seed: int = 0, count: int = 200) -> DataStatistics:
     features = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed)) * 0.4
     return DataStatistics(Gaussian.of(features), features, extractor().fingerprint, f"data{seed}", "random")
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    return float(FrechetTo(first)(second.mean[None], second.covariance[None]))
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    return KernelTo(second)(first)
 
 
 def group(denoiser: nn.Module, names: list[str], reference: str = "ddim:12") -> Group:

@@ -11,12 +11,21 @@ from denoisers import class_labels
 from evaluation import blocks
 from evaluation.compare import compare_groups
 from evaluation.contenders import Contender, Group, check_seeds, display_names
-from evaluation.distances import Gaussian, frechet_distance, kernel_distance
+from evaluation.distances import Gaussian
 from evaluation.rows import choose_metrics, trajectory_error
 from parataa import parallel_sample
 from solvers import Call, sample, sample_trace, start_noise
 from solvers.named import named_solver
-from tests.evaluation.helpers import Mixture, compare_args, extractor, group, in_processes, statistics
+from tests.evaluation.helpers import (
+    Mixture,
+    compare_args,
+    extractor,
+    frechet_distance,
+    group,
+    in_processes,
+    kernel_distance,
+    statistics,
+)
 
 NAMES = ["ddim:3", "unipc:4"]
 MEASURE = {"extractor": extractor, "statistics": statistics}

@@ -15,14 +15,13 @@ from evaluation.distances import (
     Gaussian,
     KernelTo,
     Manifold,
-    frechet_distance,
     inception_score,
-    kernel_distance,
     precision_recall,
     psnr,
     require_full_rank,
     squared_errors,
 )
+from tests.evaluation.helpers import frechet_distance, kernel_distance
 
 
 class AsIs(nn.Module):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from evaluation import distances
-from evaluation.distances import Gaussian, frechet_distance
+from evaluation.distances import Gaussian
 from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
-from tests.evaluation.helpers import in_processes, statistics
+from tests.evaluation.helpers import frechet_distance, in_processes, kernel_distance, statistics
 
 FEATURES = torch.randn(48, 12, generator=torch.Generator().manual_seed(3)) * 0.5 + 0.1
 DATA = statistics()
@@ -27,7 +27,7 @@ def values(parts):
 def test_values_are_those_of_the_functions():
     found = values([FEATURES])
     assert found["fd"] == pytest.approx(frechet_distance(DATA.gaussian, Gaussian.of(FEATURES)), rel=1e-9)
-    assert found["kid"] == pytest.approx(distances.kernel_distance(FEATURES, DATA.features), rel=1e-12)
+    assert found["kid"] == pytest.approx(kernel_distance(FEATURES, DATA.features), rel=1e-12)
     precision, recall = distances.precision_recall(FEATURES, DATA.manifold)
     assert (found["precision"], found["recall"]) == (precision, recall)
     assert found["score"] == pytest.approx(distances.inception_score(FEATURES), rel=1e-12)

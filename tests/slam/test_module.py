@@ -20,7 +20,7 @@ from slam.lora import plain_weights
 from slam.module import SLAM
 from slam.objective import Objective, Weights
 from slam.tables import student_table
-from solvers import NoiseSchedule, load_solver, student_path
+from solvers import NoiseSchedule, load_solver, named_solver, student_path
 from training.ema import EMA
 from training.network import AdamW
 
@@ -348,9 +348,13 @@ def test_test_measures_the_tables_against_the_teacher(tmp_path):
 
 
 def module_reference(module):
-    from solvers import named_solver
-
     return named_solver("euler:10", module.schedule)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.flow(), NoiseSchedule.continuous_vp()])
+def test_the_reference_is_a_solver_of_the_teachers_schedule(schedule):
+    module = make(teacher=DiT(schedule, **NETWORK))
+    assert named_solver(module.default_reference, schedule).num_rows == 10
 
 
 class Pictures(lightning.pytorch.loggers.CSVLogger):
