@@ -134,7 +134,7 @@ class SolverTable:
         return replace(
             self,
             calls=tuple(calls),
-            output_coef=self.output_coef[:, columns] * weight,
+            output_coef=self.output_coef[:, columns] * weight + 0.0,  # no negative zeros
             output_support=self.output_support[:, columns],
         )
 
