@@ -48,7 +48,7 @@ def _fit(denoiser: str, trajectories: Path, output: Path) -> None:
         "fit",
         "--config=configs/olss/cifar10-dit.yaml",
         f"--model.init_args.denoiser={denoiser}",
-        f"--model.init_args.method.init_args.nfe={NFE}",
+        f"--model.init_args.method.init_args.calls={NFE}",
         f"--model.init_args.output={output}",
         f"--data.init_args.trajectories={trajectories}",
         "--data.init_args.holdout=16",

@@ -28,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import Trajectories
 from data.trajectories import run_teacher
 from olss.path import greedy_path
-from olss.student import fit_on_teacher, teacher_columns, teacher_factor
+from olss.plan import CallPlan
+from olss.run import fit_on_teacher, teacher_columns
 from solvers import NoiseSchedule
 from solvers.named import named_solver
 
 STEPS, SHAPE, BISECTIONS = 100, (3, 32, 32), 40
+TEACHER = named_solver(f"ddim:{STEPS}", NoiseSchedule.linear())
 
 
 class ExactDenoiser:
@@ -53,16 +55,17 @@ class ExactDenoiser:
 def batches(count: int, size: int = 16) -> Iterator[Trajectories]:
     """Trajectories of seeds 0 to count - 1."""
     denoiser = ExactDenoiser()
-    table = named_solver(f"ddim:{STEPS}", denoiser.schedule)
     for start in range(0, count, size):
-        yield run_teacher(denoiser, table, range(start, min(start + size, count)))
+        yield run_teacher(denoiser, TEACHER, range(start, min(start + size, count)))
 
 
 class Direct:
     """Least squares on all rows, for every candidate anew."""
 
     def __init__(self, trajectories: Trajectories) -> None:
-        self.columns = torch.stack([column.reshape(-1).double() for column in teacher_columns(trajectories)])
+        states, outputs = trajectories.states.unbind(1), trajectories.outputs.unbind(1)
+        columns = [states[0], *outputs, *states[1:]]
+        self.columns = torch.stack([column.reshape(-1).double() for column in columns])
         self.calls = 0
 
     def solve(self, basis: list[int], target: int) -> tuple[Tensor, float]:
@@ -112,10 +115,10 @@ def compare(nfe: int, count: int) -> dict[str, float]:
     trajectories = Trajectories.join(list(batches(count)))
     parts = [trajectories[start : start + 16] for start in range(0, count, 16)]
     times = [time.process_time()]
-    factor = teacher_factor(parts, STEPS)
+    columns = teacher_columns(TEACHER, parts)
     times.append(time.process_time())
-    path = greedy_path(factor, STEPS, nfe)
-    fit = fit_on_teacher(factor, path, STEPS)
+    path = greedy_path(columns.factors[0], TEACHER, nfe)
+    fit = fit_on_teacher(columns, TEACHER, CallPlan(tuple(path)))
     times.append(time.process_time())
     direct = Direct(trajectories)
     direct_path = direct.path(nfe)
@@ -127,7 +130,7 @@ def compare(nfe: int, count: int) -> dict[str, float]:
     print(f"path {path}, condition numbers up to {max(fit.conditions):.1e}")
     print(f"streaming: factor {factoring:.2f} s, search and solve {searching * 1e3:.0f} ms")
     print(f"direct: {direct.calls} solves of {trajectories.states[:, 0].numel()} rows, {directly:.2f} s")
-    differences = [float((a - b).abs().max()) for a, b in zip(fit.coefs, rows)]
+    differences = [float((a - b).abs().max()) for a, b in zip(fit.weights, rows)]
     return {
         "speedup": round(directly / (factoring + searching), 1),
         "search_speedup": round(directly / searching, 1),
@@ -145,8 +148,8 @@ def fit_and_report_peak(count: int, nfe: int) -> None:
     """Print by how many MB the peak of this process rises."""
     next(batches(1))
     before = peak_kb()
-    factor = teacher_factor(batches(count), STEPS)
-    fit_on_teacher(factor, greedy_path(factor, STEPS, nfe), STEPS)
+    columns = teacher_columns(TEACHER, batches(count))
+    fit_on_teacher(columns, TEACHER, CallPlan(tuple(greedy_path(columns.factors[0], TEACHER, nfe))))
     print((peak_kb() - before) / 1024)
 
 

@@ -9,7 +9,7 @@ from data.manifest import describe_teacher
 from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, run_teacher
 from data.trajectory_writer import TrajectoryWriter
-from denoisers import load_denoiser
+from denoisers import load_denoiser, split_guidance
 from solvers.named import default_solver, resolve_solver
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -27,6 +27,8 @@ class TeacherTrajectories(lightning.LightningModule):
         shard_size: trajectories in a shard and in the network's batch.
         dtype: of the stored states and outputs.
         guidance_scale: classifier-free guidance, for a denoiser given by its path; 1 is none.
+        branches: store the outputs of both branches of guidance, so that a solver can leave calls out; without, the
+            guided outputs alone, for solvers that a pipeline's scheduler runs by itself.
     Raises:
         ValueError: a denoiser or solver that cannot be loaded, an unknown dtype, or a folder with other trajectories.
     """
@@ -41,12 +43,14 @@ class TeacherTrajectories(lightning.LightningModule):
         shard_size: int = 32,
         dtype: str = "float32",
         guidance_scale: float = 1.0,
+        branches: bool = True,
     ) -> None:
         super().__init__()
         self.dtype_ = stored_dtype(dtype)
         self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
         self.solver = teacher or default_solver(self.denoiser.schedule)
-        self.table = resolve_solver(self.solver, self.denoiser.schedule)
+        table = resolve_solver(self.solver, self.denoiser.schedule)
+        self.table = split_guidance(table, self.denoiser) if branches else table
         self.seeds = range(first_seed, first_seed + num_trajectories)
         self.folder, self.shard_size = folder, shard_size
         self.writer: TrajectoryWriter

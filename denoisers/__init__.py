@@ -1,7 +1,7 @@
 """A network as (state, timestep, condition) -> output: protocol, guidance, DiT, diffusers adapters."""
 
-from denoisers.evaluations import Counted, Evaluations
-from denoisers.guidance import GuidedDenoiser, with_guidance, with_precision, with_scale
+from denoisers.evaluations import Counted, Evaluations, calls_per_row, network_calls, unguided
+from denoisers.guidance import GuidedDenoiser, split_guidance, with_guidance, with_precision, with_scale
 from denoisers.labels import check_labels, class_labels
 from denoisers.load import load_denoiser
 from denoisers.protocol import Denoiser
@@ -12,6 +12,7 @@ __all__ = [
     "Denoiser",
     "Evaluations",
     "GuidedDenoiser",
+    "calls_per_row",
     "check_labels",
     "class_labels",
     "concatenate_conditions",
@@ -20,6 +21,9 @@ __all__ = [
     "index_condition",
     "load_denoiser",
     "map_condition",
+    "network_calls",
+    "split_guidance",
+    "unguided",
     "with_guidance",
     "with_precision",
     "with_scale",

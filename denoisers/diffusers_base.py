@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.protocol import drop_learned_variance
+from solvers.calls import drop_learned_variance
 from solvers.conditions import map_condition
 from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule

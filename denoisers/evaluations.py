@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from denoisers.protocol import DenoiserWrapper
+from solvers.table import SolverTable
 
 WEIGHTS = {"forward": 1, "backward": 2, "tangent": 1}
 
@@ -31,7 +32,7 @@ class Evaluations:
     @classmethod
     def of(cls, denoiser: Any) -> "Evaluations":
         """None yet; a guided denoiser, whose `calls_per_evaluation` is 2, makes two calls for each."""
-        return cls(calls_each=getattr(denoiser, "calls_per_evaluation", 1))
+        return cls(calls_each=calls_per_row(denoiser))
 
     @property
     def calls(self) -> int:
@@ -46,6 +47,21 @@ class Evaluations:
         """Those of all processes together."""
         counts = over_processes(torch.tensor([getattr(self, kind) for kind in WEIGHTS]))
         return replace(self, **dict(zip(WEIGHTS, counts.tolist())))
+
+
+def calls_per_row(denoiser: Any) -> int:
+    """Network calls of one evaluation of a denoiser: two where guidance is inside."""
+    return getattr(denoiser, "calls_per_evaluation", 1)
+
+
+def network_calls(table: SolverTable, denoiser: Any) -> int:
+    """What a solver costs with a denoiser: the calls of the table, which guidance inside the denoiser doubles."""
+    return table.nfe * (1 if table.has_branches else calls_per_row(denoiser))
+
+
+def unguided(denoiser: Any) -> Any:
+    """The network inside a guided denoiser, any other as it is."""
+    return getattr(denoiser, "unguided", denoiser)
 
 
 class Counted(DenoiserWrapper):

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.protocol import DenoiserWrapper, drop_learned_variance
-from solvers.conditions import concatenate_conditions
+from denoisers.evaluations import calls_per_row
+from denoisers.protocol import DenoiserWrapper
+from solvers.calls import call_branches
 from solvers.identity import Guidance, guidance_range, own_guidance
+from solvers.table import SolverTable
 
 PRECISIONS = ("float32", "bf16")
 
@@ -41,6 +43,11 @@ class GuidedDenoiser(DenoiserWrapper):
             )
         self.guidance_scale: Guidance = (low, high) if isinstance(guidance_scale, Sequence) else low
 
+    @property
+    def unguided(self) -> nn.Module:
+        """The network itself."""
+        return self.denoiser
+
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
         """The guided output, (batch, *sample_shape); `condition` must be given."""
         if condition is None:
@@ -49,10 +56,8 @@ class GuidedDenoiser(DenoiserWrapper):
         if isinstance(scale, tuple):
             condition, scale = condition["condition"], condition["guidance_scale"].to(x)
             scale = scale.reshape(-1, *[1] * (x.ndim - 1))
-        both = concatenate_conditions([condition, self.denoiser.null_condition(condition)])
-        doubled = timestep.repeat(2) if timestep.ndim else timestep
-        output = drop_learned_variance(self.denoiser(torch.cat([x, x]), doubled, both, **options), x)
-        conditional, unconditional = output.chunk(2)
+        both = [condition, self.denoiser.null_condition(condition)]
+        conditional, unconditional = call_branches(self.denoiser, x, timestep, both, **options)
         return torch.lerp(unconditional, conditional, scale)
 
 
@@ -84,6 +89,15 @@ def with_guidance(denoiser: nn.Module, guidance_scale: Guidance = 1.0) -> nn.Mod
     if own != 1:
         raise ValueError(f"the denoiser has guidance_scale {own}, asked for is {guidance_scale}: give the same")
     return GuidedDenoiser(denoiser, guidance_scale)
+
+
+def split_guidance(table: SolverTable, denoiser: nn.Module) -> SolverTable:
+    """The table with guidance as weights, where the denoiser has one scale inside and is linear in the branches."""
+    scale = own_guidance(denoiser)
+    inside = calls_per_row(denoiser) > 1 and not isinstance(scale, Sequence)
+    if not inside or table.has_branches or getattr(denoiser, "needs_node", False):
+        return table
+    return table.guided(float(scale))
 
 
 def with_scale(denoiser: nn.Module, condition: Any, guidance_scale: Tensor | None) -> Any:

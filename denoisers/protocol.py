@@ -1,5 +1,6 @@
 """What the samplers call a denoiser."""
 
+import copy
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -59,14 +60,18 @@ class DenoiserWrapper(nn.Module):
         """The inner denoiser's: a wrapper is the same network."""
         return own_hash(self.denoiser)
 
+    @property
+    def unguided(self) -> nn.Module:
+        """The same around the network without guidance, for tables that make the calls of guidance themselves."""
+        inner = getattr(self.denoiser, "unguided", self.denoiser)
+        if inner is self.denoiser:
+            return self
+        outer = copy.copy(self)
+        outer._modules = {**self._modules, "denoiser": inner}
+        return outer
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("denoiser"), name)
-
-
-def drop_learned_variance(output: Tensor, x: Tensor) -> Tensor:
-    """The first half of an output with twice the channels of `x` (learned variance); any other as it is."""
-    channels = x.shape[1]
-    return output[:, :channels] if output.shape[1] == 2 * channels else output

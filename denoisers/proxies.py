@@ -12,7 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from denoisers.protocol import drop_learned_variance
+from solvers.calls import drop_learned_variance
 
 
 class Finished(Exception):

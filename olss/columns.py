@@ -12,7 +12,7 @@ from solvers.space import BoundBands, Plain, Space
 
 @dataclass(frozen=True)
 class RowSolution:
-    """Weights of one row (columns, *ops), root-mean-square residual, and the condition number of the worst band."""
+    """Weights of one row (basis, *ops), root-mean-square residual, and the condition number of the worst band."""
 
     weights: Tensor
     error: float
@@ -20,65 +20,68 @@ class RowSolution:
 
 
 @dataclass
-class RowProblem:
-    """Least squares for one row of a table: target ~ sum_j weights[j] column[j], weights of the table's space.
+class Columns:
+    """States and outputs as columns, of which some approximate another with weights of a space.
 
     With numbers every element of every sample is an equation. With bands the problem falls apart: each band has its
-    own, in which every channel of a column is a column and every channel of the target is a target.
+    own, in which every channel of a column is a column.
 
     Args:
         space: what a weight is.
-        factors: triangular factor of each band: its columns, then its targets.
+        factors: triangular factor of each band.
     """
 
     space: Space
     factors: list[Factor]
 
     @classmethod
-    def empty(cls, space: Space, num_columns: int) -> "RowProblem":
-        """Before any sample, for so many columns and a target."""
+    def empty(cls, space: Space, count: int) -> "Columns":
+        """So many columns, before any sample."""
         bands, channels = space.ops[:2] if space.ops else (1, 1)
-        return cls(space, [Factor.empty((num_columns + 1) * channels) for _ in range(bands)])
+        return cls(space, [Factor.empty(count * channels) for _ in range(bands)])
 
-    def add(self, bound: Plain | BoundBands, columns: Sequence[Tensor], target: Tensor) -> None:
-        """Add samples: equally shaped columns and their target, in the split form of `bound`."""
-        measured = [bound.isometric(parts) for parts in (*columns, target)]
-        for factor, *bands in zip(self.factors, *measured):
-            factor.add([channel for band in bands for channel in _channels(self.space, band)])
+    def add(self, bound: Plain | BoundBands, columns: Sequence[Tensor]) -> None:
+        """Add samples: equally shaped columns in the split form of `bound`, which belongs to the space."""
+        for factor, *bands in zip(self.factors, *(bound.isometric(parts) for parts in columns)):
+            factor.add([channel for band in bands for channel in (band.unbind(1) if self.space.ops else [band])])
 
-    def solve(self, ridge: float = 0.0, prior: Tensor | None = None) -> RowSolution:
-        """The weights of least error.
+    def solve(self, basis: Sequence[int], target: int, ridge: float = 0.0) -> RowSolution:
+        """The weights of least error with which the columns of `basis` approximate `target`.
 
         Args:
-            ridge: penalty on the squared distance of the weights to `prior`, in units of squared column elements.
-            prior: (columns, *ops), default zero.
+            ridge: penalty on squared weights, of operators on their distance to the best numbers, in units of squared
+                column elements.
         """
-        count = self.space.ops[1] if self.space.ops else 1
-        found, squares = [], 0.0
-        for band, factor in enumerate(self.factors):
-            width = factor.r.shape[1] - count
-            drawn = None if prior is None else _stacked(self.space, prior, band)
-            solution = solve(factor, range(width), range(width, width + count), ridge, drawn)
-            found.append(solution)
-            squares += float(solution.error.square().sum()) * factor.num_rows
-        elements = sum(factor.num_rows for factor in self.factors) * count
-        weights = _unstacked(self.space, [solution.coef for solution in found])
-        return RowSolution(weights, (squares / max(elements, 1)) ** 0.5, max(s.condition for s in found))
+        prior = self._numbers(basis, target) if ridge and self.space.ops else None
+        solutions = [
+            solve(factor, self._places(basis), self._places([target]), ridge, prior) for factor in self.factors
+        ]
+        rows = [factor.num_rows * max(1, self._channels) for factor in self.factors]
+        squares = sum(float(s.error.square().sum()) * f.num_rows for s, f in zip(solutions, self.factors))
+        weights = self._weights([solution.coef for solution in solutions])
+        return RowSolution(weights, (squares / max(sum(rows), 1)) ** 0.5, max(s.condition for s in solutions))
 
+    @property
+    def _channels(self) -> int:
+        return self.space.ops[1] if self.space.ops else 1
 
-def _channels(space: Space, band: Tensor) -> Sequence[Tensor]:
-    """The columns one value gives: itself for numbers, each channel for operators."""
-    return band.unbind(1) if space.ops else (band,)
+    def _places(self, columns: Sequence[int]) -> list[int]:
+        """Columns of a band's factor that belong to columns."""
+        return [column * self._channels + channel for column in columns for channel in range(self._channels)]
 
+    def _weights(self, solutions: Sequence[Tensor]) -> Tensor:
+        """(basis, *ops) of the unknowns of each band, (basis * C, C): a channel matrix acts from the left."""
+        if not self.space.ops:
+            return solutions[0][:, 0]
+        return torch.stack([s.unflatten(0, (-1, self._channels)).transpose(-1, -2) for s in solutions], 1)
 
-def _stacked(space: Space, weights: Tensor, band: int) -> Tensor:
-    """Weights (columns, *ops) as the unknowns of one band, (columns * C, C): a channel matrix acts from the left."""
-    return weights[:, band].transpose(-1, -2).flatten(0, 1) if space.ops else weights[:, None]
-
-
-def _unstacked(space: Space, solutions: Sequence[Tensor]) -> Tensor:
-    """Inverse of `_stacked` for all bands."""
-    if not space.ops:
-        return solutions[0][:, 0]
-    channels = space.ops[1]
-    return torch.stack([s.unflatten(0, (-1, channels)).transpose(-1, -2) for s in solutions], 1)
+    def _numbers(self, basis: Sequence[int], target: int) -> Tensor:
+        """The best numbers, as the unknowns of every band: all bands and channels are equations of one problem."""
+        count = self.factors[0].r.shape[1] // self._channels
+        together = Factor.empty(count)
+        for factor in self.factors:
+            for channel in range(self._channels):
+                together.add(list(factor.r[:, channel :: self._channels].unbind(1)))
+        together.num_rows = sum(factor.num_rows for factor in self.factors) * self._channels
+        numbers = solve(together, basis, [target]).coef[:, 0]
+        return torch.kron(numbers[:, None], torch.eye(self._channels, dtype=torch.float64))

@@ -1,5 +1,6 @@
-"""OLSS as a method: one epoch per table row, for all requested numbers of evaluations at once."""
+"""OLSS as a method: one epoch per table row, for all budgets of network calls and all kinds of weights at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,266 +9,395 @@ from torch import Tensor
 
 from data.shards import Trajectories, seed_ranges
 from data.teacher_data import Wanted
-from denoisers import Counted, Evaluations
-from olss.fit import Factor
-from olss.path import check_nfe, check_path, greedy_path, log_snr_path, uniform_path
-from olss.search import PathSearch
-from olss.store import OutputStore
-from olss.student import (
+from denoisers import Counted, Evaluations, calls_per_row, unguided
+from olss.columns import Columns
+from olss.path import check_path, greedy_path, log_snr_path, uniform_path
+from olss.plan import CallPlan
+from olss.run import (
     BASES,
     Fit,
+    add_row,
+    add_teacher,
+    begin,
     check_teacher,
     fit_on_teacher,
-    next_output,
-    row_columns,
-    row_width,
+    next_outputs,
     solve_row,
-    teacher_columns,
+    take,
 )
-from solvers import SolverTable, sample
+from olss.search import PlanSearch
+from olss.store import OutputStore
+from solvers import Bands, Plain, SolverTable, sample
+from solvers.space import Space
 from training.method import Fitting, Method, Result, Run
 from training.record import log_table
 
 PATHS = ("uniform", "log_snr", "greedy", "search")
+WEIGHTS = ("numbers", "channels", "bands")
+Key = tuple[int, str]  # (network calls, kind of weights)
 
 
 @dataclass(frozen=True)
 class OLSS(Method):
-    """Learns solvers of few evaluations from a teacher's cached trajectories, by least squares.
+    """Learns solvers of few network calls from a teacher's cached trajectories, by least squares.
 
-    The student basis takes one epoch per row; the teacher basis and the greedy path take one epoch before, which
-    collects the triangular factor of all trajectories. Processes share the trajectories; factors are merged at the
-    end of each epoch. Training stops by itself when every student is complete.
+    With the basis `own` a fit takes one epoch per row; the teacher basis and the greedy path take one epoch before,
+    which collects the triangular factor of all trajectories. Processes share the trajectories; factors are merged at
+    the end of each epoch. Of the trajectories held out, the first half chooses (the plan of calls, the kind of
+    weights), the second half only reports. Training stops by itself when every solver is complete.
 
     Args:
-        nfe: numbers of evaluations to learn a solver for, each 1 to the teacher's steps.
-        basis: `student`: a row's basis holds the student's own outputs; `teacher`: the teacher's, as in the paper.
-        path: which teacher states the student visits. `uniform` in the index; `log_snr`: uniform in log(alpha / sigma);
-            `greedy`: the paper's search; `search`: the best of several on held-out trajectories, then local moves;
-            or the indices themselves, for a single nfe.
-        ridge: penalty on the coefficients, mean squared error + ridge * sum of squares.
-        search_trajectories: trajectories that `search` fits each candidate on.
+        calls: numbers of network calls to learn a solver for. Where the trajectories hold both branches of guidance, a
+            row that is guided costs two, and `search` finds out which rows need the unconditional call.
+        basis: `own`: a row's basis holds the solver's own outputs; `teacher`: the teacher's, as in the paper.
+        path: which teacher states the solver visits. `uniform` in the index; `log_snr`: uniform in log(alpha / sigma);
+            `greedy`: the paper's search; `search`: path and calls by what they are worth on trajectories held out; or
+            the indices themselves, for a single number of calls. All but `search` make every row's calls.
+        weights: `numbers`; `channels`, a channel matrix; `bands`, one for each band of spatial frequencies; or `auto`,
+            the kind that is best on trajectories held out.
+        edges: of the bands, in cycles per pixel.
+        ridge: penalty on the weights, mean squared error + ridge * sum of squares; of matrices, on their distance to
+            the best numbers.
+        search_trajectories: trajectories that `search` fits each candidate on, and judges it on.
         search_rounds: rounds of local moves of `search`.
     Raises:
         ValueError: an option out of its range.
-    Source: arXiv 2305.14677; the student basis is this project's.
+    Source: arXiv 2305.14677; the own basis, calls and operators are this project's.
     """
 
-    nfe: int | list[int] = 8
-    basis: str = "student"
+    calls: int | list[int] = 8
+    basis: str = "own"
     path: str | list[int] = "greedy"
+    weights: str = "numbers"
+    edges: tuple[float, ...] = (0.06, 0.12, 0.25)
     ridge: float = 0.0
     search_trajectories: int = 64
-    search_rounds: int = 1
+    search_rounds: int = 2
 
     name: ClassVar[str] = "olss"
     wanted: ClassVar[Wanted] = Wanted("path", batch_size=32, in_order=True)
 
     def __post_init__(self) -> None:
-        if self.basis not in BASES:
-            raise ValueError(f"unknown basis {self.basis!r}: use one of {', '.join(BASES)}")
-        if isinstance(self.path, str) and self.path not in PATHS:
-            raise ValueError(f"unknown path {self.path!r}: use one of {', '.join(PATHS)}, or a list of indices")
-        if isinstance(self.path, list) and [len(self.path)] != self.nfes:
-            raise ValueError(f"a path of {len(self.path)} indices is for nfe {len(self.path)}, asked for is {self.nfe}")
-        if isinstance(self.path, list) and self.path[0] != 0:
-            raise ValueError(f"path {self.path} must start at 0, the teacher's start noise")
+        for name, value, allowed in (
+            ("basis", self.basis, BASES),
+            ("path", self.path, PATHS),
+            ("weights", self.weights, (*WEIGHTS, "auto")),
+        ):
+            if isinstance(value, str) and value not in allowed:
+                hint = ", or a list of indices" if name == "path" else ""
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(allowed)}{hint}")
+        if isinstance(self.path, list) and len(self.budgets) > 1:
+            raise ValueError(f"one path was given for several numbers of calls, {self.budgets}: give one of them")
         if self.path == "search" and self.basis == "teacher":
-            raise ValueError("path search fits students on their own outputs: use basis student, or path greedy")
+            raise ValueError("path search fits solvers on their own outputs: use basis own, or path greedy")
         if not self.ridge >= 0:
             raise ValueError(f"ridge is {self.ridge}: it must be 0 or more")
+        Bands(tuple(self.edges), 1)
 
     @property
-    def nfes(self) -> list[int]:
-        """The numbers of evaluations, ascending."""
-        return sorted({self.nfe} if isinstance(self.nfe, int) else set(self.nfe))
+    def budgets(self) -> list[int]:
+        """The numbers of network calls, ascending."""
+        return sorted({self.calls} if isinstance(self.calls, int) else set(self.calls))
 
     @property
     def artifacts(self) -> list[str]:
-        """olss-<nfe>."""
-        return [f"olss-{nfe}" for nfe in self.nfes]
+        """olss-<calls>."""
+        return [f"olss-{calls}" for calls in self.budgets]
 
     @property
-    def needs_factor(self) -> bool:
+    def needs_columns(self) -> bool:
         """Whether the path or the rows come from all of the teacher's columns."""
-        return self.basis == "teacher" or self.path in ("greedy", "search")
+        return self.basis == "teacher" or self.path == "greedy"
 
-    def begin(self, run: Run) -> "Students":
+    def begin(self, run: Run) -> "Solvers":
         """No row fitted yet."""
-        return Students(self, run)
+        return Solvers(self, run)
 
-    def plain_path(self, nfe: int, teacher: SolverTable) -> list[int]:
-        """A path that is given or follows from the teacher's nodes."""
-        if isinstance(self.path, list):
-            return check_path(self.path, teacher.nfe)
-        return uniform_path(teacher.nfe, nfe) if self.path == "uniform" else log_snr_path(teacher, nfe)
+    def spaces(self, sample_shape: Sequence[int]) -> dict[str, Space]:
+        """What weights may be, for samples of a shape, (C, ..., height, width).
+
+        Raises:
+            ValueError: matrices asked for samples without channels, height and width.
+        """
+        channels = sample_shape[0] if len(sample_shape) >= 3 else 0
+        if not channels and self.weights in ("channels", "bands"):
+            raise ValueError(f"weights {self.weights} need samples (C, ..., height, width), not {tuple(sample_shape)}")
+        kinds = WEIGHTS if self.weights == "auto" and channels else (self.weights,)
+        known = {"numbers": Plain(), "channels": Bands((), channels or 1)}
+        known["bands"] = Bands(tuple(self.edges), channels or 1)
+        known["auto"] = known["numbers"]
+        return {kind: known[kind] for kind in kinds if not (kind == "channels" and channels == 1 and len(kinds) > 1)}
 
 
-class Students(Fitting):
-    """The students of a run.
+class Solvers(Fitting):
+    """The solvers of a run.
 
     Args:
         options: what to learn.
         run: its data hold whole trajectories.
     Raises:
-        ValueError: a stochastic teacher, one of too few steps, no folder or nothing held out.
+        ValueError: a stochastic teacher, one of too few steps, no folder, or too few trajectories held out.
     """
 
     def __init__(self, options: OLSS, run: Run) -> None:
         self.options, self.run = options, run
         self.teacher: SolverTable = run.data.source.table
         check_teacher(self.teacher)
-        for nfe in options.nfes:
-            check_nfe(nfe, self.teacher.nfe)
-        if run.folder is None or not run.data.source.num_held:
-            raise ValueError("students are judged on trajectories held out, and kept on disk: set holdout and output")
-        self.fits: dict[int, Fit] = {}
-        if not options.needs_factor:
-            self.fits = {nfe: Fit(options.plain_path(nfe, self.teacher)) for nfe in options.nfes}
-        self.validation: dict[int, float] = {}
-        self.spent = {nfe: Evaluations.of(run.denoiser) for nfe in options.nfes}
-        self._store = OutputStore(run.folder / "student-outputs")
-        self._factors = self._empty_factors()
+        if run.folder is None or run.data.source.num_held < 2:
+            raise ValueError(
+                "one half of the trajectories held out chooses, the other reports, and outputs are kept on disk: set "
+                f"holdout to at least 2 (it is {run.data.source.num_held}) and output"
+            )
+        self.denoiser = unguided(run.denoiser) if self.teacher.has_branches else run.denoiser
+        self.spaces = options.spaces(run.denoiser.sample_shape)
+        self.rows = {calls: self._rows(calls) for calls in options.budgets}
+        self.fits: dict[Key, Fit] = {}
+        self.kept: dict[int, str] = {}
+        self.validation: dict[int, dict[str, Any]] = {}
+        self.spent = {calls: Evaluations.of(self.denoiser) for calls in options.budgets}
+        self._store = OutputStore(run.folder / "solver-outputs")
+        self._columns: dict[Key, Columns] = {}
 
     @property
     def done(self) -> bool:
-        """Whether every student is complete."""
+        """Whether every solver is complete."""
         return bool(self.fits) and all(fit.complete for fit in self.fits.values())
 
     def tables(self) -> dict[str, SolverTable]:
-        """The finished students."""
-        return {f"olss-{nfe}": fit.table(self.teacher) for nfe, fit in self.fits.items() if fit.complete}
+        """The finished solvers."""
+        return {f"olss-{calls}": self._kept(calls).table(self.teacher) for calls in self.kept}
+
+    def start(self) -> None:
+        """Plans that need nothing of the trajectories, or are searched on the first of them."""
+        if not self.fits and not self.options.needs_columns:
+            with torch.no_grad(), self.run.computing():
+                self._begin({calls: self._plan(calls) for calls in self.options.budgets})
+        self._columns = self._columns or self._empty()
 
     def step(self, batch: Any) -> None:
-        """Add a batch to the factors."""
+        """Add a batch to the columns."""
         trajectories = batch[:]
-        for nfe, factor in self._factors.items():
-            factor.add(self._columns(trajectories, nfe) if nfe else teacher_columns(trajectories))
+        for key, columns in self._columns.items():
+            if self.fits:
+                parts = self._parts(trajectories, key)
+                add_row(columns, trajectories, self.fits[key], parts)
+            else:
+                add_teacher(columns, trajectories)
 
     def end_epoch(self) -> None:
-        """Merge the factors of all processes and solve the rows."""
+        """Merge the columns of all processes and solve the rows."""
         with torch.no_grad(), self.run.computing():
-            for nfe, factor in self._factors.items():
-                rows = self.run.sum(torch.tensor(factor.num_rows))
-                factor.merge(self.run.gather(factor.r), int(rows))
-                if nfe:
-                    self.fits[nfe].append(solve_row(factor, self.options.ridge))
-                else:
-                    self._begin_students(factor)
-            for nfe, fit in self.fits.items():
-                self._report(nfe, fit)
-        self._factors = self._empty_factors()
+            for columns in self._columns.values():
+                for factor in columns.factors:
+                    rows = self.run.sum(torch.tensor(factor.num_rows))
+                    factor.merge(self.run.gather(factor.r), int(rows))
+            if self.fits:
+                for key, columns in self._columns.items():
+                    self.fits[key].append(solve_row(columns, self.options.ridge))
+            else:
+                self._begin_on_teacher()
+            self._report()
+        self._columns = self._empty()
 
     def finish(self) -> None:
-        """Write the artifacts and drop the students' outputs."""
+        """Write the artifacts and drop the outputs."""
         if not self.done:
             return
-        for nfe in self.options.nfes:
-            self.run.save(self._result(nfe))
-            log_table(self.run.logger, f"olss-{nfe}", self.fits[nfe].table(self.teacher))
+        for calls in self.options.budgets:
+            self.run.save(self._result(calls))
+            log_table(self.run.logger, f"olss-{calls}", self._kept(calls).table(self.teacher))
         if self.run.rank == 0:
             self._store.clear()
 
     def state(self) -> dict[str, Any]:
         """Rows, figures and counts; of an epoch that is not over, every process's factors."""
-        factors = {
-            nfe: [self.run.gather(f.r), self.run.gather(torch.tensor(f.num_rows))] for nfe, f in self._factors.items()
-        }
+        gather = self.run.gather
         return {
-            "fits": {nfe: vars(fit) for nfe, fit in self.fits.items()},
+            "fits": [_packed(key, fit) for key, fit in self.fits.items()],
+            "kept": self.kept,
             "validation": self.validation,
-            "spent": {nfe: vars(spent) for nfe, spent in self.spent.items()},
-            "factors": factors,
+            "spent": {calls: vars(spent) for calls, spent in self.spent.items()},
+            "factors": [
+                [*key, [[gather(f.r), gather(torch.tensor(f.num_rows))] for f in columns.factors]]
+                for key, columns in self._columns.items()
+            ],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on there, on as many processes."""
-        self.fits = {nfe: Fit(**fit) for nfe, fit in state["fits"].items()}
-        self.validation = dict(state["validation"])
-        self.spent = {nfe: Evaluations(**spent) for nfe, spent in state["spent"].items()}
-        rank = self.run.rank
-        self._factors = {nfe: Factor(r[rank], int(rows[rank])) for nfe, (r, rows) in state["factors"].items()}
+        self.fits = dict(_unpacked(values, self.spaces) for values in state["fits"])
+        self.kept, self.validation = dict(state["kept"]), dict(state["validation"])
+        self.spent = {calls: Evaluations(**spent) for calls, spent in state["spent"].items()}
+        self._columns = self._empty()
+        for calls, kind, factors in state["factors"]:
+            for factor, (r, rows) in zip(self._columns[calls, kind].factors, factors):
+                factor.r, factor.num_rows = r[self.run.rank], int(rows[self.run.rank])
 
-    def _empty_factors(self) -> dict[int, Factor]:
-        """For the rows of an epoch; the whole teacher's, as 0, as long as there is no path."""
-        widths = {nfe: row_width(fit) for nfe, fit in self.fits.items() if not fit.complete}
-        widths = widths if self.fits else {0: 2 * self.teacher.nfe + 1}
-        return {nfe: Factor.empty(width) for nfe, width in widths.items()}
+    def _rows(self, calls: int) -> int:
+        """Rows of a solver that makes every row's calls."""
+        each = 2 if self.teacher.has_branches else calls_per_row(self.denoiser)
+        if (self.options.path != "search" and calls % each) or calls < each:
+            raise ValueError(f"{calls} network calls do not fit rows of {each} calls: use a multiple, or path search")
+        if calls // each > self.teacher.num_rows:
+            raise ValueError(
+                f"{calls} network calls are {calls // each} rows, more than the teacher's {self.teacher.num_rows}: "
+                "lower calls, or make trajectories with more steps"
+            )
+        return calls // each
 
-    def _columns(self, trajectories: Trajectories, nfe: int) -> list[Tensor]:
-        """Columns of the next row; the student's outputs come from disk as far as they are there."""
-        fit, seeds = self.fits[nfe], trajectories.seeds
-        outputs = self._store.load(seeds, fit, trajectories.outputs[:, 0])
-        while len(outputs) <= len(fit.coefs):
-            outputs.append(next_output(self._network(nfe), self.teacher, trajectories, fit, outputs))
-            self._store.save(seeds, fit, len(outputs) - 1, outputs[-1])
-        return row_columns(trajectories, fit, outputs)
+    def _plan(self, calls: int) -> CallPlan:
+        """A plan that is given, follows from the teacher's nodes, or is searched."""
+        path, rows = self.options.path, self.rows[calls]
+        if path == "search":
+            return self._searched(calls)
+        if isinstance(path, list):
+            if len(path) != rows:
+                raise ValueError(f"a path of {len(path)} indices is for {len(path)} rows, {calls} calls are {rows}")
+            return CallPlan.of(check_path(path, self.teacher.num_rows), self.teacher)
+        plain = uniform_path(self.teacher.num_rows, rows) if path == "uniform" else log_snr_path(self.teacher, rows)
+        return CallPlan.of(plain, self.teacher)
 
-    def _begin_students(self, factor: Factor) -> None:
-        """Paths from the teacher's factor; with the teacher basis all rows too."""
-        options, steps = self.options, self.teacher.nfe
-        for nfe in options.nfes:
-            searched = options.path in ("greedy", "search")
-            path = greedy_path(factor, steps, nfe, options.ridge) if searched else options.plain_path(nfe, self.teacher)
-            if options.basis == "teacher":
-                self.fits[nfe] = fit_on_teacher(factor, path, steps, options.ridge)
-            else:
-                self.fits[nfe] = Fit(self._searched(nfe, path) if options.path == "search" else path)
-
-    def _searched(self, nfe: int, greedy: list[int]) -> list[int]:
-        """The best path on the held-out trajectories; processes share the candidates."""
+    def _searched(self, calls: int) -> CallPlan:
+        """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
         options, run = self.options, self.run
-        search = PathSearch(
-            self._network(nfe),
+        search = PlanSearch(
+            self._network(calls),
             self.teacher,
             run.data.fitted(options.search_trajectories).to(run.device),
-            run.data.held_out().to(run.device),
+            self._held()[0][: options.search_trajectories],
             options.ridge,
             run.rank,
             run.world_size,
             run.sum,
-            progress=run.shows_progress,
+            run.shows_progress,
         )
-        return search.best(nfe, [greedy], options.search_rounds)[0]
+        budget = calls if self.teacher.has_branches else self.rows[calls]
+        return search.best(budget, rounds=options.search_rounds)[0]
 
-    def _network(self, nfe: int) -> Counted:
-        """The denoiser, counted for one student."""
-        return Counted(self.run.denoiser, self.spent[nfe])
+    def _begin(self, plans: dict[int, CallPlan]) -> None:
+        first = {calls: plan.path[0] for calls, plan in plans.items()}
+        batches = [self.run.data.fitted(self.options.search_trajectories)] if any(first.values()) else []
+        for calls, plan in plans.items():
+            for kind, space in self.spaces.items():
+                self.fits[calls, kind] = begin(self.teacher, plan, space, batches)
 
-    def _report(self, nfe: int, fit: Fit) -> None:
-        """Figures of the newest row, and of the student once it is complete."""
-        if fit.errors:
-            self.run.log({f"nfe-{nfe}/row_error": fit.errors[-1]})
-            self.run.log({f"nfe-{nfe}/condition": fit.conditions[-1]}, bar=False)
-        if fit.complete and nfe not in self.validation:
-            self.validation[nfe] = self._held_out_error(nfe)
-            self.run.say(f"OLSS, {nfe} evaluations: path {fit.path}, held-out RMSE {self.validation[nfe]:.4f}")
+    def _begin_on_teacher(self) -> None:
+        """Paths from the teacher's columns; with the teacher basis all rows too."""
+        options, some = self.options, next(iter(self._columns.values()))
+        greedy = options.path == "greedy"
+        plans = {
+            calls: CallPlan.of(greedy_path(some.factors[0], self.teacher, rows, options.ridge), self.teacher)
+            if greedy
+            else self._plan(calls)
+            for calls, rows in self.rows.items()
+        }
+        if options.basis == "own":
+            self._begin(plans)
+            return
+        for calls, plan in plans.items():
+            for kind in self.spaces:
+                self.fits[calls, kind] = fit_on_teacher(self._columns[0, kind], self.teacher, plan, options.ridge)
 
-    def _held_out_error(self, nfe: int) -> float:
-        """Root-mean-square difference of the student's images to the teacher's, from the held-out noises."""
-        table, network = self.fits[nfe].table(self.teacher), self._network(nfe)
-        total = torch.zeros(2, dtype=torch.float64)
-        for batch in self.run.data.held_out_batches():
-            held = batch.to(self.run.device)[:]
-            image = sample(network, table, held.noise, held.condition)
-            total += torch.stack([(image - held.end).double().pow(2).sum().cpu(), torch.tensor(float(image.numel()))])
-        squared, count = self.run.sum(total).tolist()
-        return (squared / count) ** 0.5
+    def _empty(self) -> dict[Key, Columns]:
+        """For the next rows; the teacher's, as budget 0, as long as there is no plan."""
+        if self.fits:
+            unfinished = {key: fit for key, fit in self.fits.items() if not fit.complete}
+            return {key: Columns.empty(f.space, f.plan.columns(len(f.weights)) + 1) for key, f in unfinished.items()}
+        count = 1 + self.teacher.nfe + self.teacher.num_rows
+        spaces = self.spaces if self.options.basis == "teacher" else {}
+        return {(0, kind): Columns.empty(space, count) for kind, space in ({"numbers": Plain()} | spaces).items()}
 
-    def _result(self, nfe: int) -> Result:
-        fit, data, options = self.fits[nfe], self.run.data, self.options
-        fitted, held = data.source.seeds[: data.source.num_fitted], data.source.seeds[data.source.num_fitted :]
+    def _parts(self, trajectories: Trajectories, key: Key) -> list[Tensor]:
+        """State 0 and the outputs up to the next row; from disk as far as they are there."""
+        fit, parts = self.fits[key], []
+        for row in range(len(fit.weights) + 1):
+            outputs = self._store.load(trajectories.seeds, fit, row, trajectories.states.device)
+            if outputs is None:
+                outputs = next_outputs(self._network(key[0]), self.teacher, trajectories, fit, parts)
+                self._store.save(trajectories.seeds, fit, row, outputs)
+            take(fit, trajectories, parts, outputs)
+        return parts
+
+    def _network(self, calls: int) -> Counted:
+        """The denoiser, counted for one budget."""
+        return Counted(self.denoiser, self.spent[calls])
+
+    def _held(self) -> tuple[Trajectories, Trajectories]:
+        """The trajectories held out that choose, and those that report."""
+        held = self.run.data.held_out().to(self.run.device)
+        return held[: len(held) // 2], held[len(held) // 2 :]
+
+    def _kept(self, calls: int) -> Fit:
+        return self.fits[calls, self.kept[calls]]
+
+    def _report(self) -> None:
+        """Figures of the newest rows, and of the solvers that are complete."""
+        for (calls, kind), fit in self.fits.items():
+            if fit.errors:
+                self.run.log({f"olss/{calls}-calls/{kind}/row_error": fit.errors[-1]}, bar=kind == "numbers")
+                self.run.log({f"olss/{calls}-calls/{kind}/condition": fit.conditions[-1]}, bar=False)
+        for calls in self.options.budgets:
+            fits = {kind: fit for (budget, kind), fit in self.fits.items() if budget == calls}
+            if calls not in self.kept and fits and all(fit.complete for fit in fits.values()):
+                self._choose(calls, fits)
+
+    def _choose(self, calls: int, fits: dict[str, Fit]) -> None:
+        """Keep the kind of weights that is best on the half that chooses; measure it on the half that reports."""
+        choosing, reporting = self._held()
+        scores = {kind: float(self._errors(calls, fit, choosing).sqrt().mean()) for kind, fit in fits.items()}
+        kind = min(scores, key=scores.__getitem__)
+        plan, errors = fits[kind].plan, self._errors(calls, fits[kind], reporting).sqrt()
+        self.kept[calls] = kind
+        self.validation[calls] = {
+            "rmse": float(errors.square().mean().sqrt()),
+            "median": float(errors.median()),
+            "p99": float(errors.quantile(0.99)),
+            "worst": float(errors.max()),
+            "seeds": seed_ranges(reporting.seeds),
+            "chosen_on": seed_ranges(choosing.seeds),
+            "chosen_from": scores,
+        }
+        found = self.validation[calls]
+        unconditional = f", unconditional at rows {list(plan.unconditional)}" if plan.unconditional else ""
+        self.run.say(
+            f"OLSS, {calls} network calls: path {list(plan.path)}{unconditional}; weights: {kind}; held-out RMSE "
+            f"{found['rmse']:.4f}, median {found['median']:.4f}, worst {found['worst']:.4f}"
+        )
+
+    def _errors(self, calls: int, fit: Fit, held: Trajectories) -> Tensor:
+        """Mean squared difference of each image to the teacher's, (held,), by the shared sampler; processes share."""
+        table, found = fit.table(self.teacher), torch.zeros(len(held), dtype=torch.float64)
+        for first in range(self.run.rank * 32, len(held), self.run.world_size * 32):
+            part = held[first : first + 32]
+            image = sample(self._network(calls), table, part.noise, part.condition)
+            found[first : first + 32] = (image - part.end).double().flatten(1).square().mean(1).cpu()
+        return self.run.sum(found)
+
+    def _result(self, calls: int) -> Result:
+        fit, data, options = self._kept(calls), self.run.data, self.options
+        fitted = seed_ranges(data.source.seeds[: data.source.num_fitted])
         return Result(
-            f"olss-{nfe}",
+            f"olss-{calls}",
             fit.table(self.teacher),
-            self.spent[nfe],
-            data.source.record | {"seeds": seed_ranges(fitted)},
+            self.spent[calls],
+            data.source.record | {"seeds": fitted},
+            self.validation[calls] | {"row_errors": fit.errors, "conditions": fit.conditions},
             {
-                "rmse": self.validation[nfe],
-                "seeds": seed_ranges(held),
-                "chose_the_path": options.path == "search",
-                "row_errors": fit.errors,
-                "conditions": fit.conditions,
+                "basis": options.basis,
+                "path": options.path,
+                "indices": list(fit.plan.path),
+                "unconditional": list(fit.plan.unconditional),
+                "weights": self.kept[calls],
+                "ridge": options.ridge,
             },
-            {"basis": options.basis, "path": options.path, "indices": fit.path, "ridge": options.ridge},
         )
+
+
+def _packed(key: Key, fit: Fit) -> list[Any]:
+    plan = [list(fit.plan.path), list(fit.plan.unconditional)]
+    return [*key, *plan, fit.first_weight, fit.weights, fit.errors, fit.conditions]
+
+
+def _unpacked(values: Sequence[Any], spaces: dict[str, Space]) -> tuple[Key, Fit]:
+    calls, kind, path, unconditional, first_weight, *rows = values
+    return (calls, kind), Fit(CallPlan(tuple(path), tuple(unconditional)), spaces[kind], first_weight, *rows)

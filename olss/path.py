@@ -1,4 +1,4 @@
-"""Which of the teacher's states the student visits: path[0] = 0 < path[1] < ... < path[N-1] < M, and M at the end."""
+"""Which of the teacher's states a solver visits: 0 <= path[0] < path[1] < ... < path[N-1] < M, and M at the end."""
 
 import math
 from collections.abc import Sequence
@@ -28,23 +28,17 @@ def uniform_path(num_steps: int, nfe: int) -> list[int]:
 def check_nfe(nfe: int, num_steps: int) -> None:
     """ValueError unless 1 <= nfe <= num_steps."""
     if not 1 <= nfe <= num_steps:
-        raise ValueError(f"a student of {nfe} evaluations cannot follow a teacher of {num_steps}: use 1 to {num_steps}")
-
-
-def power_path(num_steps: int, nfe: int, power: float) -> list[int]:
-    """Index M (i / N)^power, made distinct: below 1 dense towards the image, above 1 dense towards the noise."""
-    check_nfe(nfe, num_steps)
-    return distinct([num_steps * i**power / nfe**power for i in range(nfe)], num_steps)
+        raise ValueError(f"a solver of {nfe} rows cannot follow a teacher of {num_steps}: use 1 to {num_steps}")
 
 
 def log_snr_path(table: SolverTable, nfe: int) -> list[int]:
     """Steps of equal size in log(alpha / sigma), from the first node where it is finite to the last evaluated one."""
-    check_nfe(nfe, table.nfe)
+    check_nfe(nfe, table.num_rows)
     log_snr = (table.alpha / table.sigma).log()[:-1]
     finite = log_snr[torch.isfinite(log_snr)]
     wanted = torch.linspace(float(finite[0]), float(finite[-1]), nfe + 1, dtype=torch.float64)[1:-1]
     nearest = [int((log_snr - value).abs().argmin()) for value in wanted]
-    return distinct([0, *nearest], table.nfe)
+    return distinct([0, *nearest], table.num_rows)
 
 
 def distinct(positions: Sequence[float], num_steps: int, lowest: int = 0) -> list[int]:
@@ -56,7 +50,7 @@ def distinct(positions: Sequence[float], num_steps: int, lowest: int = 0) -> lis
     return path
 
 
-def greedy_path(factor: Factor, num_steps: int, nfe: int, ridge: float = 0.0) -> list[int]:
+def greedy_path(factor: Factor, teacher: SolverTable, nfe: int, ridge: float = 0.0) -> list[int]:
     """The paper's path: the smallest error bound per step that N steps can meet, found by bisection.
 
     From each state the path goes to the furthest one that the current state and all outputs so far approximate
@@ -64,16 +58,16 @@ def greedy_path(factor: Factor, num_steps: int, nfe: int, ridge: float = 0.0) ->
     Points that the search leaves over halve the steps with the largest errors.
 
     Args:
-        factor: columns [X[0], F[0..M-1], X[1..M]] of the teacher's trajectories.
-        num_steps: M.
-        nfe: N, 1 <= N <= M.
+        factor: columns [X[0], F[0..K-1], X[1..M]] of the teacher's trajectories.
+        teacher: its table.
+        nfe: N rows, 1 <= N <= M.
         ridge: see `solve`.
     Returns:
         path, N indices.
     Source: arXiv 2305.14677, section 3.3; there the bound is bisected linearly in [0, 10].
     """
-    check_nfe(nfe, num_steps)
-    errors = _StepErrors(factor, num_steps, ridge)
+    check_nfe(nfe, teacher.num_rows)
+    errors = _StepErrors(factor, teacher, ridge)
     low, high = errors.range()
     for _ in range(40):
         middle = (low + high) / 2
@@ -88,8 +82,8 @@ def greedy_path(factor: Factor, num_steps: int, nfe: int, ridge: float = 0.0) ->
 class _StepErrors:
     """Errors of single steps, remembered by the path walked so far."""
 
-    def __init__(self, factor: Factor, num_steps: int, ridge: float) -> None:
-        self.factor, self.num_steps, self.ridge = factor, num_steps, ridge
+    def __init__(self, factor: Factor, teacher: SolverTable, ridge: float) -> None:
+        self.factor, self.teacher, self.num_steps, self.ridge = factor, teacher, teacher.num_rows, ridge
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, path: Sequence[int]) -> Tensor:
@@ -104,20 +98,21 @@ class _StepErrors:
         return math.log(1e-16), math.log(max(float(self([0]).max()), 1e-12)) + 1
 
     def _solve(self, path: tuple[int, ...]) -> Tensor:
-        targets = [state_column(i, self.num_steps) for i in range(path[-1] + 1, self.num_steps + 1)]
-        basis = [state_column(path[-1], self.num_steps), *(output_column(i) for i in path)]
+        targets = [state_column(i, self.teacher) for i in range(path[-1] + 1, self.num_steps + 1)]
+        outputs = [column for point in path for column in output_columns(point, self.teacher)]
+        basis = [state_column(path[-1], self.teacher), *outputs]
         error = solve(self.factor, basis, targets, self.ridge).error
         return torch.cat([torch.zeros(path[-1], dtype=torch.float64), error])
 
 
-def state_column(index: int, num_steps: int) -> int:
-    """Column of teacher state `index` in [X[0], F[0..M-1], X[1..M]]."""
-    return 0 if index == 0 else num_steps + index
+def state_column(index: int, teacher: SolverTable) -> int:
+    """Column of teacher state `index` in [X[0], F[0..K-1], X[1..M]]."""
+    return 0 if index == 0 else teacher.nfe + index
 
 
-def output_column(index: int) -> int:
-    """Column of teacher output `index` in [X[0], F[0..M-1], X[1..M]]."""
-    return 1 + index
+def output_columns(index: int, teacher: SolverTable) -> list[int]:
+    """Columns of the calls at teacher state `index` in [X[0], F[0..K-1], X[1..M]]."""
+    return [1 + column for column, call in enumerate(teacher.calls) if call.row == index]
 
 
 def _walk(errors: _StepErrors, bound: float, nfe: int) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""OLSS on a solver's own outputs: fit a row, go to the next state, call the network there, fit the next row."""
+"""Fits along a plan, by the solver's own outputs or by the teacher's, and the table they make."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,50 +7,15 @@ import torch
 from torch import Tensor
 
 from data.shards import Trajectories
-from olss.columns import RowProblem, RowSolution
+from olss.columns import Columns, RowSolution
 from olss.fit import warn_if_ill_conditioned
-from olss.path import check_path
-from solvers.calls import CONDITIONAL, UNCONDITIONAL, Call, branch_condition, call_branches
+from olss.path import check_path, state_column
+from olss.plan import CallPlan
+from solvers.calls import Call, branch_condition, call_branches
 from solvers.space import Plain, Space
 from solvers.table import SolverTable
 
-
-@dataclass(frozen=True)
-class CallPlan:
-    """Where a solver calls the network: at which teacher states, and where for the unconditional branch too.
-
-    Args:
-        path: (N,) increasing teacher indices; M follows. Index 0 is pure noise; a path that begins later leaves the
-            first calls out, and its first state is start noise times a weight.
-        unconditional: rows, indices into `path`, that make an unconditional call beside the conditional one.
-    Raises:
-        ValueError: a row outside the path.
-    """
-
-    path: tuple[int, ...]
-    unconditional: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        wrong = [row for row in self.unconditional if not 0 <= row < len(self.path)]
-        if wrong or list(self.unconditional) != sorted(set(self.unconditional)):
-            raise ValueError(
-                f"unconditional calls at rows {list(self.unconditional)}: they must be distinct, in order, and among "
-                f"the {len(self.path)} rows of the path"
-            )
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """The network calls in the order of their rows."""
-        made = ((Call(row), Call(row, UNCONDITIONAL)) for row in range(len(self.path)))
-        return tuple(call for pair in made for call in pair[: 1 + (pair[0].row in self.unconditional)])
-
-    def at(self, row: int) -> tuple[str, ...]:
-        """Branches called at a row."""
-        return (CONDITIONAL, UNCONDITIONAL)[: 1 + (row in self.unconditional)]
-
-    def columns(self, row: int) -> int:
-        """Number of start noise and outputs that row may combine."""
-        return 1 + sum(len(self.at(earlier)) for earlier in range(row + 1))
+BASES = ("own", "teacher")
 
 
 @dataclass
@@ -67,7 +32,7 @@ class Fit:
     """
 
     plan: CallPlan
-    space: Space
+    space: Space = Plain()  # noqa: RUF009 - frozen
     first_weight: float = 1.0
     weights: list[Tensor] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
@@ -87,9 +52,9 @@ class Fit:
 
     def table(self, teacher: SolverTable) -> SolverTable:
         """The solver as a table, at the teacher's nodes and timesteps."""
-        rows, path = len(self.plan.path), list(self.plan.path)
-        state = torch.zeros(rows, rows, *self.space.ops, dtype=torch.float64)
-        output = torch.zeros(rows, len(self.plan.calls), *self.space.ops, dtype=torch.float64)
+        path, calls = list(self.plan.path), self.plan.calls
+        state = torch.zeros(len(path), len(path), *self.space.ops, dtype=torch.float64)
+        output = torch.zeros(len(path), len(calls), *self.space.ops, dtype=torch.float64)
         for row, weights in enumerate(self.weights):
             state[row, 0] = weights[0]
             output[row, : len(weights) - 1] = weights[1:]
@@ -103,9 +68,57 @@ class Fit:
             torch.zeros_like(state),
             teacher.start_scale * self.first_weight,
             teacher.prediction_type,
-            calls=self.plan.calls,
+            calls=calls,
             space=self.space,
         )
+
+
+def check_teacher(teacher: SolverTable) -> None:
+    """ValueError for a stochastic teacher: its states are no function of the start noise and the outputs."""
+    if teacher.is_stochastic:
+        raise ValueError("the teacher of these trajectories adds noise at every step: OLSS needs a deterministic one")
+
+
+def begin(teacher: SolverTable, plan: CallPlan, space: Space, batches: Iterable[Trajectories]) -> Fit:
+    """A fit without rows: its first state is the teacher's, or start noise times the best weight for a later one."""
+    first = check_path(plan.path, teacher.num_rows)[0]
+    if not first:
+        return Fit(plan, space)
+    pairs = [(batch.states[:, 0].double(), batch.states[:, first].double()) for batch in batches]
+    weight = sum(float((a * b).sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
+    return Fit(plan, space, weight)
+
+
+def teacher_columns(teacher: SolverTable, batches: Iterable[Trajectories], space: Space = Plain()) -> Columns:  # noqa: B008
+    """The columns [X[0], F[0..K-1], X[1..M]] of all batches."""
+    columns = Columns.empty(space, 1 + teacher.nfe + teacher.num_rows)
+    for batch in batches:
+        add_teacher(columns, batch)
+    return columns
+
+
+def add_teacher(columns: Columns, batch: Trajectories) -> None:
+    """Add a batch to the teacher's columns [X[0], F[0..K-1], X[1..M]]."""
+    bound = columns.space.bind(batch.states.shape[2:], batch.states.device)
+    values = [batch.states[:, 0], *batch.outputs.unbind(1), *batch.states[:, 1:].unbind(1)]
+    columns.add(bound, [bound.split(value) for value in values])
+
+
+def fit_on_teacher(columns: Columns, teacher: SolverTable, plan: CallPlan, ridge: float = 0.0) -> Fit:
+    """The paper's fit: the basis holds the teacher's own outputs.
+
+    Args:
+        columns: see `teacher_columns`.
+        teacher: its table.
+        plan: where the network is called; the path begins at 0.
+        ridge: see `Columns.solve`.
+    Source: arXiv 2305.14677, eq. 11.
+    """
+    fit, basis = Fit(plan, columns.space), [0]
+    for row, (point, end) in enumerate(zip(plan.path, [*plan.path[1:], teacher.num_rows])):
+        basis += [1 + teacher.calls.index(Call(point, branch)) for branch in plan.at(row)]
+        fit.append(columns.solve(basis, state_column(end, teacher), ridge))
+    return fit
 
 
 @dataclass
@@ -116,23 +129,13 @@ class Run:
     parts: list[list[Tensor]]
 
 
-def begin(teacher: SolverTable, batches: Iterable[Trajectories], plan: CallPlan, space: Space) -> Fit:
-    """A fit without rows: its first state is the teacher's, or start noise times the best weight for a later one."""
-    check_path(plan.path, teacher.num_rows)
-    first = plan.path[0]
-    if not first:
-        return Fit(plan, space)
-    pairs = [(batch.states[:, 0].double(), batch.states[:, first].double()) for batch in batches]
-    weight = sum(float((a * b).sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
-    return Fit(plan, space, weight)
-
-
 def fit_run(
     denoiser: Callable,
     teacher: SolverTable,
     batches: Sequence[Trajectories],
     plan: CallPlan,
     space: Space = Plain(),  # noqa: B008 - frozen
+    *,
     ridge: float = 0.0,
     watched: Sequence[Trajectories] = (),
     known: Run | None = None,
@@ -140,81 +143,87 @@ def fit_run(
     """Row by row: fit, go to the solver's own next state, and use the outputs there in the next row's basis.
 
     Args:
-        denoiser: the teacher's network.
+        denoiser: the teacher's network; output 0 is the teacher's where the path begins at 0.
         teacher: the teacher's table; with guidance as weights (`SolverTable.guided`) where the plan makes
             unconditional calls.
         batches: trajectories in memory; the outputs stay in memory too.
         plan: where the network is called.
         space: what a weight is.
-        ridge: penalty on the squared distance of weights to those of numbers (of numbers: to zero).
+        ridge: see `Columns.solve`.
         watched: batches the solver also runs on without being fitted on them; their parts come last.
         known: an earlier run on the same batches: rows before the first difference of the plans are taken over.
     """
-    run = _shared(known, begin(teacher, batches, plan, space), len(batches) + len(watched))
+    run = _shared(known, begin(teacher, plan, space, batches), len(batches) + len(watched))
     fit = run.fit
     while not fit.complete:
         for batch, parts in zip([*batches, *watched], run.parts):
-            advance(denoiser, teacher, batch, fit, parts)
-        problem = RowProblem.empty(space, plan.columns(len(fit.weights)))
+            if len(parts) < plan.columns(len(fit.weights)):
+                take(fit, batch, parts, next_outputs(denoiser, teacher, batch, fit, parts))
+        columns = Columns.empty(space, plan.columns(len(fit.weights)) + 1)
         for batch, parts in zip(batches, run.parts):
-            add_row(problem, batch, fit, parts)
-        fit.append(problem.solve(ridge))
+            add_row(columns, batch, fit, parts)
+        fit.append(solve_row(columns, ridge))
     return run
 
 
-def end_error(batch: Trajectories, fit: Fit, parts: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of the solver's images to the teacher's, (batch,) in float64."""
-    image = next_state(batch, fit, parts)
-    return (image - batch.states[:, -1]).double().flatten(1).square().mean(1)
-
-
 @torch.no_grad()
-def advance(denoiser: Callable, teacher: SolverTable, batch: Trajectories, fit: Fit, parts: list[Tensor]) -> None:
-    """Append what the network says at the solver's next state; nothing where it is there already.
+def next_outputs(
+    denoiser: Callable, teacher: SolverTable, batch: Trajectories, fit: Fit, parts: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the network says at the next row after those that `parts` hold, one (batch, *shape) per branch."""
+    row = _rows(fit.plan, parts)
+    point, branches = fit.plan.path[row], fit.plan.at(row)
+    if point == 0:
+        return [batch.outputs[:, teacher.calls.index(Call(0, branch))] for branch in branches]
+    state = state_at(batch, fit, parts, row)
+    conditions = [branch_condition(denoiser, batch.condition, branch) for branch in branches]
+    outputs = call_branches(denoiser, state, teacher.timesteps[point].to(state.device, state.dtype), conditions)
+    return [output.to(state.dtype) for output in outputs]
 
-    Args:
-        batch: trajectories of the teacher.
-        fit: all rows before the next.
-        parts: state 0 and the outputs so far, split; empty before the first.
-    """
-    row = len(fit.weights)
+
+def take(fit: Fit, batch: Trajectories, parts: list[Tensor], outputs: Sequence[Tensor]) -> None:
+    """Append the outputs of a row, and state 0 before the first, in split form."""
     bound = fit.space.bind(batch.states.shape[2:], batch.states.device)
-    if len(parts) >= fit.plan.columns(row):
-        return
-    state = next_state(batch, fit, parts)
     if not parts:
-        parts.append(bound.split(state))
-    branches = fit.plan.at(row)
-    if fit.plan.path[row] == 0:
-        columns = [teacher.calls.index(Call(0, branch)) for branch in branches]
-        outputs = [batch.outputs[:, column] for column in columns]
-    else:
-        timestep = teacher.timesteps[fit.plan.path[row]].to(state.device, state.dtype)
-        conditions = [branch_condition(denoiser, batch.condition, branch) for branch in branches]
-        outputs = call_branches(denoiser, state, timestep, conditions)
-    parts.extend(bound.split(output.to(state.dtype)) for output in outputs)
+        parts.append(bound.split(state_at(batch, fit, parts, 0)))
+    parts.extend(bound.split(output.to(parts[0].dtype)) for output in outputs)
 
 
-def next_state(batch: Trajectories, fit: Fit, parts: Sequence[Tensor]) -> Tensor:
-    """The solver's state after the rows fitted so far, (batch, *shape), added up as the sampler does."""
+def state_at(batch: Trajectories, fit: Fit, parts: Sequence[Tensor], row: int) -> Tensor:
+    """The solver's state at a row, (batch, *shape), added up as the sampler does, in float32 or better."""
     start = batch.states[:, 0]
     start = start.to(torch.promote_types(start.dtype, torch.float32))
-    if not fit.weights:
+    if not row:
         return start * fit.first_weight
-    bound = fit.space.bind(start.shape[1:], start.device)
-    weights = fit.weights[-1].to(start)
-    total = None
-    for weight, part in zip(weights, parts):
+    bound, total = fit.space.bind(start.shape[1:], start.device), None
+    for weight, part in zip(fit.weights[row - 1].to(start), parts):
         total = bound.add(total, weight, part)
     return bound.merge(total)
 
 
-def add_row(problem: RowProblem, batch: Trajectories, fit: Fit, parts: Sequence[Tensor]) -> None:
-    """Add a batch to the next row's problem: state 0 and the outputs so far, and the teacher's state to reach."""
+def end_errors(batch: Trajectories, fit: Fit, parts: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of each of the solver's images to the teacher's, (batch,) in float64."""
+    image = state_at(batch, fit, parts, len(fit.plan.path))
+    return (image - batch.states[:, -1]).double().flatten(1).square().mean(1)
+
+
+def add_row(columns: Columns, batch: Trajectories, fit: Fit, parts: Sequence[Tensor]) -> None:
+    """Add a batch to the next row's columns: state 0, the outputs so far, and the teacher's state to reach."""
     row = len(fit.weights)
     bound = fit.space.bind(batch.states.shape[2:], batch.states.device)
     target = batch.states[:, [*fit.plan.path, batch.states.shape[1] - 1][row + 1]]
-    problem.add(bound, parts[: fit.plan.columns(row)], bound.split(target))
+    columns.add(bound, [*parts[: fit.plan.columns(row)], bound.split(target)])
+
+
+def solve_row(columns: Columns, ridge: float) -> RowSolution:
+    """The last column by all others."""
+    count = columns.factors[0].r.shape[1] // (columns.space.ops[1] if columns.space.ops else 1)
+    return columns.solve(range(count - 1), count - 1, ridge)
+
+
+def _rows(plan: CallPlan, parts: Sequence[Tensor]) -> int:
+    """How many rows' outputs `parts` hold."""
+    return next(row for row in range(len(plan.path)) if plan.columns(row) > len(parts))
 
 
 def _shared(known: Run | None, fit: Fit, num_batches: int) -> Run:
@@ -222,9 +231,9 @@ def _shared(known: Run | None, fit: Fit, num_batches: int) -> Run:
     if known is None or known.fit.space != fit.space:
         return Run(fit, [[] for _ in range(num_batches)])
     old = known.fit
-    new, before = ([(point, *p.plan.at(row)) for row, point in enumerate(p.plan.path)] for p in (fit, old))
-    pairs = enumerate(zip([*new, None], [*before, None]))
-    same = next(index for index, (a, b) in pairs if a != b or a is None)  # rows whose outputs agree
+    new, before = ([(point, *plan.at(row)) for row, point in enumerate(plan.path)] for plan in (fit.plan, old.plan))
+    pairs = zip([*new, None], [*before, None])
+    same = next(index for index, (a, b) in enumerate(pairs) if a != b or a is None)  # rows whose outputs agree
     rows = same if same == len(new) == len(before) else max(same - 1, 0)  # rows whose targets agree too
     for name in ("weights", "errors", "conditions"):
         setattr(fit, name, list(getattr(old, name)[:rows]))

@@ -1,18 +1,16 @@
-"""Paths judged by what counts: the end-point error of the fitted student on trajectories it was not fitted on."""
+"""Plans judged by what counts: the fitted solver's images on trajectories it was not fitted on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.shards import Trajectories
-from olss.path import log_snr_path, power_path, uniform_path
-from olss.student import Run, end_error, run_student
+from olss.plan import CallPlan, combined, moves, starting_plans
+from olss.run import Run, end_errors, fit_run
 from solvers.table import SolverTable
-
-POWERS = (0.85, 1.2, 1.5)
 
 
 def _alone(scores: Tensor) -> Tensor:
@@ -20,107 +18,80 @@ def _alone(scores: Tensor) -> Tensor:
 
 
 @dataclass
-class PathSearch:
-    """Scores paths of on-policy students.
+class PlanSearch:
+    """Scores plans by fitting a solver of numbers to each and running it on trajectories held out.
+
+    The score is the mean over images of the root-mean-square difference to the teacher's image: where pictures are
+    sharp, a mean square is ruled by the few that end elsewhere.
 
     Args:
         denoiser: the teacher's network.
-        teacher: its table, M rows.
+        teacher: its table, M rows; its calls say which branches there are.
         fitted: trajectories to fit each candidate on.
-        held_out: trajectories to judge it on.
-        ridge: see `olss.fit.solve`.
+        chosen: trajectories to judge it on.
+        ridge: see `fit_run`.
         rank, world_size: each process scores its share of the candidates.
         share: sums a tensor over processes.
         progress: show a progress bar over the candidates.
+        scored: the scores so far.
     """
 
     denoiser: Callable
     teacher: SolverTable
     fitted: Trajectories
-    held_out: Trajectories
+    chosen: Trajectories
     ridge: float = 0.0
     rank: int = 0
     world_size: int = 1
     share: Callable[[Tensor], Tensor] = _alone
     progress: bool = False
+    scored: dict[CallPlan, float] = field(default_factory=dict)
 
-    def best(self, nfe: int, more: Sequence[Sequence[int]] = (), rounds: int = 1) -> tuple[list[int], float]:
-        """The best path found: of several shapes, then by local moves of single points.
+    def best(self, calls: int, more: Sequence[CallPlan] = (), rounds: int = 2) -> tuple[CallPlan, float]:
+        """The best plan of `calls` network calls: of several shapes and patterns, then by local moves.
 
-        A round moves each point by the same distance both ways, a quarter of a step at first and half as far in each
-        further round, and then all points that gained at once.
+        A round moves single points of the path both ways, a quarter of a step at first and half as far in each further
+        round, and unconditional calls to other rows; then all points that gained at once.
 
         Args:
-            nfe: N.
-            more: further paths to begin with.
-            rounds: rounds of local moves; one costs 2 (N-1) fits.
+            calls: network calls.
+            more: further plans to begin with.
+            rounds: rounds of local moves.
         Returns:
-            (path, its error on the held-out trajectories).
+            (plan, its score).
         """
-        paths = _distinct([*starting_paths(self.teacher, nfe), *(list(path) for path in more)])
-        path, error = _minimum(paths, self.scores(paths))
-        distance = max(1, round(self.teacher.nfe / nfe / 4))
+        plan, score = self._minimum([*starting_plans(self.teacher, calls), *more])
+        distance = max(1, round(self.teacher.num_rows / len(plan.path) / 4))
         for _ in range(rounds):
-            path, error = self._improved(path, error, distance)
+            plan, score = self._improved(plan, score, distance)
             distance = max(1, distance // 2)
-        return path, error
+        return plan, score
 
-    def scores(self, paths: Sequence[list[int]], known: Run | None = None) -> list[float]:
-        """Errors of paths, each computed by one process."""
-        found = torch.zeros(len(paths), dtype=torch.float64)
-        mine = range(self.rank, len(paths), self.world_size)
-        for index in tqdm(mine, f"paths of {len(paths[0])} evaluations", disable=not self.progress, leave=False):
-            found[index] = self._score(self._run(paths[index], known))
-        return self.share(found).tolist()
+    def scores(self, plans: Sequence[CallPlan], known: Run | None = None) -> list[float]:
+        """Scores of plans, each computed once, by one process."""
+        todo = [plan for plan in dict.fromkeys(plans) if plan not in self.scored]
+        found = torch.zeros(len(todo), dtype=torch.float64)
+        mine = range(self.rank, len(todo), self.world_size)
+        for index in tqdm(mine, "plans of calls", disable=not self.progress or not todo, leave=False):
+            run = self._run(todo[index], known)
+            found[index] = end_errors(self.chosen, run.fit, run.parts[-1]).sqrt().mean()
+        self.scored |= dict(zip(todo, self.share(found).tolist()))
+        return [self.scored[plan] for plan in plans]
 
-    def _improved(self, path: list[int], error: float, distance: int) -> tuple[list[int], float]:
-        moved = moves(path, self.teacher.nfe, distance)
+    def _improved(self, plan: CallPlan, score: float, distance: int) -> tuple[CallPlan, float]:
+        moved, steps = moves(plan, self.teacher.num_rows, distance), self.teacher.num_rows
         if not moved:
-            return path, error
-        known = self._run(path, None)
-        scores = self.scores(moved, known)
-        together = combined(path, [new for new, score in zip(moved, scores) if score < error], self.teacher.nfe)
-        paths = [path, *moved, together]
-        return _minimum(paths, [error, *scores, *self.scores([together], known)])
+            return plan, score
+        scores = self.scores(moved, self._run(plan, None))
+        gained = [new.path for new, value in zip(moved, scores) if value < score]
+        return self._minimum([plan, *moved, CallPlan(combined(plan.path, gained, steps), plan.unconditional)])
 
-    def _run(self, path: list[int], known: Run | None) -> Run:
-        return run_student(self.denoiser, self.teacher, [self.fitted], path, self.ridge, [self.held_out], known)
+    def _minimum(self, plans: Sequence[CallPlan]) -> tuple[CallPlan, float]:
+        scores = self.scores(plans)
+        best = min(range(len(plans)), key=lambda index: scores[index])
+        return plans[best], scores[best]
 
-    def _score(self, run: Run) -> float:
-        return end_error(self.held_out, run.fit, run.outputs[-1])
-
-
-def starting_paths(teacher: SolverTable, nfe: int) -> list[list[int]]:
-    """Uniform in the index, in its powers, and in log(alpha / sigma)."""
-    steps = teacher.nfe
-    return [uniform_path(steps, nfe), *(power_path(steps, nfe, power) for power in POWERS), log_snr_path(teacher, nfe)]
-
-
-def moves(path: Sequence[int], num_steps: int, distance: int) -> list[list[int]]:
-    """The path with one point moved by `distance`, either way, where that keeps it a path."""
-    moved = []
-    for index in range(1, len(path)):
-        low, high = path[index - 1], [*path, num_steps][index + 1]
-        for position in (path[index] - distance, path[index] + distance):
-            if low < position < high:
-                moved.append([*path[:index], position, *path[index + 1 :]])
-    return moved
-
-
-def combined(path: Sequence[int], improved: Sequence[Sequence[int]], num_steps: int) -> list[int]:
-    """All single moves of `improved` in one path; those that would break its order are left out."""
-    result = list(path)
-    for new in improved:
-        changed = [b if b != a else c for a, b, c in zip(path, new, result)]
-        if all(low < high for low, high in zip(changed, [*changed[1:], num_steps])):
-            result = changed
-    return result
-
-
-def _distinct(paths: Sequence[list[int]]) -> list[list[int]]:
-    return [list(path) for path in dict.fromkeys(map(tuple, paths))]
-
-
-def _minimum(paths: Sequence[list[int]], scores: Sequence[float]) -> tuple[list[int], float]:
-    best = min(range(len(paths)), key=lambda index: scores[index])
-    return paths[best], scores[best]
+    def _run(self, plan: CallPlan, known: Run | None) -> Run:
+        return fit_run(
+            self.denoiser, self.teacher, [self.fitted], plan, ridge=self.ridge, watched=[self.chosen], known=known
+        )

@@ -1,20 +1,21 @@
-"""The student's outputs on disk, so that each row costs one evaluation per trajectory."""
+"""A solver's own outputs on disk, so that each row costs its calls once per trajectory."""
 
 import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from olss.student import Fit
+from olss.run import Fit
 from solvers.files import atomic_write
 
 
 class OutputStore:
-    """Outputs of students, by the seeds of a batch and the row. One of other coefficients than now is not found.
+    """Outputs of solvers, by the seeds of a batch and the row. One of other weights than now is not found.
 
     Args:
         folder: created on first use; shared by all processes, which work on different batches.
@@ -23,24 +24,25 @@ class OutputStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, seeds: Sequence[int], fit: Fit, row: int, output: Tensor) -> None:
-        """Keep the output of a row for a batch."""
+    def save(self, seeds: Sequence[int], fit: Fit, row: int, outputs: Sequence[Tensor]) -> None:
+        """Keep the outputs of a row, one per branch, for a batch."""
         with atomic_write(self._path(seeds, fit, row)) as path:
-            save_file({"output": output.cpu().contiguous()}, path)
+            save_file({"outputs": torch.stack(list(outputs)).cpu()}, path)
 
-    def load(self, seeds: Sequence[int], fit: Fit, first: Tensor) -> list[Tensor]:
-        """Outputs of a batch up to the first that is missing, on the device of `first`, the teacher's output 0."""
-        outputs = [first]
-        while len(outputs) <= len(fit.coefs) and (path := self._path(seeds, fit, len(outputs))).exists():
-            with safe_open(path, "pt") as file:
-                outputs.append(file.get_tensor("output").to(first.device))
-        return outputs
+    def load(self, seeds: Sequence[int], fit: Fit, row: int, device: torch.device) -> list[Tensor] | None:
+        """The outputs of a row for a batch, on a device; None where they are not there."""
+        path = self._path(seeds, fit, row)
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as file:
+            return list(file.get_tensor("outputs").to(device).unbind())
 
     def clear(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, seeds: Sequence[int], fit: Fit, row: int) -> Path:
-        """Named by what an output depends on: the batch, the path up to its row and the coefficients before it."""
-        parts = list(seeds), fit.path[: row + 1], [coef.tolist() for coef in fit.coefs[:row]]
+        """Named by what outputs depend on: the batch, the plan up to its row and the weights before it."""
+        plan = fit.plan.path[: row + 1], [fit.plan.at(index) for index in range(row + 1)]
+        parts = list(seeds), plan, fit.space, fit.first_weight, [weight.tolist() for weight in fit.weights[:row]]
         return self.folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.safetensors"

@@ -11,7 +11,7 @@ from parataa.equations import Equations
 from parataa.iteration import Iterate
 from parataa.processes import gather, own_share
 from solvers.conditions import concatenate_conditions, condition_length, index_condition
-from solvers.executor import Denoiser, branch_conditions, told_node
+from solvers.executor import Denoiser, branch_conditions, called, told_node
 from solvers.table import SolverTable
 
 
@@ -36,8 +36,9 @@ class Evaluator:
         batch_size: int | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        self._denoiser, self._table, self._batch_size, self._group = denoiser, table.detach(), batch_size, group
-        conditions = branch_conditions(denoiser, table, condition)
+        self._denoiser, self._table = called(denoiser, table), table.detach()
+        self._batch_size, self._group = batch_size, group
+        conditions = branch_conditions(self._denoiser, table, condition)
         first = {branch: number * (condition_length(condition) or 0) for number, branch in enumerate(conditions)}
         self._conditions = concatenate_conditions(list(conditions.values()))
         self._first = torch.tensor([first[call.branch] for call in table.calls])

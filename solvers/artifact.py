@@ -9,7 +9,7 @@ from typing import Any
 from solvers import strict_json
 from solvers.errors import SolverError
 from solvers.files import atomic_write
-from solvers.identity import DenoiserIdentity, identify
+from solvers.identity import DenoiserIdentity, identify, own_guidance
 from solvers.metadata import check_metadata
 from solvers.provenance import provenance
 from solvers.schedule import NoiseSchedule
@@ -130,6 +130,8 @@ def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | 
     """Raise SolverError unless the loaded `table` was made for this denoiser and guidance scale."""
     wanted = made_for(table)
     stated = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if not stated and table.has_branches and own_guidance(denoiser) == 1:
+        stated = {"guidance_scale": wanted.guidance_scale}  # guidance is in the table: the network itself fits too
     found = replace(wanted, **stated) if denoiser is None else identify(denoiser, **stated)
     if reasons := wanted.differences(found):
         raise SolverError(
@@ -139,7 +141,7 @@ def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | 
 
 
 def made_for(table: SolverTable) -> DenoiserIdentity:
-    """The denoiser that the artifact of a loaded `table` was made for."""
+    """The denoiser that the artifact of a loaded `table` was made for, with the guidance of the images it makes."""
     schedule, settings = table.info["schedule"], {name: table.info[name] for name in ("guidance_scale", "thresholding")}
     return DenoiserIdentity(NoiseSchedule.from_dict(schedule), **settings, **table.info["denoiser"])
 

@@ -76,11 +76,17 @@ def call_branches(
         timestep: scalar or (batch,).
         conditions: one per branch, of one structure.
     Returns:
-        One output (batch, *shape) per condition.
+        One output (batch, *shape) per condition, without a learned variance.
     """
     count = len(conditions)
     if count == 1:
         return (denoiser(x, timestep, conditions[0], **options),)
     repeated = timestep.repeat(count) if timestep.ndim else timestep
     output = denoiser(torch.cat([x] * count), repeated, concatenate_conditions(conditions), **options)
-    return output.chunk(count)
+    return drop_learned_variance(output, x).chunk(count)
+
+
+def drop_learned_variance(output: Tensor, x: Tensor) -> Tensor:
+    """The first half of an output with twice the channels of `x` (learned variance); any other as it is."""
+    channels = x.shape[1]
+    return output[:, :channels] if output.shape[1] == 2 * channels else output

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from solvers.calls import CONDITIONAL, Call, branch_condition, call_branches
+from solvers.calls import Call, branch_condition, call_branches
 
 if TYPE_CHECKING:
     from solvers.table import SolverTable
@@ -103,7 +103,8 @@ def _row_weights(table: "SolverTable", like: Tensor) -> list[tuple[Tensor, ...]]
 
 
 def evaluator(denoiser: Denoiser, table: "SolverTable", condition: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """(state, timestep, row) -> the outputs of the calls of that row; see `branch_conditions` and `told_node`."""
+    """(state, timestep, row) -> the outputs of the calls of that row; see `called` and `branch_conditions`."""
+    denoiser = called(denoiser, table)
     conditions = branch_conditions(denoiser, table, condition)
 
     def evaluate(state: Tensor, timestep: Tensor, row: Row) -> tuple[Tensor, ...]:
@@ -113,6 +114,11 @@ def evaluator(denoiser: Denoiser, table: "SolverTable", condition: Any) -> Calla
         return call_branches(denoiser, state, timestep, chosen, **told_node(denoiser, table, row.index))
 
     return evaluate
+
+
+def called(denoiser: Denoiser, table: "SolverTable") -> Denoiser:
+    """The network a table calls: inside a guided denoiser, where the table makes the calls of guidance itself."""
+    return getattr(denoiser, "unguided", denoiser) if table.has_branches else denoiser
 
 
 def branch_conditions(denoiser: Denoiser, table: "SolverTable", condition: Any) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def branch_conditions(denoiser: Denoiser, table: "SolverTable", condition: Any) 
         ValueError: a branch that the denoiser does not have, or several of one whose outputs are not linear.
     """
     branches = sorted({call.branch for call in table.calls})
-    if getattr(denoiser, "needs_node", False) and branches != [CONDITIONAL]:
+    if getattr(denoiser, "needs_node", False) and table.has_branches:
         raise ValueError(
             "the denoiser thresholds its outputs, which is not linear in the calls that the solver combines: "
             "switch thresholding off, or use a solver for the guided denoiser"

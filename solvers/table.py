@@ -90,6 +90,11 @@ class SolverTable:
         return bool(self.used("noise_coef").any())
 
     @property
+    def has_branches(self) -> bool:
+        """Whether the table makes the calls of guidance itself."""
+        return any(call.branch != CONDITIONAL for call in self.calls)
+
+    @property
     def is_plain(self) -> bool:
         """Whether weights are numbers and every row makes one conditional call, as a scheduler does."""
         return isinstance(self.space, Plain) and self.calls == one_call_a_row(self.num_rows)
@@ -121,7 +126,7 @@ class SolverTable:
         Raises:
             ValueError: a table that makes other calls than conditional ones.
         """
-        if any(call.branch != CONDITIONAL for call in self.calls):
+        if self.has_branches:
             raise ValueError("this solver is guided already: its calls have branches of their own")
         chosen = set(range(self.num_rows) if rows is None else rows)
         calls, columns, weights = [], [], []

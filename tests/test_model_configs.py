@@ -59,8 +59,10 @@ def test_the_way_from_teacher_to_solver(model: str, tmp_path: Path) -> None:
         ["predict", f"--config=configs/trajectories/{model}.yaml", *shared, *shorter, f"--model.folder={trajectories}"]
     )
     places = [f"--data.trajectories={trajectories}", f"--model.output={output}"]
-    main(["fit", f"--config=configs/olss/{model}.yaml", *shared, *places, "--model.method.nfe=[3]", "--data.holdout=1"])
-    assert load_solver(f"{output}/olss-3.json").info["method"] == "olss"
+    main(
+        ["fit", f"--config=configs/olss/{model}.yaml", *shared, *places, "--model.method.calls=[4]", "--data.holdout=2"]
+    )
+    assert load_solver(f"{output}/olss-4.json").info["method"] == "olss"
     if Path(f"configs/solver_search/{model}.yaml").exists():
         places = [f"--data.trajectories={trajectories}", f"--model.output={output}"]
         small = ["--model.method.nfe=[3]", "--model.method.descent.steps=1", "--data.holdout=1", "--data.batch_size=2"]

@@ -20,8 +20,8 @@ SHORTER = {  # what a page for real models asks for, cut down to seconds
     ("train", "fit"): [
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
-        "--data.holdout=1",
-        "--model.method.nfe=[5]",
+        "--data.holdout=2",
+        "--model.method.calls=[8]",
         "--model.method.path=uniform",
     ],
     ("sample", "compare"): ["--bootstrap=0", "--num_samples=4"],
@@ -82,10 +82,10 @@ def test_a_diffusers_model(workplace: Path) -> None:
     tiny_pipeline("sd").save_pretrained("models/mine")
     for language, text in blocks("1."):
         run_block(language, text)
-    assert {file.name for file in (workplace / "runs/mine").glob("*.json")} >= {"olss-5.json", "recorded-8.json"}
+    assert {file.name for file in (workplace / "runs/mine").glob("*.json")} >= {"olss-8.json", "recorded-8.json"}
     assert (workplace / "runs/mine/compare/report.json").is_file()
     assert (workplace / "runs/mine/scheduler/scheduler_config.json").is_file()
-    assert (workplace / "runs/mine/recorded/olss-5.json").is_file()
+    assert (workplace / "runs/mine/recorded/olss-8.json").is_file()
 
 
 def test_an_official_checkpoint(workplace: Path) -> None:
@@ -93,13 +93,13 @@ def test_an_official_checkpoint(workplace: Path) -> None:
     tiny_dit(NoiseSchedule.flow(), workplace / "models/SiT-XL-2-256.pt")
     for language, text in blocks("2."):
         run_block(language, text)
-    assert (workplace / "runs/dit/olss-5.json").is_file()
+    assert (workplace / "runs/dit/olss-8.json").is_file()
     assert (workplace / "runs/sit/samples/samples.npz").is_file()
 
 
 def test_your_own_network(workplace: Path) -> None:
     for language, text in blocks("3."):
         run_block(language, text)
-    assert (workplace / "runs/own/olss-5.json").is_file()
+    assert (workplace / "runs/own/olss-8.json").is_file()
     assert (workplace / "runs/own/compare/report.json").is_file()
     sys.modules.pop("my_model", None)

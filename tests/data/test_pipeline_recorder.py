@@ -24,7 +24,8 @@ from denoisers import class_labels, load_denoiser, with_guidance
 from denoisers.diffusers_models import from_pipeline
 from denoisers.pipeline import PipelineDenoiser
 from olss.path import uniform_path
-from olss.student import fit_on_student, fit_on_teacher, teacher_factor
+from olss.plan import CallPlan
+from olss.run import fit_on_teacher, fit_run, teacher_columns
 from solvers import (
     TableScheduler,
     export_solver,
@@ -147,7 +148,7 @@ def sounds() -> Sounds:
     return Sounds(Mixer().requires_grad_(False), DDIMScheduler(clip_sample=False))
 
 
-@pytest.mark.parametrize("basis", ["teacher", "student"])
+@pytest.mark.parametrize("basis", ["teacher", "own"])
 def test_olss_on_an_unknown_pipeline(basis: str, tmp_path: Path) -> None:
     """Fitted on recordings alone, run inside the pipeline: beats DDIM of as many steps on unseen seeds."""
     pipe, pitches = sounds(), [-0.5, 0.1, 0.7]
@@ -156,9 +157,10 @@ def test_olss_on_an_unknown_pipeline(basis: str, tmp_path: Path) -> None:
     assert_runs_of_its_table(cache)
     path = uniform_path(40, 4)
     if basis == "teacher":
-        fit = fit_on_teacher(teacher_factor(cache.batches(), 40), path, 40)
+        fit = fit_on_teacher(teacher_columns(cache.table, cache.batches()), cache.table, CallPlan(tuple(path)))
     else:
-        fit = fit_on_student(PipelineDenoiser(pipe, pitches, **call), cache.table, [cache.load()], path)
+        denoiser = PipelineDenoiser(pipe, pitches, **call)
+        fit = fit_run(denoiser, cache.table, [cache.load()], CallPlan(tuple(path))).fit
     table = fit.table(cache.table)
 
     def run(scheduler: Any, steps: int) -> Tensor:
@@ -184,7 +186,7 @@ def test_student_of_as_many_steps_is_the_teacher(kind: str, tmp_path: Path) -> N
     prompts, call = call_of(kind, PROMPTS, 2.0)
     cache = record_trajectories(pipe, prompts, tmp_path, 3, progress=False, **call)
     denoiser, found = PipelineDenoiser(pipe, prompts, batch_size=3, **call), cache.load()
-    table = fit_on_student(denoiser, cache.table, [found], [0, 1, 2]).table(cache.table)
+    table = fit_run(denoiser, cache.table, [found], CallPlan((0, 1, 2))).fit.table(cache.table)
     images = sample(denoiser, table, found.states[:, 0] / table.start_scale, found.condition)
     assert float((images - found.states[:, -1]).abs().max()) < 1e-4 * float(found.states.abs().max())
 
@@ -198,7 +200,8 @@ def test_from_a_saved_pipeline_to_a_fast_one(kind: str, tmp_path: Path) -> None:
     prompts, call = call_of(kind, PROMPTS, 2.0)
     cache = record_trajectories(pipe, prompts, tmp_path / "recorded", 8, progress=False, **call)
     denoiser = PipelineDenoiser(pipe, prompts, batch_size=3, **call)
-    fit = fit_on_student(denoiser, cache.table, [cache.load()], uniform_path(cache.table.nfe, STEPS))
+    plan = CallPlan(tuple(uniform_path(cache.table.num_rows, STEPS)))
+    fit = fit_run(denoiser, cache.table, [cache.load()], plan).fit
     artifact = tmp_path / "olss.json"
     save_solver(fit.table(cache.table), artifact, cache.identity, method="olss")
     export_solver(artifact, "diffusers", tmp_path / "scheduler")

@@ -6,13 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olss.fit import Factor, solve, warn_if_ill_conditioned
-from olss.path import output_column, state_column
-from olss.student import teacher_columns, teacher_factor
-from tests.olss.toy import trajectories
+from olss.path import output_columns, state_column
+from olss.run import teacher_columns
+from tests.olss.toy import teacher, trajectories
 
 STEPS = 20
 DATA = trajectories(STEPS)
-MATRIX = torch.stack([column.reshape(-1) for column in teacher_columns(DATA)], 1)
+TEACHER = teacher(STEPS)
+COLUMNS = [DATA.states[:, 0], *DATA.outputs.unbind(1), *DATA.states[:, 1:].unbind(1)]
+MATRIX = torch.stack([column.reshape(-1) for column in COLUMNS], 1)
+
+
+def teacher_factor(batches):
+    return teacher_columns(TEACHER, batches).factors[0]
+
+
+def output_column(index):
+    return output_columns(index, TEACHER)[0]
 
 
 def one_shot(basis, target):
@@ -42,27 +52,27 @@ def assert_same(factor, basis, target):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=8), st.data())
 def test_any_batch_split_equals_one_shot(sizes, data):
-    factor = teacher_factor(split(sizes), STEPS)
+    factor = teacher_factor(split(sizes))
     outputs = data.draw(st.sets(st.integers(0, STEPS - 1), min_size=1, max_size=6))
     target = data.draw(st.integers(1, STEPS))
-    assert_same(factor, [0, *map(output_column, sorted(outputs))], state_column(target, STEPS))
+    assert_same(factor, [0, *map(output_column, sorted(outputs))], state_column(target, TEACHER))
 
 
 def test_the_cases_include_well_conditioned_ones():
-    factor = teacher_factor([DATA], STEPS)
-    conditions = [assert_same(factor, [0, output_column(i)], state_column(STEPS, STEPS)) for i in range(8, STEPS)]
+    factor = teacher_factor([DATA])
+    conditions = [assert_same(factor, [0, output_column(i)], state_column(STEPS, TEACHER)) for i in range(8, STEPS)]
     assert sum(condition < 1e6 for condition in conditions) >= 8
 
 
 @pytest.mark.parametrize("cut", [0, 1, 11])
 def test_merging_two_processes_equals_one(cut):
-    parts = [teacher_factor([DATA[:cut]] if cut else [], STEPS), teacher_factor([DATA[cut:]], STEPS)]
+    parts = [teacher_factor([DATA[:cut]] if cut else []), teacher_factor([DATA[cut:]])]
     merged = Factor.empty(2 * STEPS + 1)
     merged.merge(torch.stack([part.r for part in parts]), sum(part.num_rows for part in parts))
-    whole = teacher_factor([DATA], STEPS)
+    whole = teacher_factor([DATA])
     assert merged.num_rows == whole.num_rows == len(MATRIX)
     torch.testing.assert_close(merged.r.T @ merged.r, MATRIX.T @ MATRIX, rtol=1e-12, atol=1e-9)
-    assert_same(merged, [0, output_column(9), output_column(17)], state_column(STEPS, STEPS))
+    assert_same(merged, [0, output_column(9), output_column(17)], state_column(STEPS, TEACHER))
 
 
 def test_the_factor_does_not_grow():
@@ -85,15 +95,15 @@ def test_blocks_longer_than_a_chunk():
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.integers(0, STEPS - 1), min_size=1, max_size=6), st.integers(0, STEPS - 1), st.integers(1, STEPS))
 def test_a_further_column_never_raises_the_error(outputs, extra, target):
-    factor = teacher_factor([DATA], STEPS)
+    factor = teacher_factor([DATA])
     basis = [0, *map(output_column, sorted(outputs))]
     larger = basis if extra in outputs else [*basis, output_column(extra)]
-    few, many = (solve(factor, columns, [state_column(target, STEPS)]).error for columns in (basis, larger))
+    few, many = (solve(factor, columns, [state_column(target, TEACHER)]).error for columns in (basis, larger))
     assert float(many) <= float(few) + 1e-10
 
 
 def test_many_targets_at_once():
-    factor = teacher_factor([DATA], STEPS)
+    factor = teacher_factor([DATA])
     basis, targets = [0, 5, 9], [25, 30, 40]
     together = solve(factor, basis, targets)
     for index, target in enumerate(targets):
@@ -103,7 +113,7 @@ def test_many_targets_at_once():
 
 
 def test_ridge_solves_the_penalised_problem():
-    factor, ridge, basis, target = teacher_factor([DATA], STEPS), 1e-3, [0, 8, 15], state_column(STEPS, STEPS)
+    factor, ridge, basis, target = teacher_factor([DATA]), 1e-3, [0, 8, 15], state_column(STEPS, TEACHER)
     part = MATRIX[:, basis]
     gram = part.T @ part / len(part) + ridge * torch.eye(3, dtype=torch.float64)
     expected = torch.linalg.solve(gram, part.T @ MATRIX[:, target] / len(part))

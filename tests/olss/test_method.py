@@ -9,10 +9,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.teacher_data import TeacherData
 from data.trajectories import TrajectoryCache, generate_trajectories
+from denoisers import split_guidance, with_guidance
 from evaluation.evaluate import evaluate_table
 from olss.method import OLSS
-from olss.student import fit_on_student, fit_on_teacher, teacher_factor
-from solvers import NoiseSchedule, SolverError, load_solver, sample
+from olss.plan import CallPlan
+from olss.run import fit_on_teacher, fit_run, teacher_columns
+from solvers import Bands, NoiseSchedule, Plain, SolverError, load_solver, named_solver, sample, start_noise
 from tests.olss.toy import SEEDS, Toy, teacher
 from training.method import Run
 from training.solver_training import SolverTraining
@@ -42,9 +44,9 @@ def trainer(folder, devices=1):
     return lightning.Trainer(**options)
 
 
-def make(folder, denoiser=None, evaluation=None, **options):
-    method = OLSS(**({"nfe": [3, 5]} | options))
-    return SolverTraining(denoiser or Toy(), method, str(folder), evaluation=evaluation or Evaluation())
+def make(folder, denoiser=None, evaluation=None, guidance_scale=1.0, **options):
+    method = OLSS(**({"calls": [3, 5]} | options))
+    return SolverTraining(denoiser or Toy(), method, str(folder), guidance_scale, evaluation=evaluation or Evaluation())
 
 
 def fit(folder, cache, devices=1, ckpt_path=None, max_epochs=-1, batch_size=4, **options):
@@ -77,11 +79,11 @@ def equal(first, second, tolerance):
 
 @pytest.mark.parametrize("path", ["uniform", "log_snr", "greedy", "search"])
 def test_equals_the_plain_fit(tmp_path, cache, path):
-    fit(tmp_path, cache, path=path, search_trajectories=8)
+    fit(tmp_path, cache, path=path, search_trajectories=20)
     fitted = TrajectoryCache(cache).load(20)
     for nfe, table in tables(tmp_path).items():
         indices = table.info["config"]["indices"]
-        plain = fit_on_student(Toy(), teacher(), [fitted], indices).table(teacher())
+        plain = fit_run(Toy(), teacher(), [fitted], CallPlan(tuple(indices))).fit.table(teacher())
         close(table, plain, 1e-7)  # log_snr: coefficients of 2e6, condition number 1e8
         assert torch.equal(table.alpha, teacher().alpha[[*indices, 20]])
         assert len(indices) == nfe
@@ -98,9 +100,9 @@ def test_an_artifact_fits_a_denoiser_that_thresholds(tmp_path, cache, monkeypatc
 
 def test_teacher_basis(tmp_path, cache):
     fit(tmp_path, cache, basis="teacher", path="uniform")
-    factor = teacher_factor([TrajectoryCache(cache).load(20)], 20)
-    plain = fit_on_teacher(factor, [0, 4, 8, 12, 16], 20).table(teacher())
-    close(tables(tmp_path)[5], plain, 1e-9)
+    columns = teacher_columns(teacher(), [TrajectoryCache(cache).load(20)])
+    plain = fit_on_teacher(columns, teacher(), CallPlan((0, 4, 8, 12, 16))).table(teacher())
+    close(tables(tmp_path)[5], plain, 1e-8)
 
 
 @pytest.mark.parametrize("options", [{"path": "uniform"}, {"path": "search", "search_trajectories": 8}])
@@ -116,7 +118,7 @@ def test_two_processes_find_the_same_table(tmp_path, cache, options):
 
 def test_test_measures_the_students(tmp_path, cache):
     options = Evaluation(num_images=8, metrics=["rmse"], reference="ddim:20")
-    module = fit(tmp_path, cache, nfe=[3, 5], evaluation=options)
+    module = fit(tmp_path, cache, evaluation=options)
     found = trainer(tmp_path).test(module, datamodule=TeacherData(cache, holdout=4), verbose=False)[0]
     for nfe in (3, 5):
         same = evaluate_table(Toy(), tables(tmp_path)[nfe], teacher(), num_images=8)
@@ -126,18 +128,19 @@ def test_test_measures_the_students(tmp_path, cache):
     assert again == pytest.approx(found, rel=1e-6)
 
 
-def test_resumes_to_the_same_table(tmp_path, cache):
-    fit(tmp_path / "whole", cache)
-    stopped = fit(tmp_path / "parts", cache, max_epochs=3)
+@pytest.mark.parametrize(("options", "epochs"), [({}, 3), ({"path": "search", "search_trajectories": 8}, 2)])
+def test_resumes_to_the_same_table(tmp_path, cache, options, epochs):
+    fit(tmp_path / "whole", cache, **options)
+    stopped = fit(tmp_path / "parts", cache, max_epochs=epochs, **options)
     assert not (tmp_path / "parts" / "olss-3.json").exists()
-    assert [len(fit.coefs) for fit in stopped.fitting.fits.values()] == [2, 2]
+    assert [len(fit.weights) for fit in stopped.fitting.fits.values()] == [2, 2]
     checkpoint = tmp_path / "parts" / "last.ckpt"
     state = torch.load(checkpoint, weights_only=True)
     assert list(state["state_dict"]) == ["anchor"]
-    fit(tmp_path / "parts", cache, ckpt_path=checkpoint)
+    fit(tmp_path / "parts", cache, ckpt_path=checkpoint, **options)
     equal(tables(tmp_path / "whole"), tables(tmp_path / "parts"), 0)
-    assert not (tmp_path / "parts" / "student-outputs").exists()
-    fit(tmp_path / "parts", cache, ckpt_path=tmp_path / "parts" / "last.ckpt")
+    assert not (tmp_path / "parts" / "solver-outputs").exists()
+    fit(tmp_path / "parts", cache, ckpt_path=tmp_path / "parts" / "last.ckpt", **options)
     equal(tables(tmp_path / "whole"), tables(tmp_path / "parts"), 0)
 
 
@@ -152,12 +155,76 @@ def test_each_row_costs_one_evaluation(tmp_path, cache):
         assert table.info["fitted_on"]["evaluations"]["calls"] == 20 * (nfe - 1) + 4 * nfe
 
 
+class Guided(Toy):
+    """Toy with a null class."""
+
+    def null_condition(self, condition):
+        return torch.full_like(condition, 3)
+
+
+@pytest.fixture(scope="module")
+def split_cache(tmp_path_factory):
+    """Trajectories at guidance 2 with the outputs of both branches."""
+    folder, denoiser = tmp_path_factory.mktemp("split"), with_guidance(Guided(), 2.0)
+    table = split_guidance(teacher(), denoiser)
+    generate_trajectories(denoiser, table, SEEDS, folder, shard_size=5, dtype=torch.float64, progress=False)
+    return str(folder)
+
+
+def test_guided_solvers_leave_calls_out(tmp_path, split_cache):
+    options = {"calls": [4, 5], "path": "search", "search_trajectories": 8}
+    fit(tmp_path, split_cache, denoiser=Guided(), guidance_scale=2.0, **options)
+    for calls in (4, 5):
+        table = load_solver(tmp_path / f"olss-{calls}.json", denoiser=with_guidance(Guided(), 2.0))
+        assert table.nfe == calls < 2 * table.num_rows
+        assert table.info["guidance_scale"] == 2.0
+        assert table.info["config"]["unconditional"]
+        noise, labels = start_noise(range(16), (1, 4, 4), torch.float64), torch.arange(16) % 3
+        wanted = sample(with_guidance(Guided(), 2.0), teacher(), noise, labels)
+        baseline = sample(with_guidance(Guided(), 2.0), named_solver("ddim:2", Toy().schedule), noise, labels)
+        found = sample(Guided(), table, noise, labels)
+        assert float((found - wanted).square().mean()) < 0.25 * float((baseline - wanted).square().mean())
+    load_solver(tmp_path / "olss-4.json", denoiser=Guided())  # guidance is in the table: the bare network fits
+    with pytest.raises(SolverError, match=r"made for guidance scale 2\.0, found 3\.0"):
+        load_solver(tmp_path / "olss-4.json", denoiser=with_guidance(Guided(), 3.0))
+
+
+def test_all_rows_guided_are_counted_twice(tmp_path, split_cache):
+    fit(tmp_path, split_cache, denoiser=Guided(), guidance_scale=2.0, calls=6, path="uniform")
+    table = load_solver(tmp_path / "olss-6.json", denoiser=with_guidance(Guided(), 2.0))
+    assert (table.nfe, table.num_rows) == (6, 3)
+    with pytest.raises(ValueError, match="5 network calls do not fit rows of 2 calls: use a multiple, or path search"):
+        fit(tmp_path, split_cache, denoiser=Guided(), guidance_scale=2.0, calls=5, path="uniform")
+
+
+@pytest.mark.parametrize("weights", ["channels", "bands", "auto"])
+def test_kinds_of_weights(tmp_path, cache, weights):
+    fit(tmp_path, cache, calls=3, path="uniform", weights=weights, edges=(0.2,))
+    table = load_solver(tmp_path / "olss-3.json", denoiser=Toy())
+    kept, scores = table.info["config"]["weights"], table.info["validation"]["chosen_from"]
+    assert kept == min(scores, key=scores.get)
+    assert set(scores) == ({"numbers", "bands"} if weights == "auto" else {weights})  # of one channel
+    assert table.space == {"numbers": Plain(), "channels": Bands((), 1), "bands": Bands((0.2,), 1)}[kept]
+
+
+def test_few_trajectories_keep_numbers_where_operators_are_worse(tmp_path):
+    """One trajectory of 16 pixels does not settle 4 bands: whatever is kept is best on those that choose."""
+    generate_trajectories(Toy(), teacher(), SEEDS[:9], tmp_path / "few", dtype=torch.float64, progress=False)
+    module = make(tmp_path, calls=4, path="uniform", weights="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path).fit(module, datamodule=TeacherData(str(tmp_path / "few"), holdout=8))
+    scores = load_solver(tmp_path / "olss-4.json").info["validation"]["chosen_from"]
+    assert scores[module.fitting.kept[4]] == min(scores.values())
+
+
 def test_the_artifact_says_how_it_came_about(tmp_path, cache):
     fit(tmp_path, cache, path="uniform")
     table = tables(tmp_path)[5]
     assert table.info["fitted_on"]["seeds"] == [[SEEDS[0], SEEDS[20]]]
-    assert table.info["validation"]["seeds"] == [[SEEDS[20], SEEDS[-1] + 1]]
-    held_out = TrajectoryCache(cache).load().choose(range(20, 24))
+    assert table.info["validation"]["seeds"] == [[SEEDS[22], SEEDS[-1] + 1]]
+    assert table.info["validation"]["chosen_on"] == [[SEEDS[20], SEEDS[22]]]
+    held_out = TrajectoryCache(cache).load().choose(range(22, 24))
     image = sample(Toy(), table, held_out.states[:, 0], held_out.condition)
     rmse = float((image - held_out.states[:, -1]).pow(2).mean().sqrt())
     assert abs(table.info["validation"]["rmse"] - rmse) < 1e-12
@@ -169,11 +236,14 @@ def test_the_artifact_says_how_it_came_about(tmp_path, cache):
     [
         ({"basis": "both"}, "unknown basis 'both'"),
         ({"path": "straight"}, "unknown path 'straight'"),
-        ({"path": [0, 5], "nfe": 3}, "a path of 2 indices is for nfe 2, asked for is 3"),
-        ({"path": "search", "basis": "teacher"}, "use basis student"),
+        ({"path": [0, 5], "calls": 3}, "a path of 2 indices is for 2 rows, 3 calls are 3"),
+        ({"path": [0, 5], "calls": [2, 3]}, "one path was given for several numbers of calls"),
+        ({"path": "search", "basis": "teacher"}, "use basis own"),
+        ({"weights": "matrices"}, "unknown weights 'matrices'"),
+        ({"edges": (0.3, 0.1)}, "band edges"),
         ({"ridge": -1.0}, "ridge is -1.0"),
-        ({"nfe": 21}, "cannot follow a teacher of 20"),
-        ({"path": [1, 5, 9], "nfe": 3}, "must start at 0"),
+        ({"calls": 21}, "21 network calls are 21 rows, more than the teacher's 20"),
+        ({"calls": 0}, "0 network calls do not fit"),
     ],
 )
 def test_refusals(tmp_path, cache, options, message):
@@ -196,7 +266,9 @@ def test_resumes_in_the_middle_of_an_epoch(tmp_path, cache):
     def begin(folder):
         run = Run(Toy(), TeacherData(cache, batch_size=4, holdout=4).open(Toy(), OLSS.wanted))
         run.folder = tmp_path / folder
-        return OLSS([3], path="uniform").begin(run)
+        fitting = OLSS([3], path="uniform").begin(run)
+        fitting.start()
+        return fitting
 
     whole, first, second = (begin(name) for name in ("whole", "parts", "parts"))
     for _ in range(3):
@@ -210,6 +282,6 @@ def test_resumes_in_the_middle_of_an_epoch(tmp_path, cache):
     for batch in batches[2:]:
         second.step(batch)
     second.end_epoch()
-    assert torch.equal(second.fits[3].coefs[0], whole.fits[3].coefs[0])
+    assert torch.equal(second.fits[3, "numbers"].weights[0], whole.fits[3, "numbers"].weights[0])
     assert second.spent[3].forward == 0
     assert whole.done

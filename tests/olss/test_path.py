@@ -14,13 +14,13 @@ from olss.path import (
     distinct,
     greedy_path,
     log_snr_path,
-    output_column,
-    power_path,
+    output_columns,
     state_column,
     uniform_path,
 )
-from olss.search import PathSearch, combined, moves, starting_paths
-from olss.student import end_error, fit_on_student, fit_on_teacher, run_student, teacher_factor
+from olss.plan import CallPlan, combined, moves, starting_plans
+from olss.run import end_errors, fit_on_teacher, fit_run, teacher_columns
+from olss.search import PlanSearch
 from solvers import NoiseSchedule
 from tests.olss.toy import Toy, teacher, trajectories
 
@@ -28,14 +28,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:row .* condition number")
 
 STEPS = 20
 DATA = trajectories(STEPS)
-FACTOR = teacher_factor([DATA], STEPS)
+COLUMNS = teacher_columns(teacher(STEPS), [DATA])
+FACTOR = COLUMNS.factors[0]
 
 
 def step_errors(path):
     """Error of each step of a path: current state and outputs so far."""
     for index, end in enumerate([*path[1:], STEPS]):
-        basis = [state_column(path[index], STEPS), *map(output_column, path[: index + 1])]
-        yield float(solve(FACTOR, basis, [state_column(end, STEPS)]).error)
+        table = teacher(STEPS)
+        outputs = [column for point in path[: index + 1] for column in output_columns(point, table)]
+        basis = [state_column(path[index], table), *outputs]
+        yield float(solve(FACTOR, basis, [state_column(end, table)]).error)
 
 
 def direct_greedy(nfe):
@@ -69,7 +72,7 @@ def direct_greedy(nfe):
 
 @pytest.mark.parametrize("nfe", [2, 4, 6])
 def test_greedy_equals_the_direct_search(nfe):
-    direct, path = direct_greedy(nfe), greedy_path(FACTOR, STEPS, nfe)
+    direct, path = direct_greedy(nfe), greedy_path(FACTOR, teacher(STEPS), nfe)
     assert set(direct) <= set(path)
     assert len(path) == nfe
     if len(direct) == nfe:
@@ -78,14 +81,14 @@ def test_greedy_equals_the_direct_search(nfe):
 
 @pytest.mark.parametrize("nfe", [1, 2, 5, 13, 19, 20])
 def test_greedy_places_every_point(nfe):
-    path = check_path(greedy_path(FACTOR, STEPS, nfe), STEPS)
+    path = check_path(greedy_path(FACTOR, teacher(STEPS), nfe), STEPS)
     assert len(path) == nfe
 
 
 def test_greedy_lowers_the_largest_step_error():
     for nfe in (4, 6, 8):
         greedy, uniform = (
-            max(step_errors(path)) for path in (greedy_path(FACTOR, STEPS, nfe), uniform_path(STEPS, nfe))
+            max(step_errors(path)) for path in (greedy_path(FACTOR, teacher(STEPS), nfe), uniform_path(STEPS, nfe))
         )
         assert greedy <= uniform * (1 + 1e-9)
 
@@ -94,9 +97,9 @@ def test_greedy_lowers_the_largest_step_error():
 @given(st.integers(1, 120), st.data(), st.floats(0.3, 3))
 def test_every_path_is_one(num_steps, data, power):
     nfe = data.draw(st.integers(1, num_steps))
-    for path in (uniform_path(num_steps, nfe), power_path(num_steps, nfe, power)):
+    bent = distinct([num_steps * (i / nfe) ** power for i in range(nfe)], num_steps)
+    for path in (uniform_path(num_steps, nfe), bent):
         assert len(check_path(path, num_steps)) == nfe
-    assert power_path(num_steps, nfe, 1.0) == uniform_path(num_steps, nfe)
 
 
 def test_uniform_rounds_i_m_over_n():
@@ -115,10 +118,10 @@ def test_log_snr_steps_are_even(schedule):
 
 
 def test_path_errors():
-    with pytest.raises(ValueError, match="a student of 21 evaluations cannot follow a teacher of 20"):
+    with pytest.raises(ValueError, match="a solver of 21 rows cannot follow a teacher of 20"):
         uniform_path(STEPS, 21)
-    for path in ([], [1, 2], [0, 5, 5], [0, 20]):
-        with pytest.raises(ValueError, match="must start at 0, increase, and stay below the teacher's 20 steps"):
+    for path in ([], [-1, 2], [0, 5, 5], [0, 20]):
+        with pytest.raises(ValueError, match="must increase from 0 or later, and stay below the teacher's 20 steps"):
             check_path(path, STEPS)
 
 
@@ -127,51 +130,90 @@ def test_path_errors():
 def test_a_larger_path_has_no_larger_end_error(points, extra):
     """Teacher basis, no ridge."""
     small, large = ([0, *sorted(chosen)] for chosen in (points, points | {extra}))
-    errors = [fit_on_teacher(FACTOR, path, STEPS).errors[-1] for path in (small, large)]
+    plans = [CallPlan(tuple(path)) for path in (small, large)]
+    errors = [fit_on_teacher(COLUMNS, teacher(STEPS), plan).errors[-1] for plan in plans]
     assert errors[1] <= errors[0] + 1e-10
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sets(st.integers(1, 29), min_size=1, max_size=8), st.integers(1, 9))
-def test_moves_keep_paths(points, distance):
-    path = [0, *sorted(points)]
-    moved = moves(path, 30, distance)
+@given(st.sets(st.integers(0, 29), min_size=2, max_size=8), st.integers(1, 9), st.data())
+def test_moves_keep_plans(points, distance, data):
+    path = tuple(sorted(points))
+    rows = data.draw(st.sets(st.integers(0, len(path) - 1), max_size=len(path) - 1))
+    plan = CallPlan(path, tuple(sorted(rows)))
+    moved = moves(plan, 30, distance)
     for new in moved:
-        check_path(new, 30)
-        assert sum(a != b for a, b in zip(path, new)) == 1
-        assert sum(abs(a - b) for a, b in zip(path, new)) == distance
-    check_path(combined(path, moved, 30), 30)
+        check_path(new.path, 30)
+        assert len(new.calls) == len(plan.calls)
+        changed = [abs(a - b) for a, b in zip(path, new.path) if a != b]
+        assert (changed in ([1], [distance])) != (new.unconditional != plan.unconditional)
+    check_path(combined(path, [new.path for new in moved], 30), 30)
 
 
 def test_combined_takes_all_moves_that_fit():
-    assert combined([0, 5, 10], [[0, 6, 10], [0, 5, 9]], 20) == [0, 6, 9]
-    assert combined([0, 5, 6], [[0, 6, 7], [0, 5, 7]], 20) == [0, 6, 7]
+    assert combined([0, 5, 10], [[0, 6, 10], [0, 5, 9]], 20) == (0, 6, 9)
+    assert combined([0, 5, 6], [[0, 6, 7], [0, 5, 7]], 20) == (0, 6, 7)
+
+
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_starting_plans_cost_what_was_asked_for(calls):
+    plain, guided = teacher(STEPS), teacher(STEPS).guided(2.0)
+    assert all(len(plan.calls) == calls and not plan.unconditional for plan in starting_plans(plain, calls))
+    if calls > 1:
+        plans = starting_plans(guided, calls)
+        assert all(len(plan.calls) == calls and plan.unconditional for plan in plans)
+        assert {len(plan.path) for plan in plans} == set(range(calls - calls // 2, calls))
+    for plan in starting_plans(plain, calls):
+        check_path(plan.path, STEPS)
+
+
+def test_budgets_outside_the_teacher():
+    with pytest.raises(ValueError, match="a solver of 21 network calls cannot follow a teacher of 20 rows"):
+        starting_plans(teacher(STEPS), 21)
+    with pytest.raises(ValueError, match="a solver of 0 network calls"):
+        starting_plans(teacher(STEPS), 0)
 
 
 def test_search_is_never_worse_than_its_starts():
     denoiser, table = Toy(), teacher(STEPS)
-    search = PathSearch(denoiser, table, DATA[:16], DATA[16:])
-    starts = [*starting_paths(table, 4), greedy_path(FACTOR, STEPS, 4)]
+    search = PlanSearch(denoiser, table, DATA[:16], DATA[16:])
+    starts = [*starting_plans(table, 4), CallPlan(tuple(greedy_path(FACTOR, table, 4)))]
     best = min(search.scores(starts))
     previous = best
     for rounds in (0, 1, 3):
-        path, error = search.best(4, [starts[-1]], rounds)
-        assert len(check_path(path, STEPS)) == 4
-        assert error <= previous
-        previous = error
-        fit = fit_on_student(denoiser, table, [DATA[:16]], path)
-        run = run_student(denoiser, table, [DATA[:16]], path, watched=[DATA[16:]])
-        assert error == pytest.approx(end_error(DATA[16:], run.fit, run.outputs[1]), rel=1e-9)
-        assert float((fit.coefs[-1] - run.fit.coefs[-1]).abs().max()) == 0
+        plan, score = search.best(4, [starts[-1]], rounds)
+        assert len(check_path(plan.path, STEPS)) == 4
+        assert score <= previous
+        previous = score
+        fit = fit_run(denoiser, table, [DATA[:16]], plan).fit
+        run = fit_run(denoiser, table, [DATA[:16]], plan, watched=[DATA[16:]])
+        assert score == pytest.approx(float(end_errors(DATA[16:], run.fit, run.parts[1]).sqrt().mean()), rel=1e-9)
+        assert float((fit.weights[-1] - run.fit.weights[-1]).abs().max()) == 0
     assert previous < best
 
 
+def test_a_plan_is_scored_once():
+    calls = []
+
+    def counted(x, timestep, condition):
+        calls.append(len(x))
+        return Toy()(x, timestep, condition)
+
+    search = PlanSearch(counted, teacher(STEPS), DATA[:4], DATA[4:8])
+    plans = [CallPlan((0, 5)), CallPlan((0, 6)), CallPlan((0, 5))]
+    scores = search.scores(plans)
+    assert scores[0] == scores[2]
+    spent = len(calls)
+    assert search.scores(plans) == scores
+    assert len(calls) == spent == 4  # one call on each of two batches for two plans
+
+
 def test_processes_share_the_scores():
-    search = PathSearch(Toy(), teacher(STEPS), DATA[:16], DATA[16:])
-    paths = starting_paths(teacher(STEPS), 3)
+    search = PlanSearch(Toy(), teacher(STEPS), DATA[:16], DATA[16:])
+    plans = starting_plans(teacher(STEPS), 3)
     parts = []
     for rank in range(2):
-        alone = PathSearch(Toy(), teacher(STEPS), DATA[:16], DATA[16:], rank=rank, world_size=2)
-        parts.append(alone.scores(paths))
-    assert [sum(pair) for pair in zip(*parts)] == search.scores(paths)
+        alone = PlanSearch(Toy(), teacher(STEPS), DATA[:16], DATA[16:], rank=rank, world_size=2)
+        parts.append(alone.scores(plans))
+    assert [sum(pair) for pair in zip(*parts)] == search.scores(plans)
     assert all(0 in pair for pair in zip(*parts))
