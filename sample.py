@@ -42,6 +42,7 @@ def generate(
     precision: Literal["float32", "bf16"] = "float32",
     sampler: Literal["sequential", "parataa"] = "sequential",
     preview: bool = False,
+    trust: bool = False,
 ) -> None:
     """Sample images with one solver: samples.npz, grid.png and manifest.json.
 
@@ -57,6 +58,7 @@ def generate(
         precision: of the network; states stay in float32.
         sampler: sequential, or parataa (parallel rounds).
         preview: with parataa, write the images after each round.
+        trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
     """
     from denoisers.generate import as_images
     from denoisers.generate import generate as run
@@ -66,7 +68,7 @@ def generate(
         raise ValueError(f"num_samples is {num_samples}: give at least 1")
     if preview and sampler != "parataa":
         raise ValueError("preview shows the rounds of --sampler parataa: the sequential sampler has none")
-    model, table = _load(solver, denoiser, guidance_scale, precision)
+    model, table = _load(solver, denoiser, guidance_scale, precision, trust)
     folder, seeds = Path(output), range(seed, seed + num_samples)
     with _sampler(sampler, folder / "preview" if preview else None) as (chosen, record):
         begin = time.perf_counter()
@@ -99,19 +101,21 @@ def compare(**options) -> None:
     run(CompareArgs(**options), {"parataa": parallel_sample})
 
 
-def inspect(solver: str, denoiser: str | None = None, output: str | None = None) -> None:
+def inspect(solver: str, denoiser: str | None = None, output: str | None = None, trust: bool = False) -> None:
     """Print a solver's rows and diagnostics, and draw its coefficients and timesteps.
 
     Args:
         solver: an artifact's path or name:steps.
         denoiser: checkpoint folder whose noise schedule name:steps uses; default the linear VP schedule.
         output: PNG file of the drawing; default runs/inspect/<solver>.png.
+        trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
     """
+    from denoisers import load_denoiser
     from evaluation.pictures import draw_table, save_figure
     from solvers import NoiseSchedule
     from solvers.named import resolve_solver
 
-    schedule = NoiseSchedule.linear() if denoiser is None else _load_denoiser(denoiser).schedule
+    schedule = NoiseSchedule.linear() if denoiser is None else load_denoiser(denoiser, trust_remote_code=trust).schedule
     table = resolve_solver(solver, schedule)
     _print_table(solver, table)
     path = Path(output or f"runs/inspect/{Path(solver).stem.replace(':', '-')}.png")
@@ -138,19 +142,20 @@ def export(
 COMMANDS = {"generate": generate, "compare": compare, "inspect": inspect, "export": export}
 
 
-def _load(solver: str, denoiser: str | None, guidance_scale: float | None, precision: str):
-    """The table and the model it runs on, checked against each other."""
+def _load(solver: str, denoiser: str | None, guidance_scale: float | None, precision: str, trust: bool):
+    """The table and the model it runs on, checked against each other; what comes with an artifact is never trusted."""
+    from denoisers import load_denoiser
     from solvers import load_solver, named_solver, student_path
 
     if Path(solver).suffix != ".json":
         scale = 1.0 if guidance_scale is None else guidance_scale
-        model = _load_denoiser(_given(denoiser), guidance_scale=scale, precision=precision)
+        model = load_denoiser(_given(denoiser), scale, precision, trust_remote_code=trust)
         return model, named_solver(solver, model.schedule)
     table = load_solver(solver)
     student = student_path(table)
     scale = _guidance(table.info["guidance_scale"]) if guidance_scale is None else guidance_scale
-    folder = _given(denoiser) if student is None else student.parent
-    model = _load_denoiser(str(folder), guidance_scale=scale, precision=precision)
+    folder = _given(denoiser) if student is None else str(student.parent)
+    model = load_denoiser(folder, scale, precision, trust_remote_code=trust and student is None)
     return model, load_solver(solver, model)
 
 
@@ -205,12 +210,6 @@ def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _load_denoiser(path: str, **options):
-    from denoisers import load_denoiser
-
-    return load_denoiser(path, **options)
-
-
 def _print_table(name: str, table) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -251,11 +250,11 @@ def _write_samples(path: Path, images) -> None:
 
 
 def _lists_joined(args: Sequence[str]) -> list[str]:
-    """`--solvers a b` as `--solvers ["a", "b"]`, which is how jsonargparse reads a list."""
+    """`--solvers a b` as `--solvers ["a", "b"]`, which is how jsonargparse reads a list; `--trust` alone is true."""
     groups: list[list[str]] = []
     for word in args:
         if word.startswith("--") or not groups:
-            groups.append([word])
+            groups.append(["--trust=true" if word == "--trust" else word])
         else:
             groups[-1].append(word)
     return [word for group in groups for word in (_list_joined(group) if _is_list(group) else group)]

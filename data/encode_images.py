@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.image_text import Damage, read_image_text
-from data.latent_shards import AGAIN, NULL_NAME, LatentSamples, parse_manifest, write_latents
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, precision, short
+from data.latent_shards import AGAIN, FIELDS, NULL_NAME, LatentSamples, write_latents
+from data.manifest import FORMAT_VERSION, MANIFEST_NAME, parse_manifest, precision, short
 from data.shard_writer import ShardWriter
 from data.shards import flatten_condition
 from data.teacher import StoreTrajectories
@@ -205,7 +205,7 @@ def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / MANIFEST_NAME
     if not path.exists():
         return
-    found = parse_manifest(path).get("encoded", {})
+    found = parse_manifest(path, FIELDS, f"delete the folder and {AGAIN}")["encoded"]
     for name, value in json.loads(json.dumps(wanted)).items():
         if name != "model" and found.get(name) != value:
             raise ValueError(

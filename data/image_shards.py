@@ -1,7 +1,6 @@
 """Webdataset shards of images with labels, NAME.jpg (.png, or .npy for latents) and NAME.cls: read into memory."""
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from data.manifest import read_record
 
 MANIFEST_NAME = "samples.json"  # beside shards that a teacher made
 
@@ -28,6 +29,13 @@ def read_array(content: bytes) -> np.ndarray:
 
 PICTURES: dict[str, Callable[[bytes], np.ndarray]] = dict.fromkeys(("jpg", "jpeg", "png"), decode_picture)
 ARRAYS = PICTURES | {"npy": read_array}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a file in a shard: the extension begins at the first dot of the last part of the path."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()
 
 
 def read_shards(
@@ -66,7 +74,7 @@ def describe_samples(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         return {"data": f"shards {Path(folder).name}"}
-    record = json.loads(path.read_text())
+    record = read_record(path, "sample the images again")
     return {
         "data": f"images {Path(folder).name}, sampled from the model with {record['solver']}",
         "seeds": record["seeds"],
@@ -78,7 +86,7 @@ def _read_shard(path: Path, decoders: Mapping[str, Callable]) -> list[tuple[np.n
     labels: dict[str, int] = {}
     with tarfile.open(path) as archive:
         for member in archive:
-            key, _, extension = member.name.partition(".")
+            key, extension = split_name(member.name)
             if extension in decoders:
                 images[key] = decoders[extension](archive.extractfile(member).read())
             elif extension == "cls":

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.image_shards import PICTURES
+from data.image_shards import PICTURES, split_name
 
 Files = dict[str, bytes]  # content by extension
 
@@ -86,13 +86,6 @@ def read_samples(path: Path, damage: Damage) -> Iterator[tuple[str, Files]]:
             _check_end(archive)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         damage.report(f"shard {path} is corrupt ({error})")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a file in a shard: the extension begins at the first dot of the last part of the path."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension.lower()
 
 
 def decode(files: Files, size: tuple[int, int]) -> tuple[np.ndarray, str]:

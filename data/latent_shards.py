@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME
+from data.manifest import MANIFEST_NAME, parse_manifest
 from data.shards import add_member, check_shard, flatten_condition, record_path, unflatten_condition
 from solvers.conditions import map_condition
 from solvers.files import atomic_write, sha256
 
 MAKE = "python train.py predict --config configs/encode/..."
 AGAIN = f"encode again with `{MAKE}`"
+FIELDS = ("encoded", "complete", "shards")
 NULL_NAME = "unconditional.safetensors"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 
@@ -251,20 +252,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no encoded shards (no {MANIFEST_NAME}): make them with `{MAKE}`")
-    manifest = parse_manifest(path)
-    if manifest.get("format_version") != FORMAT_VERSION or "encoded" not in manifest:
-        raise ValueError(
-            f"{path} describes no latents and text embeddings of format_version {FORMAT_VERSION}: make them with "
-            f"`{MAKE}`"
-        )
+    manifest = parse_manifest(path, FIELDS, f"delete the folder and {AGAIN}")
     if not manifest["complete"]:
         raise ValueError(f"{folder} is incomplete: {AGAIN}, it makes only what is missing")
     return manifest
-
-
-def parse_manifest(path: Path) -> dict[str, Any]:
-    """A manifest's contents; ValueError where they are no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): delete the folder and {AGAIN}") from error

@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from solvers.errors import one_line
 from solvers.identity import identify
 from solvers.table import SolverTable
 from solvers.table_json import table_to_dict
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+FIELDS = ("teacher", "seeds", "shard_size", "complete", "shards")
 
 
 def describe_teacher(denoiser: Callable, table: SolverTable, dtype: torch.dtype) -> dict[str, Any]:
@@ -53,14 +55,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no trajectories (no {MANIFEST_NAME}): make them with "
             "`python train.py predict --config configs/trajectories/...`"
         )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): delete the folder and generate it again") from error
+    return parse_manifest(path, FIELDS, "delete the folder and generate it again")
+
+
+def parse_manifest(path: Path, fields: Sequence[str], again: str) -> dict[str, Any]:
+    """A manifest's contents.
+
+    Raises:
+        ValueError: no JSON object, another version, a missing field, or shards that do not lie beside it.
+    """
+    manifest = read_record(path, again)
     if manifest.get("format_version") != FORMAT_VERSION:
         found = manifest.get("format_version")
         raise ValueError(f"{path} has format_version {found!r}: this version of the project reads {FORMAT_VERSION}")
+    missing = [name for name in fields if name not in manifest]
+    if missing or not isinstance(manifest["shards"], dict):
+        raise ValueError(f"{path} lacks {', '.join(missing) or 'a list of shards by name'}: {again}")
+    for name in manifest["shards"]:
+        if name in ("", ".", "..") or set("/\\:\0") & set(name):
+            raise ValueError(f"{path} names the shard {name!r}: shards lie beside their manifest; {again}")
     return manifest
+
+
+def read_record(path: Path, again: str) -> dict[str, Any]:
+    """A JSON object that stands in a file of its own; ValueError names the file and says how to make it `again`."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({one_line(str(error), 100)}): {again}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a {type(record).__name__} where an object belongs: {again}")
+    return record
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.manifest import MANIFEST_NAME
+from data.manifest import MANIFEST_NAME, read_record
 from data.shards import check_shard, record_path
 from solvers.files import atomic_write
 
@@ -119,7 +119,7 @@ class ShardWriter(ABC):
         path = self.path(shard)
         if not (path.exists() and record_path(path).exists()):
             return False
-        check_shard(path, json.loads(record_path(path).read_text()), self.again)
+        check_shard(path, self._record(path), self.again)
         return True
 
     def _save(self, manifest: dict[str, Any]) -> None:
@@ -129,4 +129,7 @@ class ShardWriter(ABC):
     def _finish(self) -> None:
         paths = [self.path(shard) for shard in range(self.num_shards)]
         if all(path.exists() and record_path(path).exists() for path in paths):
-            self._save(self.manifest({path.name: json.loads(record_path(path).read_text()) for path in paths}))
+            self._save(self.manifest({path.name: self._record(path) for path in paths}))
+
+    def _record(self, path: Path) -> dict[str, Any]:
+        return read_record(record_path(path), f"delete it and {path.name}, then {self.again}: only it is recomputed")

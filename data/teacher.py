@@ -1,5 +1,7 @@
 """`train.py predict`: teacher trajectories by Lightning, on as many processes as the trainer has."""
 
+from typing import Any
+
 import lightning
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ class TeacherTrajectories(lightning.LightningModule):
         guidance_scale: classifier-free guidance, for a denoiser given by its path; 1 is none.
         branches: store the outputs of both branches of guidance, so that a solver can leave calls out; without, the
             guided outputs alone, for solvers that a pipeline's scheduler runs by itself.
+        trust_remote_code: a `denoiser.yaml` may name a class of your own, see `load_denoiser`.
     Raises:
         ValueError: a denoiser or solver that cannot be loaded, an unknown dtype, or a folder with other trajectories.
     """
@@ -44,10 +47,13 @@ class TeacherTrajectories(lightning.LightningModule):
         dtype: str = "float32",
         guidance_scale: float = 1.0,
         branches: bool = True,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.dtype_ = stored_dtype(dtype)
-        self.denoiser = load_denoiser(denoiser, guidance_scale) if isinstance(denoiser, str) else denoiser
+        if isinstance(denoiser, str):
+            denoiser = load_denoiser(denoiser, guidance_scale, trust_remote_code=trust_remote_code)
+        self.denoiser: Any = denoiser
         self.solver = teacher or default_solver(self.denoiser.schedule)
         table = resolve_solver(self.solver, self.denoiser.schedule)
         self.table = split_guidance(table, self.denoiser) if branches else table

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.image_shards import MANIFEST_NAME
-from data.manifest import describe_teacher
+from data.manifest import describe_teacher, read_record
 from data.shard_writer import SeedShards
 from data.shards import add_member, seed_ranges
 from data.teacher import TeacherTrajectories
@@ -37,6 +37,7 @@ class TeacherSamples(TeacherTrajectories):
         first_seed: they have seeds first_seed, first_seed + 1, ...
         shard_size: samples in a shard and in the network's batch.
         guidance_scale: classifier-free guidance, for a denoiser given by its path; 1 is none.
+        trust_remote_code: a `denoiser.yaml` may name a class of your own, see `load_denoiser`.
     Raises:
         ValueError: a denoiser or solver that cannot be loaded, or a folder with other samples.
     """
@@ -50,8 +51,10 @@ class TeacherSamples(TeacherTrajectories):
         first_seed: int = FIRST_SEED,
         shard_size: int = 64,
         guidance_scale: float = 1.0,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(denoiser, folder, teacher, num_samples, first_seed, shard_size, guidance_scale=guidance_scale)
+        options: dict[str, Any] = {"guidance_scale": guidance_scale, "trust_remote_code": trust_remote_code}
+        super().__init__(denoiser, folder, teacher, num_samples, first_seed, shard_size, **options)
         self.writer: SampleWriter  # type: ignore[assignment]
 
     def setup(self, stage: str) -> None:
@@ -94,7 +97,8 @@ class SampleWriter(SeedShards):
         ranges = seed_ranges(self.seeds)
         record = {"solver": solver, "teacher": teacher, "seeds": ranges, "shard_size": shard_size}
         path = self.folder / MANIFEST_NAME
-        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(record)):
+        again = "delete the folder and sample again"
+        if path.exists() and read_record(path, again) != json.loads(json.dumps(record)):
             raise ValueError(f"{self.folder} holds other samples, see {path}: use another folder, or delete this one")
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(record) + "\n")

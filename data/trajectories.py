@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.manifest import describe_teacher, read_manifest
+from data.manifest import describe_teacher, read_manifest, short
 from data.shards import Trajectories, check_shard, read_shard
 from data.trajectory_writer import TrajectoryWriter
 from denoisers.labels import class_labels
@@ -110,7 +110,7 @@ class TrajectoryCache:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         """Seeds of all trajectories, in order."""
         return [seed for start, stop in self.manifest["seeds"] for seed in range(start, stop)]
@@ -151,10 +151,10 @@ class TrajectoryCache:
             )
 
     def take(self, numbers: Sequence[int]) -> Trajectories:
-        """Trajectories by their number, at least one, in memory; each shard is opened once.
+        """Trajectories by their number, at least one, in memory, in float32 or better; each shard is opened once.
 
         Raises:
-            ValueError: a shard is missing, truncated or corrupt; it is named.
+            ValueError: a shard is missing, truncated, corrupt or of other seeds than the manifest says; it is named.
         """
         size = self.manifest["shard_size"]
         return gather(
@@ -177,7 +177,15 @@ class TrajectoryCache:
         if name not in self._checked:
             check_shard(self.folder / name, record)
             self._checked.add(name)
-        return read_shard(self.folder / name, Nodes.of(self.table), positions)
+        found = read_shard(self.folder / name, Nodes.of(self.table), positions)
+        first = shard * self.manifest["shard_size"]
+        wanted = [self.seeds[first + position] for position in positions]
+        if list(found.seeds) != wanted:
+            raise ValueError(
+                f"shard {self.folder / name} holds seeds {short(list(found.seeds))} where the manifest says "
+                f"{short(wanted)}: the manifest was changed; generate the trajectories again"
+            )
+        return found.to(torch.promote_types(found.states.dtype, torch.float32))  # fits and students compute in no less
 
 
 def gather(

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +13,18 @@ import yaml
 from torch import nn
 
 from denoisers.guidance import with_guidance, with_precision
+from solvers.errors import one_line
 from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
 DESCRIPTION = "denoiser.yaml"
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("path", "device", "family", "variant", "dtype", "negative_prompt", "prompt_argument"), (str,)),
+    **dict.fromkeys(("height", "width", "num_heads", "batch_size"), (int,)),
+    **dict.fromkeys(("encode", "call"), (dict,)),
+    "decoder": (bool,),
+    "prompts": (str, list),
+}
 _CPU = torch.device("cpu")
 
 
@@ -25,9 +33,12 @@ def load_denoiser(
     guidance_scale: float = 1.0,
     precision: str = "float32",
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Load a model as a denoiser, in evaluation mode and without gradients.
+
+    A file never chooses code: a `denoiser.yaml` names data, unless you say that you trust it.
 
     Args:
         path: one of
@@ -37,25 +48,29 @@ def load_denoiser(
             a name on the hub (`owner/name`) of such a pipeline, where there is network;
             the dotted name of a class or function of your own, `my_model.MyDenoiser`, which is called with the options;
             a folder with a `denoiser.yaml` (or the path of such a file), which has one of these as `path` (default: the
-            folder itself), and `device` and options where needed; relative paths in it start there, or here.
+            folder itself, and nothing else where that is a model), and `device` and options where needed; relative
+            paths in it start there, or here.
         guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation.
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
         device: where the network goes; the CPU when None; `auto`: the GPU of this process where there is one.
+        trust_remote_code: a `denoiser.yaml` may name a class of your own, which is imported and called.
         options: `family` ("dit" or "sit") and `num_heads` for `.pt` files whose name does not tell; for diffusers
             models those of `denoisers.diffusers_load.load_diffusers`, such as `prompts`; for any diffusers pipeline
             without an adapter family "pipeline" and the arguments of `load_pipeline` there.
     Returns:
         A denoiser, see `denoisers.protocol.Denoiser`.
     Raises:
-        ValueError: a missing path, a folder of unknown kind, a damaged file, an unknown option or precision, or
-            guidance for a model without null condition.
+        ValueError: a missing path, a folder of unknown kind, a damaged file, an unknown option or precision, guidance
+            for a model without null condition, or code named by a file that is not trusted.
     """
-    described = describe(path)
+    described, file = describe(path), _description_file(Path(path))
     path, device = described.pop("path"), device or described.pop("device", None)
     options = {key: value for key, value in described.items() if key != "device"} | options
     device = _resolve_device(device)
     if options.get("family") == "pipeline":
         return _load_pipeline(path, guidance_scale, precision, device, options)
+    if file is not None and not trust_remote_code:
+        _refuse_code(file, str(path))
     denoiser = _load(path, options, device).to(device)
     return with_guidance(with_precision(denoiser.eval().requires_grad_(False), precision), guidance_scale)
 
@@ -67,31 +82,61 @@ def describe(path: str | Path) -> dict[str, Any]:
         ValueError: a .yaml file that is missing or describes no model.
     """
     file = _description_file(Path(path))
-    return {"path": path} if file is None else _read_description(file)
+    if file is None:
+        return {"path": path}
+    described = _read_description(file)
+    if os.path.isdir(path):
+        _check_beside(file, described.get("path"))
+    described.setdefault("path", str(file.parent))
+    beside = {key: file.parent / described[key] for key in ("path", "prompts") if isinstance(described.get(key), str)}
+    return described | {key: str(path) for key, path in beside.items() if os.path.exists(path)}
 
 
 def _description_file(path: Path) -> Path | None:
     if path.suffix in (".yaml", ".yml"):
         return path
-    return path / DESCRIPTION if (path / DESCRIPTION).is_file() else None
+    return path / DESCRIPTION if os.path.isfile(path / DESCRIPTION) else None
 
 
 def _read_description(file: Path) -> dict[str, Any]:
-    """Options of `load_denoiser`, with `path`; paths that exist beside the file are taken from there."""
+    """The lines of a description, each of its type."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: give a checkpoint folder, a .pt file, a diffusers folder or a .yaml")
     try:
-        described = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from error
+        described = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid YAML: {one_line(str(error), 100)}") from error
     if not isinstance(described, dict):
         raise ValueError(f"{file} describes no model: it needs lines such as `path: ...` and `prompts: ...`")
-    unused = {"guidance_scale", "precision"} & described.keys()
+    for key, value in described.items():
+        allowed = _TYPES.get(key, (str, int, float, bool, list, dict)) if isinstance(key, str) else ()
+        if not allowed or type(value) not in allowed:
+            raise ValueError(f"{file} says {one_line(f'{key}: {value}', 60)}: write {_wanted(key, allowed)}")
+    unused = {"guidance_scale", "precision", "trust_remote_code"} & described.keys()
     if unused:
         raise ValueError(f"{file} sets {', '.join(sorted(unused))}, which belong to the run: leave them out there")
-    described.setdefault("path", str(file.parent))
-    beside = {key: file.parent / described[key] for key in ("path", "prompts") if isinstance(described.get(key), str)}
-    return described | {key: str(path) for key, path in beside.items() if path.exists()}
+    return described
+
+
+def _wanted(key: Any, allowed: Sequence[type]) -> str:
+    return f"{key}: {' or '.join(kind.__name__ for kind in allowed)}" if allowed else "names of options, which are text"
+
+
+def _check_beside(file: Path, path: str | None) -> None:
+    """A model that is there itself is what a folder stands for, or a part of: its description adds options alone."""
+    here = file.parent.resolve()
+    own = next((name for name in ("model_index.json", "config.json") if (here / name).is_file()), None)
+    if own and path is not None and (here / path).resolve() not in (here, *here.parents):
+        raise ValueError(f"{file} names {path}, but {own} beside it is a model itself: remove that line or that file")
+
+
+def _refuse_code(file: Path, path: str) -> None:
+    if not (os.path.exists(path) or _may_be_hub_name(path)):
+        raise ValueError(
+            f"{file} names {one_line(path, 60)}, which is no model on disk: if it is code of your own, give that name "
+            "itself in place of the file, or say that you trust the file: trust_remote_code=True in Python, --trust "
+            "for sample.py, --model.trust_remote_code true for train.py"
+        )
 
 
 def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Module:
@@ -115,13 +160,13 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
 def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn.Module:
     """Imports wait until a kind is known: timm and diffusers take seconds."""
     folder = Path(path)
-    if folder.is_file():
+    if os.path.isfile(folder):
         return _load_file(folder, **_checked(_load_file, options, path))
     if _is_diffusers(folder) or _may_be_hub_name(str(path)):
         from denoisers.diffusers_load import load_diffusers
 
         return load_diffusers(path, **_checked(load_diffusers, options, path), device=device)
-    if not folder.exists():
+    if not os.path.exists(folder):
         return _call_by_name(str(path), options)
     if (folder / "config.json").is_file():
         from denoisers.dit_load import load_checkpoint
@@ -183,10 +228,10 @@ def _with_hash(denoiser: nn.Module) -> nn.Module:
 
 
 def _is_diffusers(folder: Path) -> bool:
-    if (folder / "model_index.json").is_file():
+    if os.path.isfile(folder / "model_index.json"):
         return True
     config = folder / "config.json"
-    return config.is_file() and '"_class_name"' in config.read_text()
+    return os.path.isfile(config) and '"_class_name"' in config.read_text()
 
 
 def _may_be_hub_name(path: str) -> bool:

@@ -26,6 +26,7 @@ class CompareArgs:
         statistics: file of the data's statistics, or a folder of image shards; default: those beside the extractor.
         bootstrap: number of resamplings for the 95 % intervals; 0 leaves them out.
         cache: folder that keeps the reference solver's images, computed once, for later comparisons.
+        trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
         wandb: also log the table and the pictures to W&B (offline when not logged in).
     Raises:
         ValueError: no solver, the same one twice, or numbers out of their range.
@@ -45,6 +46,7 @@ class CompareArgs:
     statistics: str | None = None
     bootstrap: int = 200
     cache: str = "runs/cache/reference"
+    trust: bool = False
     wandb: bool = False
 
     def __post_init__(self) -> None:

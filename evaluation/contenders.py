@@ -136,7 +136,7 @@ def _load_group(
     device: torch.device | None,
     samplers: Mapping[str, Callable],
 ) -> Group:
-    model = load_denoiser(args.denoiser, guidance_scale=scale, precision=args.precision, device=device)
+    model = load_denoiser(args.denoiser, scale, args.precision, device, trust_remote_code=args.trust)
 
     def load(name: str, samplers: Mapping[str, Callable]) -> Contender:
         return _load(name, model, scale, args.precision, device, samplers)

@@ -1,6 +1,7 @@
 """The files of a comparison: report.json, report.md, report.html, comparison.png."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,19 @@ def report_markdown(
 ) -> str:
     """The table as Markdown."""
     columns = shown_columns(rows)
-    lines = ["# Comparison", "", *summary(settings), ""]
+    lines = ["# Comparison", "", *map(_plain, summary(settings)), ""]
     lines.append("| " + " | ".join(COLUMNS[name] for name in columns) + " |")
     lines.append("|" + "|".join("---" if name == "solver" else "---:" for name in columns) + "|")
     for row in rows:
-        cells = [label(row, names) if name == "solver" else _with_interval(row, name) for name in columns]
+        cells = [_plain(label(row, names)) if name == "solver" else _with_interval(row, name) for name in columns]
         lines.append("| " + " | ".join(cells) + " |")
     hints = [f"{COLUMNS[name]}: {HINTS[name]}" for name in columns if name in HINTS]
-    return "\n".join([*lines, "", "; ".join(hints) + ".", "", *notes]).rstrip() + "\n"
+    return "\n".join([*lines, "", "; ".join(hints) + ".", "", *map(_plain, notes)]).rstrip() + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: names of solvers and data come from files."""
+    return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", " ".join(text.split()))
 
 
 def _with_interval(row: Mapping[str, Any], name: str) -> str:

@@ -42,6 +42,7 @@ class SLAM(NetworkModule, TableModule):
         sample_every: steps between pictures of 1, 2 and 4 evaluations in the logger; 0 for none.
         seed: seed of points, gammas and noises.
         evaluation: what `train.py test` measures.
+        trust_remote_code: a `denoiser.yaml` may name a class of your own, see `load_denoiser`.
     Raises:
         ValueError: an option out of its range, a teacher that cannot be distilled; on set-up: data that do not fit.
     Source: arXiv 2404.13903.
@@ -63,10 +64,11 @@ class SLAM(NetworkModule, TableModule):
         sample_every: int = 500,
         seed: int = 0,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__(output, optimizer, sample_every, seed)
         self.objective, self.exports, self.lora_rank, self.evaluation = objective, exports, lora_rank, evaluation
-        network, num_points = load_network(teacher), objective.teacher_points
+        network, num_points = load_network(teacher, trust_remote_code), objective.teacher_points
         self.identity = identify(network, guidance_scale=guidance_scale)  # of weights not yet cast or sharded
         self.schedule: NoiseSchedule = network.schedule
         self.points = teacher_points(self.schedule, num_points)

@@ -38,13 +38,15 @@ class OwnDtype(DenoiserWrapper):
         return torch.autocast(device, enabled=False) if mixes else nullcontext()
 
 
-def load_network(teacher: str | nn.Module) -> Any:
+def load_network(teacher: str | nn.Module, trust_remote_code: bool = False) -> Any:
     """The teacher's network, not yet guided.
 
     Raises:
         ValueError: a teacher that cannot be loaded, or without noise schedule.
     """
-    network = load_denoiser(teacher) if isinstance(teacher, str) else teacher
+    network: Any = teacher
+    if isinstance(teacher, str):
+        network = load_denoiser(teacher, trust_remote_code=trust_remote_code)
     if not isinstance(getattr(network, "schedule", None), NoiseSchedule):
         raise ValueError(f"the teacher {type(network).__name__} has no `schedule`: give it a solvers.NoiseSchedule")
     return network

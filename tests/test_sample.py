@@ -9,7 +9,8 @@ import torch
 
 import sample
 from denoisers import class_labels, load_denoiser
-from solvers import Bands, identify, load_solver, named_solver, save_solver, start_noise
+from denoisers.dit import DiT
+from solvers import Bands, NoiseSchedule, identify, load_solver, named_solver, save_solver, start_noise
 from solvers import sample as run_table
 from tests.tiny_models import tiny_checkpoint
 
@@ -152,3 +153,39 @@ def test_an_artifact_of_another_model_or_guidance_is_refused(model, tmp_path, ca
     assert "guidance" in fails(capsys, "generate", "--denoiser", model, *guided, *out)
     run("generate", "--denoiser", model, "--solver", tmp_path / "a.json", *out)
     assert torch.from_numpy(images_in(tmp_path / "out")).isfinite().all()
+
+
+def own_network(**options):
+    return DiT(NoiseSchedule.linear(), 8, 2, 1, hidden_size=64, depth=1, num_heads=1, num_classes=3)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "inspect"])
+def test_a_file_chooses_code_only_where_it_is_trusted(command, tmp_path, capsys):
+    (tmp_path / "denoiser.yaml").write_text("path: tests.test_sample.own_network\n")
+    output = tmp_path / ("drawing.png" if command == "inspect" else "out")
+    arguments = {
+        "generate": ["--solver=ddim:2", "--num_samples=2"],
+        "compare": ["--solvers=[ddim:2]", "--num_samples=2", "--metrics=[rmse]", "--bootstrap=0", "--reference=ddim:3"],
+        "inspect": ["ddim:2"],
+    }[command] + [f"--denoiser={tmp_path}", f"--output={output}"]
+    assert "names tests.test_sample.own_network, which is no model on disk" in fails(capsys, command, *arguments)
+    assert not output.exists()
+    run(command, *arguments, "--trust")
+    assert output.exists()
+
+
+@pytest.mark.parametrize("names", [("model.safetensors", "config.json"), ("model.safetensors",)])
+def test_the_student_of_an_artifact_chooses_no_code(names, model, tmp_path, capsys):
+    """Not even a trusted one: what comes with an artifact is data."""
+    student = tmp_path / "student"
+    student.mkdir()
+    for name in names:
+        (student / name).write_bytes((model / name).read_bytes())
+    (student / "denoiser.yaml").write_text("path: tests.test_sample.own_network\n")
+    denoiser, path = load_denoiser(model), tmp_path / "s.json"
+    table = named_solver("ddim:2", denoiser.schedule)
+    save_solver(table, path, identify(denoiser), method="slam", student="student/model.safetensors")
+    arguments = [f"--solver={path}", f"--output={tmp_path / 'out'}", "--trust"]
+    assert "names tests.test_sample.own_network" in fails(capsys, "generate", *arguments)
+    arguments = [f"--denoiser={model}", f"--solvers=[{path}]", f"--output={tmp_path / 'out'}", "--trust"]
+    assert "names tests.test_sample.own_network" in fails(capsys, "compare", *arguments)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class SolverTraining(TableModule):
         guidance_scale: uncond + guidance_scale (cond - uncond); [lowest, highest] makes tables for a range.
         usable_guidance: [lowest, highest] scale the artifacts may be used at; default: what they were made at.
         evaluation: what `train.py test` measures.
+        trust_remote_code: a `denoiser.yaml` may name a class of your own, see `load_denoiser`.
     Raises:
         ValueError: a denoiser that cannot be loaded or guided; on set-up: data or options that do not fit it.
     """
@@ -44,10 +45,12 @@ class SolverTraining(TableModule):
         guidance_scale: float | list[float] = 1.0,
         usable_guidance: list[float] | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.evaluation, self.method = evaluation, method
-        load = load_denoiser if isinstance(denoiser, str) else with_guidance
+        trusting = partial(load_denoiser, trust_remote_code=trust_remote_code)
+        load = trusting if isinstance(denoiser, str) else with_guidance
         self.denoiser = load(denoiser, guidance_scale).eval().requires_grad_(False)
         self.guidance_scale = usable_guidance or guidance_scale
         self.output = None if output is None else Path(output)

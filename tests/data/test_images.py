@@ -12,6 +12,7 @@ from PIL import Image
 from data.image_shards import read_shards
 from data.images import ImageArray, ImageData
 from data.loader import EpochBatchSampler, ResumableLoader, seed_of
+from data.shards import add_member
 
 
 def write_shard(path: Path, start: int, count: int, size: int = 4, labels: bool = True, mode: str = "RGB") -> None:
@@ -49,6 +50,18 @@ def test_shards_are_read_in_order(shards):
     assert images.shape == (10, 3, 4, 4)
     assert images.dtype == np.uint8
     assert images[:, 0, 0, 0].tolist() == list(range(10)) == labels.tolist()
+
+
+def test_a_dot_in_the_name_of_a_folder_is_no_extension(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for label, folder in enumerate(("v1.0/cats", "v1.0/dogs", "v2.0/cats")):
+            content = io.BytesIO()
+            Image.new("RGB", (4, 4), (10 * label, 0, 0)).save(content, "png")
+            add_member(archive, f"{folder}/0001.png", content.getvalue())
+            add_member(archive, f"{folder}/0001.cls", str(label).encode())
+    images, labels = read_shards(tmp_path, "*.tar")
+    assert labels.tolist() == [0, 1, 2]
+    assert images[:, 0, 0, 0].tolist() == [0, 10, 20]
 
 
 def test_grey_pictures_keep_one_channel_among_their_own_kind(tmp_path):

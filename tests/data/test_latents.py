@@ -337,8 +337,13 @@ def test_refusals(models: Path, images: Path, copied: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"no sample of .* is left"):
         LatentShards(copied, skip_corrupt=True)
     (copied / "manifest.json").write_text('{"format_version": 1}')
-    with pytest.raises(ValueError, match="describes no latents and text embeddings"):
+    with pytest.raises(ValueError, match="lacks encoded, complete, shards: delete the folder and encode again"):
         LatentShards(copied)
+    for name in ("../shard-00000.tar", "/etc/passwd", ".."):
+        manifest = {"format_version": 1, "encoded": {}, "complete": True, "shards": {name: {}}}
+        (copied / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="shards lie beside their manifest"):
+            LatentShards(copied)
     (copied / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         LatentShards(copied)

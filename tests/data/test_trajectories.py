@@ -219,6 +219,54 @@ def test_clear_errors(tmp_path):
         TrajectoryCache(tmp_path)
 
 
+def edit_manifest(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize("name", ["../shard-00000.tar", "/tmp/shard-00000.tar", "a/shard-00000.tar", "..", "C:\\x.tar"])
+def test_a_manifest_names_no_shard_outside_its_folder(tmp_path, name):
+    generate(tmp_path / "in")
+    (tmp_path / "shard-00000.tar").write_bytes((tmp_path / "in/shard-00000.tar").read_bytes())
+    records = list(json.loads((tmp_path / "in/manifest.json").read_text())["shards"].values())
+    edit_manifest(tmp_path / "in", shards=dict(zip((name, "shard-00001.tar", "shard-00002.tar"), records)))
+    with pytest.raises(ValueError, match="shards lie beside their manifest"):
+        TrajectoryCache(tmp_path / "in")
+
+
+def test_shards_that_a_manifest_swaps_are_refused(tmp_path):
+    generate(tmp_path)
+    shards = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    first, second, third = shards
+    edit_manifest(tmp_path, shards={name: shards[name] for name in (second, first, third)})
+    assert TrajectoryCache(tmp_path).take([9]).seeds == (SEEDS[9],)
+    with pytest.raises(ValueError, match=rf"{second} holds seeds .* where the manifest says"):
+        TrajectoryCache(tmp_path).load()
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"sha256": "', "is not valid JSON"), ("[]", "holds a list")])
+def test_a_half_written_record_is_named(tmp_path, text, message):
+    generate(tmp_path)
+    (tmp_path / "shard-00001.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"shard-00001\.json {message}.*delete it and shard-00001\.tar"):
+        generate(tmp_path)
+
+
+def test_an_incomplete_manifest_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format_version": 1, "teacher": {}}')
+    with pytest.raises(ValueError, match=r"manifest\.json lacks seeds, shard_size, complete, shards: delete"):
+        TrajectoryCache(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(torch.float16, torch.float32), (torch.float64, torch.float64)])
+def test_what_is_stored_in_half_precision_is_computed_with_in_float32(tmp_path, dtype, found):
+    generate(tmp_path, dtype=dtype)
+    read = TrajectoryCache(tmp_path).load()
+    assert (read.states.dtype, read.outputs.dtype) == (found, found)
+    exact = run_teacher(Toy(), TEACHER, list(SEEDS), torch.float64)
+    torch.testing.assert_close(read.states.double(), exact.states, rtol=2e-3, atol=2e-3)
+
+
 def test_says_the_size_first(tmp_path, capsys):
     generate(tmp_path)
     assert "10 of 5 steps, 10 to make: 0.0 MB (float32)" in capsys.readouterr().err

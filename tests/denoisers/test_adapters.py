@@ -20,6 +20,7 @@ from diffusers import (
 from denoisers import class_labels, load_denoiser, with_guidance
 from denoisers.diffusers_base import read_schedule
 from denoisers.diffusers_models import from_network, from_pipeline
+from denoisers.encoders import load_encoders
 from denoisers.prompts import encode_prompts, read_prompts
 from solvers import NoiseSchedule, sample, start_noise, tabulate
 from tests.tiny_pipelines import KINDS, LENGTH, call_arguments, tiny_pipeline, tiny_unet
@@ -264,16 +265,76 @@ def test_description_file(tmp_path: Path) -> None:
         load_denoiser(tmp_path / "none.yaml")
 
 
-def test_dotted_names(tmp_path: Path) -> None:
-    """A class or function of the user's own stands for a path; a description gives it arguments."""
+def test_dotted_names() -> None:
+    """A class or function of the user's own stands for a path."""
     assert load_denoiser("tests.denoisers.test_adapters.pixels").sample_shape == (3, 8, 8)
-    (tmp_path / "denoiser.yaml").write_text("path: tests.denoisers.test_adapters.pixels\nheight: 12\nwidth: 16\n")
-    assert load_denoiser(tmp_path).sample_shape == (3, 12, 16)
     for name in ("tests.denoisers.test_adapters.none", "nowhere.Missing", "weights.pt"):
         with pytest.raises(ValueError, match=f"{name} does not exist"):
             load_denoiser(name)
     with pytest.raises(ValueError, match="is no denoiser"):
         load_denoiser("torch.nn.Identity")
+
+
+def test_a_file_chooses_no_code(tmp_path: Path) -> None:
+    """Nothing is imported or called for a description that is not trusted; a trusted one gives arguments."""
+    ran = tmp_path / "ran"
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "denoiser.yaml"
+    file.write_text(f"path: os.system\ncommand: touch {ran}\n")
+    for path in (file, file.parent):
+        with pytest.raises(ValueError, match=r"names os\.system, which is no model on disk: .* trust_remote_code=True"):
+            load_denoiser(path)
+    with pytest.raises(ValueError, match="neither a folder here nor a pipeline on the hub"):
+        load_encoders(file.parent)
+    assert not ran.exists()
+    with pytest.raises(ValueError, match="is no denoiser"):
+        load_denoiser(file, trust_remote_code=True)
+    assert ran.exists()
+    file.write_text("path: tests.denoisers.test_adapters.pixels\nheight: 12\nwidth: 16\n")
+    assert load_denoiser(file.parent, trust_remote_code=True).sample_shape == (3, 12, 16)
+    file.write_text("path: tests.denoisers.test_adapters.pixels\ntrust_remote_code: true\n")
+    with pytest.raises(ValueError, match="sets trust_remote_code, which belong to the run"):
+        load_denoiser(file.parent)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("path", ["os.system", "tests.denoisers.test_adapters.pixels", "../other"])
+def test_a_description_does_not_win_over_the_model_beside_it(tmp_path: Path, trust: bool, path: str) -> None:
+    for name in ("mine", "other"):
+        tiny_pipeline("sd").save_pretrained(tmp_path / name)
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "unet"):
+        (folder / "denoiser.yaml").write_text(f"path: {path}\n")
+        with pytest.raises(ValueError, match=r"beside it is a model itself: remove that line or that file"):
+            load_denoiser(folder, trust_remote_code=trust)
+    (tmp_path / "mine" / "unet" / "denoiser.yaml").write_text("path: ..\n")
+    assert load_denoiser(tmp_path / "mine" / "unet").sample_shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path: [1]", r"says path: \[1\]: write path: str"),
+        ("path: null", "says path: None: write path: str"),
+        ("path: 7", "says path: 7: write path: str"),
+        ("1: sd", "says 1: sd: write names of options, which are text"),
+        ("null: sd", "says None: sd: write names of options, which are text"),
+        ("height: '32'", "says height: 32: write height: int"),
+        ("decoder: 1", "says decoder: 1: write decoder: bool"),
+        ("prompts: 3", "says prompts: 3: write prompts: str or list"),
+        ("dtype: {a: 1}", "says dtype: .*: write dtype: str"),
+        ("path: 2020-13-45", "is not valid YAML|says path"),
+        ("path: " + "[" * 5000, "is not valid YAML"),
+        ("path: " + "a" * 5000, "is no model on disk"),
+        ("path: \x00", "is not valid YAML"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\npath: *b", "says path: .*: write path: str"),
+    ],
+)
+def test_descriptions_of_wrong_types_get_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "denoiser.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_denoiser(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def pixels(**options: int) -> torch.nn.Module:

@@ -129,6 +129,22 @@ def made_up(solver, nfe, fd, is_reference=False):
     return values | {"seconds": 1.0, "unused_evaluations": 0, "stochastic": False, "is_reference": is_reference}
 
 
+def test_the_markdown_shows_names_as_they_are(tmp_path):
+    """Names and notes come from the command line and from files: none makes a cell, a link or markup."""
+    rows = [made_up("ddim:3", 3, 1.0, True), made_up("unipc:3", 3, 2.0)]
+    wicked = "a|b`<script>x</script>[y](http://z)_*\n# c"
+    notes = ["left out: fid, because <b>no|data</b>\n| a row |"]
+    markdown = report_of(tmp_path, rows, {"unipc:3": wicked}, notes)[1]
+    assert markdown.count("\n| ") == 3
+    (row,) = (line for line in markdown.splitlines() if "script" in line)
+    heading = next(line for line in markdown.splitlines() if line.startswith("| solver"))
+    bars = [line.replace("\\|", "").count("|") for line in (row, heading)]
+    assert bars[0] == bars[1]
+    for mark in "<>[]`*":
+        assert not re.search(rf"(?<!\\){re.escape(mark)}", row + markdown.splitlines()[-1]), mark
+    assert "\\<b\\>no\\|data" in markdown
+
+
 def test_far_solvers_are_named_below_the_chart_and_the_frontier_goes_down(tmp_path):
     rows = [made_up("ddim:12", 12, 2.0, True), made_up("ddim:2", 2, 90.0), made_up("ddim:3", 3, 5.0)]
     rows += [made_up("unipc:3", 3, 4.0), made_up("ddim:6", 6, 4.5), made_up("unipc:6", 6, 3.0)]
