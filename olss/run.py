@@ -12,6 +12,7 @@ from olss.fit import warn_if_ill_conditioned
 from olss.path import check_path, state_column
 from olss.plan import CallPlan
 from solvers.calls import Call, branch_condition, call_branches
+from solvers.executor import told_node
 from solvers.space import Plain, Space
 from solvers.table import SolverTable
 
@@ -177,7 +178,9 @@ def next_outputs(
         return [batch.outputs[:, teacher.calls.index(Call(0, branch))] for branch in branches]
     state = state_at(batch, fit, parts, row)
     conditions = [branch_condition(denoiser, batch.condition, branch) for branch in branches]
-    outputs = call_branches(denoiser, state, teacher.timesteps[point].to(state.device, state.dtype), conditions)
+    told = told_node(denoiser, teacher, point)
+    timestep = teacher.timesteps[point].to(state.device, state.dtype)
+    outputs = call_branches(denoiser, state, timestep, conditions, **told)
     return [output.to(state.dtype) for output in outputs]
 
 

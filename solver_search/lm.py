@@ -5,7 +5,7 @@ network needs a derivative of its own, and only for the numbers that have acted 
 one evaluation go through the network together (vmap), `chunk` at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from data.shards import Trajectories
 from denoisers import Evaluations
 from solver_search.losses import SearchLoss, Term
 from solvers import SolverTable
-from solvers.executor import evaluator
+from solvers.executor import OUTPUT, STATE, Executor, Key, evaluator
 from training.method import Parameters
 
 
@@ -57,57 +57,68 @@ def linearize(
         tangent_denoiser: the same network in lower precision, for the derivatives alone.
     """
     table, jacobian = _table_jacobian(parameters, theta)
+    if table.space.ops:
+        raise ValueError("Levenberg-Marquardt moves numbers, this table has operators: use optimizer adam or lion")
     dtype = torch.promote_types(noise.dtype, torch.float32)
     d_time, d_state, d_output = (value.to(noise.device, dtype) for value in jacobian[:3])
     rows = range(table.num_rows)
     moves = [[(block[:, i] != 0).reshape(len(theta), -1).any(1) for block in jacobian[:3]] for i in rows]
-    calls = [evaluator(network or denoiser, table, condition) for network in (denoiser, tangent_denoiser)]
-    weights = [coef.to(noise.device, dtype) for coef in (table.state_coef, table.output_coef)]
-    supports = [support.tolist() for support in (table.state_support, table.output_support)]
-    values = [[noise.to(dtype) * table.start_scale], []]
-    tangents: list[list[Tensor | None]] = [[None], []]
+    evaluate = [evaluator(network or denoiser, table, condition) for network in (denoiser, tangent_denoiser)]
+    state = noise.to(dtype) * table.start_scale
+    run = Executor(table.detach(), state)
+    values: dict[Key, Tensor] = {(STATE, 0): state}
+    tangents: dict[Key, Tensor | None] = {(STATE, 0): None}
     reached = torch.zeros(len(theta), dtype=torch.bool)
-    for i in rows:
+    for row in run.rows:
+        i = row.index
         live = reached | moves[i][0]
-        output, tangent = _evaluate(
-            calls, table.plan[i], table.timesteps[i], values[0][i], tangents[0][i], d_time[:, i], live, chunk
+        outputs, pushed = _evaluate(
+            evaluate, row, run.timesteps[i], values[STATE, i], tangents[STATE, i], d_time[:, i], live, chunk
         )
-        values[1].append(output.to(dtype))
-        tangents[1].append(tangent)
+        for place, call in enumerate(row.calls):
+            values[OUTPUT, call] = outputs[place]
+            tangents[OUTPUT, call] = None if pushed is None else pushed[:, place]
         if evaluations is not None:
-            evaluations.forward += len(noise) * (1 + -(-int(live.sum()) // (chunk or len(theta))))
-            evaluations.tangent += len(noise) * int(live.sum())
+            made = len(noise) * len(row.calls)
+            evaluations.forward += made * (1 + -(-int(live.sum()) // (chunk or len(theta))))
+            evaluations.tangent += made * int(live.sum())
         reached = live | moves[i][1] | moves[i][2]
-        state, change = torch.zeros_like(values[0][0]), values[0][0].new_zeros(len(theta), *noise.shape)
-        for block, derivative in enumerate((d_state, d_output)):
-            for j in [j for j in range(i + 1) if supports[block][i][j]]:
-                state = torch.addcmul(state, weights[block][i, j], values[block][j])
-                change += derivative[:, i, j].reshape(-1, *[1] * noise.ndim) * values[block][j]
-                if tangents[block][j] is not None:
-                    change += weights[block][i, j] * tangents[block][j]
-        values[0].append(state)
-        tangents[0].append(change)
-    return Linearization(table, (jacobian[3], jacobian[4]), values[0], tangents[0])
+        change = state.new_zeros(len(theta), *noise.shape)
+        for (block, column), weight in zip(row.terms, run.weights[i]):
+            derivative = (d_state, d_output)[block][:, i, column]
+            change += derivative.reshape(-1, *[1] * noise.ndim) * values[block, column]
+            if (tangent := tangents[block, column]) is not None:
+                change += weight * tangent
+        total = run.combine(i, values)
+        values[STATE, i + 1] = torch.zeros_like(state) if total is None else total
+        tangents[STATE, i + 1] = change
+    states = [(STATE, i) for i in range(table.num_rows + 1)]
+    nodes = (jacobian[3], jacobian[4])
+    return Linearization(table, nodes, [values[key] for key in states], [tangents[key] for key in states])
 
 
-def _evaluate(calls, row, timestep, state, tangent, d_time, live, chunk) -> tuple[Tensor, Tensor | None]:
-    """Output of a row and its tangents; those of numbers that are not `live` are zero."""
-    timestep = timestep.to(state)
+def _evaluate(evaluate, row, timestep, state, tangent, d_time, live, chunk) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Outputs of a row's calls, and their tangents (K, calls, batch, *shape), None where all are zero.
+
+    Those of numbers that are not `live` are zero.
+    """
+    if not row.calls:
+        return (), None
 
     def run(call: Callable) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, t: call(x, t, row)[0].to(state.dtype)
+        return lambda x, t: torch.stack(call(x, t, row)).to(state.dtype)
 
     with torch.no_grad():
-        output = run(calls[0])(state, timestep)
+        output = run(evaluate[0])(state, timestep)
         picked = live.nonzero().flatten().to(state.device)
         if not len(picked):
             return output, None
         d_state = state.new_zeros(len(picked), *state.shape) if tangent is None else tangent[picked]
-        push = vmap(lambda *direction: jvp(run(calls[1]), (state, timestep), direction)[1])
+        push = vmap(lambda *direction: jvp(run(evaluate[1]), (state, timestep), direction)[1])
         size = chunk or len(picked)
         with sdpa_kernel(SDPBackend.MATH):
             parts = [push(*part) for part in zip(d_state.split(size), d_time[picked].split(size))]
-    return output, state.new_zeros(len(live), *state.shape).index_copy_(0, picked, torch.cat(parts))
+    return output, state.new_zeros(len(live), *output.shape).index_copy_(0, picked, torch.cat(parts))
 
 
 def _table_jacobian(parameters: Parameters, theta: Tensor) -> tuple[SolverTable, list[Tensor]]:

@@ -12,24 +12,37 @@ from solvers import SolverTable
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a loss: weight * mean(rho(residual)), rho = r^2, or Huber's r^2/2, delta (|r| - delta/2)."""
+    """One part of a loss: weight * mean(rho(residual)), rho = r^2, or Huber's r^2/2, delta (|r| - delta/2).
+
+    With `robust`, s, an image whose mean square is m counts s^2 log(1 + m / s^2) instead of m (Cauchy's loss).
+    """
 
     weight: float
     row: int
     delta: float | None = None
     feature: bool = False
+    robust: float = 0.0
 
     def value(self, residual: Tensor) -> Tensor:
         """The scalar."""
+        if self.robust:
+            return self.weight * self.robust**2 * torch.log1p(self._relative(residual)).mean()
         if self.delta is None:
             return self.weight * residual.square().mean()
         return self.weight * nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=self.delta)
 
     def curvature(self, residual: Tensor) -> Tensor | float:
         """Weight of a squared residual in the Gauss-Newton matrix: weight * rho'(r) / (2 r), as in reweighting."""
+        if self.robust:
+            share = 1 / (1 + self._relative(residual))
+            return self.weight * share.reshape(-1, *[1] * (residual.ndim - 1)).expand_as(residual)
         if self.delta is None:
             return self.weight
         return 0.5 * self.weight * (self.delta / residual.abs().clamp_min(self.delta))
+
+    def _relative(self, residual: Tensor) -> Tensor:
+        """Mean square of each image over that of `robust`, (batch,)."""
+        return residual.flatten(1).square().mean(1) / self.robust**2
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,10 @@ class SearchLoss:
         huber: Huber distance of the last state.
         huber_delta: where Huber's distance turns from a parabola into a line.
         feature: mean squared error of an extractor's features of the last state.
+        robust: root mean square above which an image counts less in endpoint and path, 0 for never. Where pictures are
+            sharp, a few images that end elsewhere rule a plain mean square.
     Raises:
-        ValueError: a negative weight, all weights 0, or huber_delta <= 0.
+        ValueError: a negative weight, all weights 0, huber_delta <= 0, or robust < 0.
     Source: arXiv 2505.21114, section 4.3: path 1, huber 1000, huber_delta 0.001.
     """
 
@@ -52,6 +67,7 @@ class SearchLoss:
     huber: float = 0.0
     huber_delta: float = 1e-3
     feature: float = 0.0
+    robust: float = 0.0
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("endpoint", "path", "huber", "feature")}
@@ -59,11 +75,13 @@ class SearchLoss:
             raise ValueError(f"loss weights are {weights}: none may be negative, one must be positive")
         if self.huber_delta <= 0:
             raise ValueError(f"huber_delta is {self.huber_delta}: it must be positive")
+        if not self.robust >= 0:
+            raise ValueError(f"robust is {self.robust}: it must be 0 (off) or a positive root mean square")
 
     def terms(self, num_rows: int) -> list[Term]:
         """The parts, by state index."""
-        terms = [Term(self.path / num_rows, row) for row in range(1, num_rows + 1)]
-        terms += [Term(self.endpoint, num_rows), Term(self.huber, num_rows, delta=self.huber_delta)]
+        terms = [Term(self.path / num_rows, row, robust=self.robust) for row in range(1, num_rows + 1)]
+        terms += [Term(self.endpoint, num_rows, robust=self.robust), Term(self.huber, num_rows, delta=self.huber_delta)]
         terms.append(Term(self.feature, num_rows, feature=True))
         return [term for term in terms if term.weight]
 

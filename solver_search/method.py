@@ -65,7 +65,7 @@ class SolverSearch(Method):
     Each count of `nfe` is a stage. Only the numbers of the table are trained; the network stays as it is.
 
     Args:
-        nfe: evaluations, or several, searched one after the other.
+        nfe: network calls, or several numbers, searched one after the other.
         start: where a stage starts, and which numbers it has.
         descent: how they move.
         loss: what to match.
@@ -167,7 +167,7 @@ class Search(Fitting):
             self.objective.evaluations = Evaluations.of(self.run.denoiser)
             self.run.restart_clock()
         teacher = self._teacher(batch)
-        stage = self.stage = self.stage or self._next_stage(teacher)
+        stage = self.stage = self.stage or self._begun(self._next_stage(teacher))
         before = stage.theta.clone()
         loss, found = self._lm(stage, teacher) if self.optimizer is None else self._first_order(stage, teacher)
         if not (torch.isfinite(torch.tensor(loss)) and bool(torch.isfinite(found).all())):
@@ -193,16 +193,9 @@ class Search(Fitting):
         """Keep the best theta of the stage."""
         if self.stage is None:
             return
-        total = sum(self._errors, torch.zeros(3, dtype=torch.float64))
-        self._errors = []
-        loss, squared, count = self.run.sum(total).tolist()
-        rmse = (squared / max(count, 1)) ** 0.5
+        loss, rmse = self._judge(self.stage)
         self.run.log({"val/rmse": rmse})
-        self.run.log({"val/loss": loss / max(count, 1)}, bar=False)
-        if count and loss / count < self.stage.best_loss:
-            self.stage.best_loss, self.stage.best_rmse = loss / count, rmse
-            self.stage.best_theta = self.stage.theta.clone()
-            self.run.save(self._result(self.stage), is_final=False)
+        self.run.log({"val/loss": loss}, bar=False)
 
     def finish(self) -> None:
         """Write the stage's best table."""
@@ -249,6 +242,29 @@ class Search(Fitting):
         stage = stages[losses.index(min(losses))]
         self.optimizer = options.descent.make(stage.theta)
         self.run.say(f"nfe {nfe}: {stage.parameters.size} numbers, starting from {stage.start}")
+        return stage
+
+    def _judge(self, stage: Stage) -> tuple[float, float]:
+        """Loss and RMSE of the stage on what `validate` has seen; the best so far is kept and saved."""
+        total = sum(self._errors, torch.zeros(3, dtype=torch.float64))
+        self._errors = []
+        loss, squared, count = self.run.sum(total).tolist()
+        loss, rmse = loss / max(count, 1), (squared / max(count, 1)) ** 0.5
+        if count and loss < stage.best_loss:
+            stage.best_loss, stage.best_rmse, stage.best_theta = loss, rmse, stage.theta.clone()
+            self.run.save(self._result(stage), is_final=False)
+        return loss, rmse
+
+    def _begun(self, stage: Stage) -> Stage:
+        """The stage, its start judged on held-out trajectories: what a search ends with is never worse."""
+        self.stage = stage
+        if stage.table.has_branches:
+            self.objective.evaluations.calls_each = 1  # its calls are counted one by one
+        if self.run.data.source.num_held:
+            for batch in self.run.data.held_out_batches():
+                self.validate(batch)
+            loss, rmse = self._judge(stage)
+            self.run.say(f"nfe {stage.nfe}: the start has loss {loss:.3g} and RMSE {rmse:.4f} on held-out trajectories")
         return stage
 
     def _screened(self, stage: Stage, teacher: Batch) -> float:

@@ -168,13 +168,13 @@ class FreeParameters:
 
         timesteps      = start.timesteps    + spacing theta_t                 what the network is told; nodes stay
         state_coef     = start.state_coef   + |start.state_coef| theta_s      where the start has an entry
-        output_coef    = start.output_coef  + scale[i] theta_o                every j <= i
+        output_coef    = start.output_coef  + scale[i] theta_o                every call at a row j <= i
 
     scale[i] is the largest output coefficient of the row in the start, so that theta is dimensionless. The nodes
     (alpha, sigma) say where the start's states lie; the rows decide where the new ones do.
 
     Args:
-        start: any deterministic table.
+        start: any deterministic table, with calls and operators of its own or without.
         timestep_range: (lowest, highest) timestep the network may be told: the schedule's (t_min, t_max).
         train_timesteps: whether the timesteps move.
         canonical: first write every row of the start in the start noise and the outputs alone.
@@ -192,17 +192,17 @@ class FreeParameters:
         if self.start.is_stochastic:
             raise ValueError("the table to start from adds noise in its rows: a search needs one without (eta 0)")
         start = self.start.detach()
-        object.__setattr__(self, "start", start.local(start.nfe) if self.canonical else start)
+        object.__setattr__(self, "start", start.local(start.num_rows) if self.canonical else start)
 
     @property
     def nfe(self) -> int:
-        """Network evaluations N."""
+        """Network calls."""
         return self.start.nfe
 
     @property
     def size(self) -> int:
         """Length of theta."""
-        return self.nfe * self.train_timesteps + int(self._states.sum()) + int(self._outputs.sum())
+        return sum(self._sizes)
 
     def initial(self) -> Tensor:
         """The start itself."""
@@ -214,38 +214,50 @@ class FreeParameters:
             return theta
         bound = (torch.tensor(self.timestep_range, dtype=torch.float64)[:, None] - self.start.timesteps) / self._spacing
         bound = bound.to(theta)
-        return torch.cat([theta[: self.nfe].clamp(bound[0], bound[1]), theta[self.nfe :]])
+        told = self.start.num_rows
+        return torch.cat([theta[:told].clamp(bound[0], bound[1]), theta[told:]])
 
     def table(self, theta: Tensor) -> SolverTable:
         """The table of theta, (size,)."""
-        sizes = [self.nfe * self.train_timesteps, int(self._states.sum()), int(self._outputs.sum())]
-        timesteps, states, outputs = theta.split(sizes)
+        timesteps, states, outputs = theta.split(self._sizes)
         start = self.start
         return replace(
             start,
             timesteps=start.timesteps + self._spacing * timesteps if self.train_timesteps else start.timesteps,
             state_coef=_add(start.state_coef, self._states, states, start.state_coef.abs()),
             output_coef=_add(start.output_coef, self._outputs, outputs, self._scale.expand_as(start.output_coef)),
-            output_support=self._outputs,
+            output_support=self.start.reachable("output_coef"),
             info={},
         )
 
     @property
     def _spacing(self) -> float:
         low, high = self.timestep_range
-        return (high - low) / self.nfe
+        return (high - low) / self.start.num_rows
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Numbers of the timesteps, the states and the outputs."""
+        told = self.start.num_rows * self.train_timesteps
+        return [told, int(self._states.sum()), int(self._outputs.sum())]
 
     @cached_property
     def _states(self) -> Tensor:
-        return self.start.state_coef != 0
+        return self._free(self.start.used("state_coef"))
 
     @cached_property
     def _outputs(self) -> Tensor:
-        return torch.ones(self.nfe, self.nfe, dtype=torch.bool).tril()
+        return self._free(self.start.reachable("output_coef"))
 
     @cached_property
     def _scale(self) -> Tensor:
-        return self.start.output_coef.abs().amax(1, keepdim=True).clamp_min(1e-6)
+        largest = self.start.output_coef.abs().flatten(1).amax(1).clamp_min(1e-6)
+        return largest.reshape(-1, *[1] * (self.start.output_coef.ndim - 1))
+
+    def _free(self, columns: Tensor) -> Tensor:
+        """All numbers of the weights of some columns, bool (N, columns, *ops)."""
+        ops = self.start.space.ops
+        return columns.reshape(*columns.shape, *[1] * len(ops)).expand(*columns.shape, *ops)
 
 
 def _add(start: Tensor, mask: Tensor, values: Tensor, scale: Tensor) -> Tensor:

@@ -97,7 +97,6 @@ def start_table(text: str, nfe: int, schedule: NoiseSchedule) -> SolverTable:
 
 def check_start(table: SolverTable, name: str, nfe: int, schedule: NoiseSchedule) -> None:
     """ValueError unless a search at `nfe` evaluations of this schedule can start from `table`."""
-    table.require_plain("a search")
     if table.nfe != nfe:
         raise ValueError(
             f"the start {name} has {table.nfe} evaluations, the search has {nfe}: start from a solver of {nfe}, or set "
@@ -114,6 +113,7 @@ def check_start(table: SolverTable, name: str, nfe: int, schedule: NoiseSchedule
 
 def widened(table: SolverTable, nfe: int, schedule: NoiseSchedule) -> SolverTable:
     """The same solver with its widest steps split until it has `nfe` evaluations."""
+    table.require_plain("a warm start")
     while table.nfe < nfe:
         table = split_widest(table, schedule)
     return table

@@ -84,8 +84,9 @@ def noise_source(
     if callable(step_noise):
         return lambda row: step_noise(row).to(noise.device)
     if step_noise is not None:
-        if tuple(step_noise.shape) != (table.nfe, *noise.shape):
-            raise ValueError(f"step_noise has shape {tuple(step_noise.shape)}: needed is {(table.nfe, *noise.shape)}")
+        if tuple(step_noise.shape) != (table.num_rows, *noise.shape):
+            needed = (table.num_rows, *noise.shape)
+            raise ValueError(f"step_noise has shape {tuple(step_noise.shape)}: needed is {needed}")
         return lambda row: step_noise[row].to(noise.device)
     if seeds is None:
         raise ValueError("this table has noise columns: pass seeds (one per sample) or step_noise (N, batch, *shape)")

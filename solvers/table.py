@@ -70,7 +70,7 @@ class SolverTable:
             if support is None:
                 object.__setattr__(self, f"{name}_support", used)
             else:
-                _check_support(name, used, support, self._reached(f"{name}_coef"))
+                _check_support(name, used, support, self.reachable(f"{name}_coef"))
         if not (torch.isfinite(torch.tensor(self.start_scale)) and self.start_scale > 0):
             raise ValueError(f"start_scale is {self.start_scale}: it must be finite and positive")
 
@@ -147,6 +147,11 @@ class SolverTable:
         """Which weights of a block, such as `state_coef`, are not zero: bool (N, columns)."""
         return (getattr(self, name).detach() != 0).flatten(2).any(2) if self.space.ops else getattr(self, name) != 0
 
+    def reachable(self, name: str) -> Tensor:
+        """Which columns of a block, such as `output_coef`, a row may use: bool (N, columns)."""
+        columns = self.call_rows if name == "output_coef" else torch.arange(self.num_rows)
+        return columns <= torch.arange(self.num_rows)[:, None]
+
     def scalar_part(self) -> "SolverTable":
         """The table of numbers nearest to this one: what diagnostics and pictures of an operator table show."""
         if isinstance(self.space, Plain):
@@ -218,11 +223,6 @@ class SolverTable:
         names = ("timesteps", "alpha", "sigma", "state_coef", "output_coef", "noise_coef")
         return replace(self, **{name: getattr(self, name).detach().clone() for name in names})
 
-    def _reached(self, name: str) -> Tensor:
-        """Which columns of a block a row may use, bool (N, columns)."""
-        columns = self.call_rows if name == "output_coef" else torch.arange(self.num_rows)
-        return columns <= torch.arange(self.num_rows)[:, None]
-
 
 def _check_shapes(table: SolverTable) -> None:
     n = table.num_rows
@@ -240,7 +240,7 @@ def _check_shapes(table: SolverTable) -> None:
             raise ValueError(f"{name} is {value.dtype} on {value.device}: tables are float64 on the CPU")
         if not bool(torch.isfinite(value.detach()).all()):
             raise ValueError(f"{name} has entries that are not finite")
-        if name.endswith("coef") and bool((table.used(name) & ~table._reached(name)).any()):
+        if name.endswith("coef") and bool((table.used(name) & ~table.reachable(name)).any()):
             raise ValueError(
                 f"{name} has entries above the diagonal: row i may only use indices and calls of rows 0 to i"
             )

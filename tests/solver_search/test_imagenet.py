@@ -41,8 +41,8 @@ def test_paper_run_on_reduced_weights(name, tmp_path):
     assert info["schedule"]["kind"] == schedule.kind
     assert info["config"]["optimizer"] == "lion"
     assert float(table.sigma[-1]) == (0.0 if schedule.kind == "flow" else float(schedule.alpha_sigma(1.0)[1]))
-    # forward: two steps of two fresh teachers and students, recomputed in the backward pass; validation of two
+    # forward: two steps of two fresh teachers and students, recomputed in the backward pass; two held out, judged twice
     spent = info["fitted_on"]["evaluations"]
-    forward, backward = 2 * (2 * 6 + 2 * 2 * 5) + 2 * 6, 2 * 2 * 5
+    forward, backward = 2 * (2 * 6 + 2 * 2 * 5) + 2 * 2 * 6, 2 * 2 * 5
     assert spent == {"forward": forward, "backward": backward, "tangent": 0, "calls": forward + 2 * backward}
     assert float(table.timesteps.diff().std()) > 0.5  # Lion moved the even steps

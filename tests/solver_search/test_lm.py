@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from timm.optim import Lion
@@ -6,19 +8,21 @@ from torch.func import jacfwd, jvp, vmap
 from data.shards import Trajectories
 from denoisers import Evaluations
 from solver_search.lm import Damping, NormalEquations, linearize, lm_step, normal_equations
-from solver_search.losses import Features, SearchLoss, total
+from solver_search.losses import Features, SearchLoss, Term, total
 from solver_search.objective import Compute, Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
-from solvers import NoiseSchedule, named_solver, sample_trace, start_noise
+from solvers import Bands, NoiseSchedule, named_solver, sample_trace, start_noise
 from solvers.nodes import Nodes
 from tests.analytic import gaussian_denoiser, gaussian_solution
 from tests.solver_search.toys import SHAPE, TwoPoints, teacher_path
 
+VP = NoiseSchedule.linear()
 LOSSES = {
     "endpoint": SearchLoss(),
     "paper": SearchLoss(endpoint=0.0, path=1.0, huber=1000.0),
     "feature": SearchLoss(endpoint=0.5, feature=2.0),
+    "robust": SearchLoss(path=0.5, robust=0.1),
 }
 
 
@@ -173,3 +177,50 @@ def test_features_of_the_shipped_classifier_have_forward_mode_derivatives():
     (gradient,) = torch.autograd.grad((features(leaf) * weights).sum(), leaf)
     for slope, direction in zip(slopes, directions):
         assert (slope * weights).sum() == pytest.approx(float((gradient * direction).sum()), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [None, [0, 2]])
+def test_tangents_of_calls_are_forward_mode_through_the_sampler(rows):
+    """Tables that make the calls of guidance themselves, all or some of them."""
+    parameters = FreeParameters(named_solver("unipc:3", VP).guided(2.0, rows), (0.0, 999.0))
+    theta = 0.05 * torch.randn(parameters.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise, condition = start_noise([1, 2], (2, 3), torch.float64), torch.tensor([0.4, -0.7], dtype=torch.float64)
+
+    def network(x, timestep, condition):
+        return torch.tanh(x + torch.sin(timestep / 300) + condition.reshape(-1, 1, 1))
+
+    network.null_condition = torch.zeros_like
+    count = Evaluations()
+    run = linearize(network, parameters, theta, noise, condition, chunk=4, evaluations=count)
+
+    def states(values):
+        return torch.stack(sample_trace(network, parameters.table(values), noise, condition).states)
+
+    expected = torch.func.jacfwd(states)(theta)
+    found = torch.stack([torch.zeros_like(run.tangents[-1]) if t is None else t for t in run.tangents])
+    assert torch.allclose(torch.stack(run.states), states(theta), atol=1e-12)
+    assert torch.allclose(found.movedim(1, -1), expected, atol=1e-10)
+    assert count.forward >= 2 * parameters.nfe
+
+
+def test_operators_are_not_for_second_order():
+    space = Bands((), 2)
+    table = named_solver("ddim:2", VP)
+    weights = {name: space.embed(getattr(table, name)) for name in ("state_coef", "output_coef", "noise_coef")}
+    operators = replace(table, space=space, **weights, state_support=None, output_support=None)
+    parameters = FreeParameters(operators, (0.0, 999.0))
+    assert parameters.size == 2 + 2 * 4 + 3 * 4
+    assert torch.equal(parameters.table(parameters.initial()).output_coef, operators.output_coef)
+    with pytest.raises(ValueError, match="this table has operators: use optimizer adam or lion"):
+        linearize(lambda x, t, c: x, parameters, parameters.initial(), torch.zeros(1, 2, 3, 3))
+
+
+def test_robust_loss_has_the_curvature_of_its_gradient():
+    """Gauss-Newton's gradient is half the derivative of the value."""
+    term = Term(0.7, 1, robust=0.3)
+    residual = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    gradient = torch.autograd.grad(term.value(residual), residual)[0]
+    curvature = term.curvature(residual.detach()) / residual.numel()
+    assert torch.allclose(gradient / 2, curvature * residual.detach(), atol=1e-12)
+    small = Term(0.7, 1, robust=1e6)
+    assert float(small.value(residual)) == pytest.approx(float(Term(0.7, 1).value(residual)), rel=1e-9)

@@ -15,7 +15,7 @@ from solver_search.losses import SearchLoss
 from solver_search.method import Descent, SolverSearch
 from solver_search.parameters import PaperParameters
 from solver_search.starts import Start
-from solvers import NoiseSchedule, load_solver, named_solver, sample, sample_trace, start_noise
+from solvers import NoiseSchedule, identify, load_solver, named_solver, sample, sample_trace, save_solver, start_noise
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 from training.solver_training import SolverTraining
 from training.testing import Evaluation
@@ -280,3 +280,29 @@ def test_refusals(cache, tmp_path):
         denoiser.null_condition = None
         with pytest.raises(ValueError, match=message):
             _search(denoiser, **dict([option]))
+
+
+def test_a_search_never_ends_worse_than_its_start(cache, tmp_path):
+    """A learning rate that throws the numbers far off: the start is kept, and says so."""
+    search = _search(TwoPoints(SCHEDULE), tmp_path, nfe=3, optimizer="adam", learning_rate=30.0, steps=3)
+    _fit(search, TeacherData(cache, holdout=4))
+    _same(load_solver(tmp_path / "solver-search-3.json"), named_solver("dpmpp:3", SCHEDULE))
+
+
+@pytest.mark.parametrize("optimizer", ["lm", "adam"])
+def test_a_search_of_a_solver_that_makes_its_own_calls(tmp_path, optimizer):
+    denoiser = with_guidance(Labelled(SCHEDULE), 2.0)
+    folder = _cache(tmp_path / "cache", denoiser)
+    start = named_solver("dpmpp:3", SCHEDULE).guided(2.0, rows=[0, 1])
+    save_solver(start, tmp_path / "start-5.json", identify(denoiser), method="test")
+    options = {"solver": str(tmp_path / "start-{nfe}.json"), "optimizer": optimizer, "steps": 4, "learning_rate": 0.003}
+    search = _search(Labelled(SCHEDULE), tmp_path, guidance_scale=2.0, nfe=5, **options)
+    _fit(search, TeacherData(folder, holdout=4))
+    table = load_solver(tmp_path / "solver-search-5.json", denoiser)
+    assert table.calls == start.calls
+    noise, labels = start_noise(range(32), SHAPE, torch.float64), torch.arange(32) % 2
+    wanted = sample(denoiser, named_solver("ddim:12", SCHEDULE), noise, labels)
+    errors = [float((sample(denoiser, solver, noise, labels) - wanted).square().mean()) for solver in (start, table)]
+    assert errors[1] < 0.7 * errors[0]
+    spent = table.info["fitted_on"]["evaluations"]
+    assert spent["calls"] == spent["forward"] + 2 * spent["backward"] + spent["tangent"]

@@ -5,7 +5,7 @@ import torch
 from torch.func import jacrev
 
 from solver_search.parameters import FreeParameters, PaperParameters
-from solver_search.starts import check_start, split_widest, start_table
+from solver_search.starts import check_start, split_widest, start_table, widened
 from solvers import NoiseSchedule, named_solver, sample, start_noise
 from tests.solver_search.toys import SHAPE, TwoPoints
 
@@ -180,8 +180,8 @@ def test_refused_starts():
         check_start(table, "x", 5, NoiseSchedule.flow())
     with pytest.raises(ValueError, match="adds noise"):
         start_table("ddpm", 5, schedule)
-    with pytest.raises(ValueError, match="a search cannot run this solver, which has network calls of its own"):
-        check_start(table.guided(2.0), "x", 10, schedule)
+    with pytest.raises(ValueError, match="a warm start cannot run this solver, which has network calls of its own"):
+        widened(table.guided(2.0), 12, schedule)
     with pytest.raises(ValueError, match="needs one without"):
         FreeParameters(named_solver("ddpm:5", schedule), (0.0, 999.0))
     with pytest.raises(ValueError, match="no solver artifact"):
