@@ -129,9 +129,15 @@ class NetworkModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm; Lightning itself refuses to with a fused optimizer."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+        """Clip the norm, or each value, of the true gradients; Lightning refuses to with a fused optimizer."""
+        if not gradient_clip_val:
+            return
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of fp16
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        by_value = gradient_clip_algorithm == "value"
+        clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+        clip(self.trained.parameters(), gradient_clip_val)
 
     def on_train_start(self) -> None:
         """Steps count on from a checkpoint's."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 from base.module import BaseModel
 from data.images import ImageData
@@ -145,6 +146,38 @@ def test_checkpoints_hold_the_network_and_its_average_alone(tmp_path):
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == {f"network.{name}" for name in module.network.state_dict()}
     assert set(checkpoint["callbacks"]["EMA"]) == set(module.network.state_dict())
+
+
+def gradients_of_a_step(folder, **options) -> torch.Tensor:
+    """What the optimiser stepped along."""
+    module = model()
+    trainer(folder, max_steps=1, **options).fit(module, digits())
+    return torch.cat([value.grad.flatten() for value in module.network.parameters() if value.grad is not None])
+
+
+def half() -> MixedPrecision:
+    """fp16 with the scaled losses of a GPU."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+
+def test_gradients_are_clipped_as_asked(tmp_path):
+    free = gradients_of_a_step(tmp_path)
+    norm, largest = float(free.norm()), float(free.abs().max())
+    by_norm = gradients_of_a_step(tmp_path, gradient_clip_val=norm / 4)
+    torch.testing.assert_close(by_norm, free / 4, rtol=1e-4, atol=1e-9)
+    by_value = gradients_of_a_step(tmp_path, gradient_clip_val=largest / 4, gradient_clip_algorithm="value")
+    assert torch.equal(by_value, free.clamp(-largest / 4, largest / 4))
+
+
+@pytest.mark.parametrize("share", [0.25, 4.0])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_scaled_gradients_are_unscaled_before_they_are_clipped(tmp_path, share, algorithm):
+    free = gradients_of_a_step(tmp_path)
+    limit = share * float(free.norm() if algorithm == "norm" else free.abs().max())
+    options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm}
+    expected = gradients_of_a_step(tmp_path, **options)
+    found = gradients_of_a_step(tmp_path, plugins=[half()], **options)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 def rank_loss(module: BaseModel, rank: int, batch: tuple) -> torch.Tensor:
