@@ -50,7 +50,8 @@ def load_denoiser(
             a folder with a `denoiser.yaml` (or the path of such a file), which has one of these as `path` (default: the
             folder itself, and nothing else where that is a model), and `device` and options where needed; relative
             paths in it start there, or here.
-        guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation.
+        guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none and costs one evaluation, 0
+            is the unconditional output (a diffusers pipeline gives the conditional one for all scales up to 1).
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
         device: where the network goes; the CPU when None; `auto`: the GPU of this process where there is one.
         trust_remote_code: a `denoiser.yaml` may name a class of your own, which is imported and called.
@@ -146,8 +147,14 @@ def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Modul
     from denoisers.diffusers_load import load_pipeline
 
     options = {key: value for key, value in options.items() if key != "family"}
-    call = {"guidance_scale": guidance_scale} | options.pop("call", {})
+    own = options.pop("call", {})
+    call = {"guidance_scale": guidance_scale} | own
     denoiser = load_pipeline(path, **_checked(load_pipeline, options, path), call=call)
+    if "guidance_scale" not in own and denoiser.guidance_scale != guidance_scale:
+        raise ValueError(
+            f"{path} cannot be guided by {guidance_scale}: {denoiser.name} called with it has what is guidance_scale "
+            f"{denoiser.guidance_scale} here (0 is the unconditional output, 1 the conditional one): give that"
+        )
     return denoiser.to(device)
 
 

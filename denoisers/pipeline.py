@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from denoisers.diffusers_base import NETWORKS, read_schedule
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
-from solvers.identity import weight_hash
+from solvers.identity import pipeline_guidance, weight_hash
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
@@ -32,7 +32,8 @@ class PipelineDenoiser(nn.Module):
         prompts: what `condition` indexes.
         prompt_argument: the argument of the pipeline's call that takes a list of prompts (DiT: class_labels).
         batch_size: prompts in one call.
-        call: further arguments of every call, such as guidance_scale, height, num_frames.
+        call: further arguments of every call, such as guidance_scale, height, num_frames; the denoiser's own
+            `guidance_scale` is what that means here, see `pipeline_guidance`.
     Raises:
         ValueError: no prompts, or arguments the pipeline does not take.
     """
@@ -57,7 +58,7 @@ class PipelineDenoiser(nn.Module):
         self.pipe, self.prompts, self.prompt_argument = pipe, list(prompts), prompt_argument
         self.batch_size, self.call = batch_size, call
         default = known["guidance_scale"].default if "guidance_scale" in known else 1.0
-        self.guidance_scale = float(call.get("guidance_scale", default))
+        self.guidance_scale = pipeline_guidance(pipe, float(call.get("guidance_scale", default)))
         self.name = type(pipe).__name__
         self.conditions = torch.arange(len(self.prompts))
         self.settings = {"prompts": self.prompts, "prompt_argument": prompt_argument, **call}

@@ -107,6 +107,19 @@ def guidance_range(guidance_scale: Guidance) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
+def pipeline_guidance(pipe: Any, guidance_scale: float) -> float:
+    """The scale, as it is meant here, of a diffusers pipeline that is called with `guidance_scale`.
+
+    Here it is uncond + scale (cond - uncond) at any scale: 0 is the unconditional output, 1 the conditional one. A
+    pipeline guides above 1 only; below, it gives the conditional output, too. One whose network is told the scale
+    (Flux, latent consistency models) keeps it.
+    """
+    networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    configs = [network.config for network in networks if network is not None]
+    is_told = any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in configs)
+    return guidance_scale if is_told else max(1.0, guidance_scale)
+
+
 def guidance_fits(one: Guidance, other: Guidance) -> bool:
     """Whether two guidance scales are the same, or one lies inside the range that the other is."""
     (low, high), (least, most) = guidance_range(one), guidance_range(other)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from solvers.artifact import load_solver
 from solvers.errors import SolverError
-from solvers.identity import DenoiserIdentity
+from solvers.identity import DenoiserIdentity, pipeline_guidance
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
 from solvers.table import SolverTable
@@ -122,6 +122,8 @@ class TableScheduler(StandaloneScheduler):
         if allow_mismatch:
             return
         original, pipeline_class = _parts(pipe)
+        if guidance_scale is not None:
+            guidance_scale = pipeline_guidance(pipe, guidance_scale)
         reasons = self._identity_reasons(original, guidance_scale) + self._start_reasons(pipeline_class)
         if reasons:
             raise SolverError(

@@ -36,6 +36,7 @@ from solvers import (
     save_solver,
     start_noise,
 )
+from solvers.identity import identify, pipeline_guidance
 from tests.denoisers.test_adapters import as_pipeline_output, condition_of, relative_error, run_pipeline
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
 
@@ -245,6 +246,41 @@ def test_loaded_pipeline_records_and_samples(tmp_path: Path) -> None:
     expected = sample(with_guidance(from_pipeline(pipe, 16, 16), 2.0), table, noise, condition)
     found = sample(denoiser, table, noise, class_labels(denoiser, seeds))
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_a_pipeline_guides_above_one_only(tmp_path: Path) -> None:
+    """Called with 0 it gives the conditional output, which is scale 1 here; 0 is the unconditional output here."""
+    pipe = tiny_pipeline("sd")
+    prompts, size, seeds = ["a cat", "dog"], {"height": 16, "width": 16}, [0, 1]
+    condition, plain = condition_of("sd", pipe, prompts), from_pipeline(pipe, 16, 16)
+    recorded = PipelineDenoiser(pipe, prompts, guidance_scale=0.0, **size)
+    x, timestep = start_noise(seeds, recorded.sample_shape), torch.tensor(500.0)
+    assert recorded.guidance_scale == 1.0
+    found = recorded(x, timestep, class_labels(recorded, seeds))
+    torch.testing.assert_close(found, plain(x, timestep, condition), rtol=1e-4, atol=1e-5)
+    unconditional = with_guidance(plain, 0.0)(x, timestep, condition)
+    torch.testing.assert_close(unconditional, plain(x, timestep, plain.null_condition(condition)), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, unconditional, atol=1e-3)
+
+    pipe.save_pretrained(tmp_path / "sd")
+    file = tmp_path / "sd.yaml"
+    file.write_text(f"path: {tmp_path}/sd\nfamily: pipeline\nprompts: [a cat, dog]\n")
+    with pytest.raises(ValueError, match=r"cannot be guided by 0\.0: StableDiffusionPipeline called with it has"):
+        load_denoiser(file, guidance_scale=0.0)
+    table = named_solver("ddim:3", plain.schedule)
+    for scale, fits in ((1.0, True), (0.0, False)):
+        path = save_solver(table, tmp_path / "s.json", identify(with_guidance(plain, scale)), method="test")
+        for called in (0.0, 0.7, 1.0):
+            if fits:
+                assert TableScheduler.for_pipeline(path, pipe, guidance_scale=called)
+            else:
+                with pytest.raises(ValueError, match=r"made for guidance scale 0\.0, found 1\.0"):
+                    TableScheduler.for_pipeline(path, pipe, guidance_scale=called)
+
+
+def test_a_network_that_is_told_its_scale_keeps_it() -> None:
+    assert pipeline_guidance(tiny_pipeline("flux"), 0.5) == 0.5
+    assert pipeline_guidance(tiny_pipeline("sd3"), 0.5) == 1.0
 
 
 def test_recording_errors(tmp_path: Path) -> None:
