@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.image_shards import read_shards
+from data.image_shards import describe_samples, read_shards
 from data.images import ImageArray, ImageData
 from data.loader import EpochBatchSampler, ResumableLoader, seed_of
 from data.shards import add_member
@@ -62,6 +62,12 @@ def test_a_dot_in_the_name_of_a_folder_is_no_extension(tmp_path):
     images, labels = read_shards(tmp_path, "*.tar")
     assert labels.tolist() == [0, 1, 2]
     assert images[:, 0, 0, 0].tolist() == [0, 10, 20]
+
+
+def test_a_half_written_record_of_samples_is_named(tmp_path):
+    (tmp_path / "samples.json").write_text('{"solver": "dd')
+    with pytest.raises(ValueError, match=r"samples\.json is not valid JSON .*: sample the images again"):
+        describe_samples(tmp_path)
 
 
 def test_grey_pictures_keep_one_channel_among_their_own_kind(tmp_path):
