@@ -60,6 +60,7 @@ def generate(
         preview: with parataa, write the images after each round.
         trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
     """
+    from denoisers import network_calls
     from denoisers.generate import as_images
     from denoisers.generate import generate as run
     from evaluation.pictures import save_grid
@@ -79,7 +80,8 @@ def generate(
         save_grid(as_images(model, images), folder / "grid.png")
         manifest = {
             "solver": solver,
-            "nfe": table.nfe,
+            "nfe": network_calls(table, model),
+            "rows": table.num_rows,
             "seeds": list(seeds),
             "seconds": seconds,
             "denoiser": denoiser,
@@ -90,7 +92,8 @@ def generate(
             **record,
         }
         _write_json(folder / "manifest.json", manifest)
-        print(f"{num_samples} images, {table.nfe} evaluations each, {seconds:.1f} s -> {folder}")
+        cost = f"{network_calls(table, model)} network calls each in {table.num_rows} rows"
+        print(f"{num_samples} images, {cost}, {seconds:.1f} s -> {folder}")
 
 
 def compare(**options) -> None:

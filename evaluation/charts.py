@@ -48,7 +48,7 @@ def quality_chart(
         series.append(_family_series(members, metric, names, color))
     title = "FD to the data (lower is better)" if metric == "fd" else f"RMSE to {names[reference['solver']]}"
     log_y = min(values) > 0 and max(values) / min(values) > 8
-    return Chart(series, "network evaluations", title, log_y=log_y, x_ticks=nfes, **_SIZE).svg()
+    return Chart(series, "network calls", title, log_y=log_y, x_ticks=nfes, **_SIZE).svg()
 
 
 def _frontier(rows: Sequence[Mapping[str, Any]], metric: str) -> Series:

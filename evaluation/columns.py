@@ -5,7 +5,8 @@ from typing import Any
 
 COLUMNS = {
     "solver": "solver",
-    "nfe": "NFE",
+    "nfe": "calls",
+    "rows": "rows",
     "guidance": "guidance",
     "fd": "FD",
     "kid": "KID x 1000",
@@ -21,7 +22,8 @@ COLUMNS = {
     "fitting_seconds": "fitting s",
 }
 HINTS = {
-    "nfe": "network calls; one of a guided network counts once",
+    "nfe": "network calls per image: a guided row makes two",
+    "rows": "states that the network sees",
     "fd": "Frechet distance to the data; lower is better; 95 % interval",
     "kid": "kernel distance to the data, times 1000; lower is better; 95 % interval",
     "precision": "share of samples inside the data's manifold",
@@ -30,20 +32,26 @@ HINTS = {
     "rmse": "to the reference solver from the same noise; 95 % interval",
     "psnr": "to the reference solver, range 2",
     "end_noise_level": "sigma / alpha left in the image",
-    "rounds": "network calls one after the other, per image",
-    "evaluations": "network evaluations per image, side by side ones included",
+    "rounds": "batches of network calls one after the other, per image",
+    "evaluations": "network calls per image, side by side ones included",
     "seconds": "sampling time per image",
     "fitting_seconds": "time the solver's fit took, once",
 }
 
 
 def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns that hold a value in some row; guidance only where it differs, rounds only of parallel samplers."""
+    """Columns that hold a value in some row; guidance only where it differs, rounds only of parallel samplers.
+
+    Rows of the table only where some are not one network call.
+    """
     used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     constant = len({row["guidance"] for row in rows}) == 1
     silent = {"end_noise_level"} if all(row["end_noise_level"] < 1e-4 for row in rows) else set()
-    if all(row.get("rounds", row["nfe"]) == row["nfe"] for row in rows):
+    made = [row.get("rows", row["nfe"]) for row in rows]
+    if all(row.get("rounds", count) == count for row, count in zip(rows, made)):
         silent |= {"rounds", "evaluations"}
+    if all(row["nfe"] == count for row, count in zip(rows, made)):
+        silent |= {"rows"}
     return [name for name in used if name not in silent and not (name == "guidance" and constant)]
 
 

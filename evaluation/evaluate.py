@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import MetricCollection
 
+from denoisers import network_calls
 from denoisers.generate import as_images, device_of, generate, image_shape
 from evaluation.contenders import check_disjoint
 from evaluation.extractors import Extractor, extractor_of, load_extractor
@@ -69,7 +70,7 @@ def evaluate_table(
     measure = measure or shipped_measure(reference_denoiser or denoiser, num_images)
     device = device_of(denoiser)
     images = generate(denoiser, table, share, batch_size=batch_size).to(device)
-    found: dict[str, Any] = {"nfe": float(table.nfe), "num_images": float(num_images)}
+    found: dict[str, Any] = {"nfe": float(network_calls(table, denoiser)), "num_images": float(num_images)}
     if reference is not None:
         if isinstance(reference, SolverTable):
             reference = generate(reference_denoiser or denoiser, reference, share, batch_size=batch_size)

@@ -76,7 +76,7 @@ def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str]) -> Im
     labels = []
     for entry in entries:
         row = entry.row
-        second = f"{row['nfe']} evaluations" + (f", guidance {row['guidance']:g}" if several else "")
+        second = f"{row['nfe']} network calls" + (f", guidance {row['guidance']:g}" if several else "")
         labels.append(f"{label(row, names)}\n{second}")
     height = entries[0].images.shape[-2]
     scale = max(1, round(64 / height))

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from denoisers import network_calls
 from evaluation.args import Metric
 from evaluation.bootstrap import frechet_interval, kernel_interval, resamplings, rmse_interval
 from evaluation.contenders import Contender
@@ -129,7 +130,8 @@ def make_row(
     return {
         "solver": contender.name,
         "method": info.get("method", "baseline"),
-        "nfe": contender.table.nfe,
+        "nfe": network_calls(contender.table, contender.denoiser),
+        "rows": contender.table.num_rows,
         "guidance": contender.guidance_scale,
         "num_images": count,
         **_errors(values["squared_errors"], counts),
@@ -146,10 +148,12 @@ def make_row(
 
 
 def _per_image(values: Mapping[str, Tensor], name: str, contender: Contender) -> float:
-    """Of a sequential sampler: a round for each row, an evaluation for each network call."""
+    """Of a sequential sampler: a round for each row; of every sampler network calls, two where guidance is inside."""
+    table, denoiser = contender.table, contender.denoiser
     if name not in values:
-        return float(contender.table.num_rows if name == "rounds" else contender.table.nfe)
-    return float(values[name]) / len(values["squared_errors"])
+        return float(table.num_rows if name == "rounds" else network_calls(table, denoiser))
+    each = network_calls(table, denoiser) / table.nfe if name == "evaluations" else 1
+    return each * float(values[name]) / len(values["squared_errors"])
 
 
 def _errors(squared: Tensor, counts: Tensor | None) -> dict[str, Any]:
