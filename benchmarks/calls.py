@@ -1,0 +1,170 @@
+"""What solvers that make their own network calls reach, at equal calls, against the best learned ones that do not.
+
+For every model, guidance scale and number of network calls the shipped artifacts are run from unseen seeds 0, 1, ...
+and compared with the teacher from the same noises: root mean square, median, 99th percentile and worst image, and the
+Frechet distance in the features of the model's own classifier. `before` is the best by RMSE of the artifacts that call
+the network for the guided output of every row. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from denoisers import class_labels, load_denoiser, network_calls
+from denoisers.generate import generate
+from evaluation.distances import Gaussian
+from evaluation.evaluate import shipped_measure
+from evaluation.rows import Measure
+from solvers import Bands, SolverTable, load_solver, named_solver, sample, start_noise
+
+SOLVERS = Path("checkpoints/solvers")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one guidance scale.
+
+    Args:
+        model: folder in checkpoints.
+        guidance: scale.
+        calls: numbers of network calls.
+        teacher: solver whose images are the aim.
+        folder: of the solvers that make their own calls, in checkpoints/solvers.
+        before: folders of those that do not; of several the best counts.
+    """
+
+    model: str
+    guidance: float
+    calls: tuple[int, ...]
+    teacher: str
+    folder: str
+    before: tuple[str, ...]
+
+
+CASES = {
+    "sit_1.5": Case(
+        "cifar10-sit",
+        1.5,
+        (4, 6, 8, 10),
+        "unipc:30",
+        "cifar10-sit/guidance-1.5/calls",
+        ("cifar10-sit/guidance-1.5", "cifar10-sit/guidance-1.5/teacher-unipc-30"),
+    ),
+    "dit_1": Case("cifar10-dit", 1.0, (3, 4, 5), "ddim:100", "cifar10-dit/calls", ("cifar10-dit",)),
+    "sit_4": Case(
+        "cifar10-sit", 4.0, (10, 12, 14), "unipc:40", "cifar10-sit/guidance-4/calls", ("cifar10-sit/guidance-4",)
+    ),
+    "fashion_1": Case("fashion-sit", 1.0, (3, 4, 5, 8), "unipc:30", "fashion-sit/calls", ("fashion-sit",)),
+    "fashion_2": Case(
+        "fashion-sit", 2.0, (6, 8, 10), "unipc:30", "fashion-sit/guidance-2/calls", ("fashion-sit/guidance-2",)
+    ),
+}
+
+
+def found(folders: Sequence[str], denoiser: nn.Module, calls: int) -> list[SolverTable]:
+    """The artifacts of some folders that cost so many network calls."""
+    paths = [path for folder in folders for path in sorted((SOLVERS / folder).glob("*.json"))]
+    tables = [load_solver(path, denoiser) for path in paths if not path.name.startswith("tuned")]
+    return [table for table in tables if network_calls(table, denoiser) == calls]
+
+
+def figures(images: Tensor, wanted: Tensor, measure: Measure) -> dict[str, float]:
+    """How far images are from the teacher's, and from the data."""
+    errors = (images - wanted).double().flatten(1).square().mean(1).sqrt()
+    return {
+        "rmse": float(errors.square().mean().sqrt()),
+        "median": float(errors.median()),
+        "p99": float(errors.quantile(0.99)),
+        "worst": float(errors.max()),
+        "fd": frechet(images, measure),
+    }
+
+
+def frechet(images: Tensor, measure: Measure) -> float:
+    """Frechet distance of 8-bit images to the data's statistics."""
+    assert measure.extractor is not None and measure.statistics is not None  # noqa: PT018
+    parts = [measure.extractor(part)[0] for part in images.split(256)]
+    own = Gaussian.of(torch.cat(parts))
+    return float(measure.statistics.frechet(own.mean[None], own.covariance[None]))
+
+
+def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """All counts of a case."""
+    denoiser = load_denoiser(f"checkpoints/{case.model}", case.guidance, precision=options.precision)
+    seeds, size = range(options.num_samples), options.batch_size
+    measure = shipped_measure(denoiser, options.num_samples)
+    teacher = named_solver(case.teacher, denoiser.schedule)
+    wanted = generate(denoiser, teacher, seeds, batch_size=size)
+    counts: dict[str, Any] = {"teacher_fd": frechet(wanted, measure)}
+    for calls in case.calls:
+        runs = {"": found([case.folder], denoiser, calls), "_before": found(case.before, denoiser, calls)}
+        row: dict[str, float] = {}
+        for suffix, tables in runs.items():
+            tried = [figures(generate(denoiser, t, seeds, batch_size=size), wanted, measure) for t in tables]
+            best = min(tried, key=lambda one: one["rmse"]) if tried else {}
+            row |= {f"{name}{suffix}": round(value, 5) for name, value in best.items()}
+        counts[str(calls)] = row
+        print(f"{case.model}, guidance {case.guidance:g}, {calls} calls: {row}", flush=True)
+    return counts
+
+
+def overhead(table: SolverTable, denoiser: nn.Module, batch: int = 16, repeats: int = 5) -> float:
+    """Processor time of sampling beyond that of its network calls, as a share of theirs: the least of some runs."""
+    noise, labels = start_noise(range(batch), denoiser.sample_shape), class_labels(denoiser, range(batch))
+    spent = 0.0
+
+    class Timed(nn.Module):
+        null_condition = staticmethod(denoiser.null_condition)
+
+        def forward(self, *arguments: Any) -> Tensor:
+            nonlocal spent
+            begin = time.process_time()
+            output = denoiser(*arguments)
+            spent += time.process_time() - begin
+            return output
+
+    shares, timed = [], Timed()
+    for _ in range(repeats):
+        spent, begin = 0.0, time.process_time()
+        with torch.no_grad():
+            sample(timed, table, noise, labels)
+        shares.append((time.process_time() - begin - spent) / spent)
+    return min(shares)
+
+
+def embedded(table: SolverTable, channels: int) -> SolverTable:
+    """The same solver with its numbers as matrices of four bands."""
+    space = Bands((0.06, 0.12, 0.25), channels)
+    names = ("state_coef", "output_coef", "noise_coef")
+    weights = {name: space.embed(getattr(table, name)) for name in names}
+    return replace(table, space=space, **weights, state_support=None, output_support=None)
+
+
+def main() -> None:
+    """Measure the cases that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--num_samples", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--precision", default="bf16")
+    options = parser.parse_args()
+    results: dict[str, Any] = {name: measured(CASES[name], options) for name in options.cases}
+    network = load_denoiser("checkpoints/cifar10-sit")
+    plain = load_solver(SOLVERS / "cifar10-sit/olss-8.json", network)
+    results["overhead_scalar"] = round(overhead(plain, network), 4)
+    results["overhead_operators"] = round(overhead(embedded(plain, 3), network), 4)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
