@@ -1,7 +1,8 @@
 """How a row of a table is computed: the one place that combines states, outputs and noises.
 
 `plan_rows` says, from the supports alone, what each row evaluates, combines and forgets; `Executor` binds a table to
-samples, so that a row is a few weighted sums. The sampler, the fits, the searches and the parallel sampler use it.
+samples, so that a row is a few weighted sums, term by term. The sampler and the searches run it; what has many rows at
+once (the tuner, the parallel sampler) adds them up by the space's `mix`, the same sums as one product of matrices.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.shards import Trajectories
 from denoisers import Evaluations, index_condition
 from solvers import NoiseSchedule, SolverTable, row_noise, sample, sample_trace
+from solvers.executor import told_node
 from solvers.prediction import to_noise
 from timestep_tuner.ratios import Ratios
 from training.arguments import check_choice
@@ -146,11 +147,16 @@ class Objective:
         table = self.base
         earlier = table.output_coef.tril(-1)[rows, : len(known)]
         own = table.output_coef.diagonal()[rows].to(output).reshape(-1, *[1] * (output.ndim - 1))
-        end = _mix(table.state_coef[rows, : len(states)], states) + _mix(earlier, known) + own * output
+        mix = table.space.mix
+        end = (
+            mix(table.state_coef[rows, : len(states)].to(states), states)
+            + mix(earlier.to(states), known)
+            + own * output
+        )
         if table.is_stochastic:
             shape = states.shape[2:]
             fresh = _stack(row_noise(examples.seeds, j, shape).to(states) for j in range(rows[-1] + 1))
-            end = end + _mix(table.noise_coef[rows, : len(fresh)], fresh)
+            end = end + mix(table.noise_coef[rows, : len(fresh)].to(states), fresh)
         return end
 
     def _on_data(self, examples: Trajectories) -> Tensor:
@@ -190,12 +196,9 @@ class Objective:
         rows, batch = states.shape[:2]
         told = timesteps.to(states).repeat_interleave(batch)
         condition = index_condition(examples.condition, torch.arange(batch).repeat(rows))
-        options = {}
-        if getattr(self.denoiser, "needs_node", False):
-            both = (self.base.alpha, self.base.sigma)
-            options["node"] = tuple(value[nodes].to(states).repeat_interleave(batch) for value in both)
         self.evaluations.forward += rows * batch
-        output = self.denoiser(states.flatten(0, 1), told, condition, **options)
+        node = told_node(self.denoiser, self.base, torch.tensor(nodes).repeat_interleave(batch))
+        output = self.denoiser(states.flatten(0, 1), told, condition, **node)
         return output.to(states.dtype).unflatten(0, (rows, batch))
 
     def _node_timesteps(self) -> Tensor:
@@ -215,11 +218,6 @@ def first_rows(table: SolverTable, timesteps: Tensor, rows: int) -> SolverTable:
     cut = {name: getattr(table, name)[:rows, :rows] for name in blocks}
     cut |= {name: getattr(table, name)[: rows + 1] for name in ("alpha", "sigma")}
     return replace(table, timesteps=timesteps[:rows], calls=table.calls[:rows], **cut)
-
-
-def _mix(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_j weights[i, j] values[j]: (rows, batch, *shape)."""
-    return torch.tensordot(weights.to(values), values, dims=1)
 
 
 def _stack(values: Any) -> Tensor:
