@@ -1,6 +1,5 @@
 """Schedulers that stand in for a pipeline's own while it runs: one records, one makes the pipeline a function."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from solvers.calls import drop_learned_variance
+from solvers.proxy import Proxy
 
 
 class Finished(Exception):
@@ -40,29 +40,7 @@ class Recording:
     outputs: list[Tensor] = field(default_factory=list)
 
 
-class SchedulerProxy:
-    """Passes for the class of `inner` and hands everything to it that a subclass does not define."""
-
-    def __init__(self, inner: Any, **own: Any) -> None:
-        for name, value in {"inner": inner, **own}.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self.inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "inner"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.inner, name, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the inner scheduler alone: what a pipeline copies for another stream is not recorded."""
-        return copy.deepcopy(self.inner, memo)
-
-
-class Recorder(SchedulerProxy):
+class Recorder(Proxy):
     """Writes what passes through into a Recording; the pipeline's run is its own.
 
     Args:
@@ -107,7 +85,7 @@ class Recorder(SchedulerProxy):
         return wrapped
 
 
-class Injector(SchedulerProxy):
+class Injector(Proxy):
     """Makes a pipeline evaluate its network, guidance included, at a given state and timestep.
 
     The pipeline is told of two steps. Its first evaluation is of its own noise; the first step answers with the given

@@ -19,6 +19,7 @@ from solvers.tabulate import tabulate
 from solvers.views import CanonicalTable, Consistency, propagate
 
 if TYPE_CHECKING:
+    from solvers.accelerate import accelerate_pipeline
     from solvers.scheduler import TableScheduler
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SolverTable",
     "TableScheduler",
     "Trace",
+    "accelerate_pipeline",
     "baseline_names",
     "default_solver",
     "export_solver",
@@ -55,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """TableScheduler on first use: importing diffusers takes seconds.
+    """What needs diffusers, on first use: importing it takes seconds.
 
     diffusers, loading a pipeline that was saved with it, also looks for SchedulerMixin beside it.
     """
@@ -63,4 +65,8 @@ def __getattr__(name: str) -> Any:
         from solvers import scheduler
 
         return getattr(scheduler, name)
+    if name == "accelerate_pipeline":
+        from solvers.accelerate import accelerate_pipeline
+
+        return accelerate_pipeline
     raise AttributeError(f"module 'solvers' has no attribute {name!r}")

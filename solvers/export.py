@@ -67,6 +67,11 @@ def _load(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
 def _diffusers(tables: list[SolverTable], output: Path, pipeline: Path | None, allow_mismatch: bool) -> Path:
     from solvers.scheduler import TableScheduler
 
+    if any(table.has_own_calls for table in tables):
+        raise SolverError(
+            "a scheduler alone cannot run this solver, which has network calls of its own: use "
+            "solvers.accelerate_pipeline(pipe, solver), solvers.sample or the NumPy export"
+        )
     if pipeline is None:
         scheduler = TableScheduler.from_solver(tables, allow_mismatch=allow_mismatch)
     else:

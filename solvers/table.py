@@ -95,9 +95,14 @@ class SolverTable:
         return any(call.branch != CONDITIONAL for call in self.calls)
 
     @property
+    def has_own_calls(self) -> bool:
+        """Whether any row makes other calls than one conditional call, which is all that a scheduler sees."""
+        return self.calls != one_call_a_row(self.num_rows)
+
+    @property
     def is_plain(self) -> bool:
-        """Whether weights are numbers and every row makes one conditional call, as a scheduler does."""
-        return isinstance(self.space, Plain) and self.calls == one_call_a_row(self.num_rows)
+        """Whether weights are numbers and every row makes one conditional call."""
+        return isinstance(self.space, Plain) and not self.has_own_calls
 
     def require_plain(self, who: str) -> None:
         """Raise SolverError when `who`, which sees one output a row and weighs by numbers, cannot run this table."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.calls import Call, one_call_a_row
+from solvers.calls import Call
 from solvers.errors import SolverError
 from solvers.space import Bands, Plain
 from solvers.strict_json import check_fields, check_number, check_typed
@@ -19,7 +19,7 @@ def table_to_dict(table: SolverTable) -> dict[str, Any]:
     """JSON types only, doubles exact; calls, space and supports appear only where they are not the default."""
     values = {name: getattr(table, name).detach().tolist() for name in TENSORS}
     values |= {"start_scale": float(table.start_scale), "prediction_type": table.prediction_type}
-    if table.calls != one_call_a_row(table.num_rows):
+    if table.has_own_calls:
         values["calls"] = [[call.row, call.branch] for call in table.calls]
     if isinstance(table.space, Bands):
         values["space"] = {"edges": list(table.space.edges), "channels": table.space.channels}

@@ -1,9 +1,12 @@
 """A solver table as a diffusers scheduler. Needs torch and diffusers only.
 
-    state[i+1] = sum_j state_coef[i,j] state[j] + output_coef[i,j] output[j] + noise_coef[i,j] noise[j],   j <= i
+    state[i+1] = sum_j state_coef[i,j] state[j] + sum_k output_coef[i,k] output[k] + sum_j noise_coef[i,j] noise[j],
+                 j <= i, row of call k <= i
 
 States are what the network receives, so `scale_model_input` changes nothing; steps are counted, never looked up by
-the timestep's value; a state is the sample that `step` receives.
+the timestep's value; a state is the sample that `step` receives. A table makes one network call a row, whose output
+is what `step` receives, or says which `calls` it makes: those outputs are given to `receive`. Its weights are numbers,
+or, with a `space`, one channel matrix per band of spatial frequencies.
 """
 
 import math
@@ -20,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 SEED_LIMIT = 2**32
+CONDITIONAL = "conditional"
 
 
 @dataclass
@@ -33,8 +37,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     """Runs the solver tables of its config in any diffusers pipeline.
 
     Args:
-        tables: one dict per number of steps: timesteps (N,), alpha and sigma (N+1,), state_coef, output_coef and
-            noise_coef (N, N) as nested lists, start_scale, prediction_type.
+        tables: one dict per number of steps: timesteps (N,), alpha and sigma (N+1,), state_coef and noise_coef
+            (N, N, *weight) and output_coef (N, calls, *weight) as nested lists, start_scale, prediction_type, perhaps
+            calls, [row, branch of the condition] each, and space: band edges in cycles per pixel, and channels.
         schedule: the noise schedule the tables were made for, None where unknown.
         guidance_scale: the scale (or [lowest, highest]) they were made at, None where unknown.
         seed: row r's noise of sample k is drawn from (seed + k, r), or from (seed[k], r) for a list. Without it noise
@@ -90,6 +95,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """The row the run began with."""
         return self._begin
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Branches of the condition that the network is called with at the current row."""
+        return tuple(branch for _, branch in self._calls[self._row]) if self._row < len(self._calls) else ()
+
+    @property
+    def all_branches(self) -> set[str]:
+        """Branches of the condition that the network is called with at any row."""
+        return {branch for calls in self._calls for _, branch in calls}
+
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
 
@@ -131,14 +146,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a row from there on uses a state or output from before.
         """
-        rows = self._rows[begin_index:]
-        if not rows or any(column < begin_index for row in rows for block in row[:2] for column, _ in block):
+        rows, made = self._rows[begin_index:], [row for row, calls in enumerate(self._calls) for _ in calls]
+        reached = [column for row in rows for column, _ in row[0]] + [made[k] for row in rows for k, _ in row[1]]
+        if not rows or any(row < begin_index for row in reached):
             raise ValueError(
                 f"this {len(self._rows)}-step solver cannot start at row {begin_index}: later rows use earlier "
                 "results, or there are none; start at 0 (strength 1), or take a one-step solver"
             )
         self._begin, self._row = begin_index, begin_index
         self._history: tuple[dict, dict, dict] = ({}, {}, {})
+        self._received: dict[str, Tensor | None] = {}
         self._returned: Tensor | None = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
@@ -146,6 +163,22 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self.config["scale_start"] and self._row == 0:
             return sample * float(self._table["start_scale"])
         return sample
+
+    def receive(self, outputs: dict[str, Tensor | None]) -> None:
+        """Outputs of the current row, which the next `step` takes instead of its model_output.
+
+        Args:
+            outputs: by branch of the condition, (batch, *shape); None where the pipeline asked for one that the table
+                does not take here.
+        Raises:
+            ValueError: a second output of one branch.
+        """
+        if twice := sorted(outputs.keys() & self._received.keys()):
+            raise ValueError(
+                f"the pipeline calls its network twice for the {twice[0]} output of row {self._row}: use it without "
+                "further guidance (such as skip-layer guidance), which this solver does not know"
+            )
+        self._received |= outputs
 
     def step(
         self,
@@ -158,29 +191,31 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """The next state. States accumulate in float32 or better, whatever the pipeline's dtype.
 
         Args:
-            model_output: (batch, *shape), of the tables' prediction type.
+            model_output: (batch, *shape), of the tables' prediction type; not used where the table says its calls.
             timestep: not used, rows are counted.
             sample: the state the network received, (batch, *shape).
             generator: source of fresh noises when the scheduler has no seed.
             return_dict: False returns a tuple.
         Raises:
-            ValueError: more steps than rows.
+            ValueError: more steps than rows, outputs missing, or samples that the weights do not act on.
         """
         row = self._row
         if row >= len(self._rows):
             raise ValueError(f"all {row} steps are done: call set_timesteps before the next run")
+        state, space = self._unrounded(sample), _space(self._table.get("space"), sample)
         states, outputs, noises = self._history
-        states[row], outputs[row] = self._received(sample), _wide(model_output)
+        states[row] = space.split(state)
+        outputs |= {column: space.split(_wide(value)) for column, value in self._outputs(model_output, sample)}
         for column, _ in self._rows[row][2]:
             if column not in noises:
-                noises[column] = self._noise(column, sample, generator).to(states[row])
+                noises[column] = space.split(self._noise(column, sample, generator).to(state))
         total = torch.zeros_like(states[row])
         for terms, values in zip(self._rows[row], self._history):
             for column, weight in terms:
-                total = torch.add(total, values[column], alpha=weight)
+                total = space.add(total, weight, values[column])
         self._forget(row)
-        self._row, self._returned = row + 1, total
-        result = total.to(sample.dtype)
+        self._row, self._received, self._returned = row + 1, {}, space.merge(total)
+        result = self._returned.to(sample.dtype)
         if return_dict:
             return TableSchedulerOutput(prev_sample=result)
         return (result, result) if len(self._rows) == 1 else (result,)  # PixArt reads a one-step image from place 1
@@ -223,7 +258,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.as_tensor(ratio, dtype=torch.float32, device=device)
         blocks = (table["state_coef"], table["output_coef"], table["noise_coef"])
         self._rows = [tuple(_terms(block[row]) for block in blocks) for row in range(count)]
-        self._last_use = [_last_use([row[kind] for row in self._rows]) for kind in range(3)]
+        self._last_use = [
+            _last_use([row[kind] for row in self._rows], len(block[0])) for kind, block in enumerate(blocks)
+        ]
+        self._calls = _calls(table.get("calls"), count)
         self.set_begin_index(0)
 
     def _check_steps(self, sigmas: Any, timesteps: Any, mu: float | None) -> None:
@@ -246,7 +284,27 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 "use the image size it was made for, or allow_mismatch=True"
             )
 
-    def _received(self, sample: Tensor) -> Tensor:
+    def _outputs(self, model_output: Tensor, sample: Tensor) -> list[tuple[int, Tensor]]:
+        """(column, output) of the calls of the current row."""
+        if "calls" not in self._table:
+            return [(self._row, model_output)]
+        return [(column, self._output(branch, sample)) for column, branch in self._calls[self._row]]
+
+    def _output(self, branch: str, sample: Tensor) -> Tensor:
+        output = self._received.get(branch)
+        if output is None:
+            raise ValueError(
+                f"row {self._row} of this solver takes the {branch} output of the network apart, which was not given: "
+                "use solvers.accelerate_pipeline(pipe, solver), and call the pipeline with guidance"
+            )
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"the {branch} output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}: call the "
+                f"pipeline {'with' if len(output) < len(sample) else 'without'} guidance, as the solver was made for"
+            )
+        return output
+
+    def _unrounded(self, sample: Tensor) -> Tensor:
         """The state in float32 or better: where a half-precision pipeline hands back what it was given, unrounded."""
         kept = self._returned
         if kept is None or kept.dtype == sample.dtype or kept.shape != sample.shape:
@@ -272,12 +330,77 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 del values[column]
 
 
-def _terms(row: list[float]) -> list[tuple[int, float]]:
-    return [(column, float(weight)) for column, weight in enumerate(row) if weight != 0]
+class _Numbers:
+    """Weights are numbers."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x
+
+    def merge(self, parts: Tensor) -> Tensor:
+        return parts
+
+    def add(self, total: Tensor, weight: Any, parts: Tensor) -> Tensor:
+        return torch.add(total, parts, alpha=weight)
 
 
-def _last_use(rows: list[list[tuple[int, float]]]) -> list[int]:
-    return [max((i for i, row in enumerate(rows) if any(j == c for c, _ in row)), default=-1) for j in range(len(rows))]
+class _Bands:
+    """Weights are one channel matrix per band of the frequencies sqrt(fy^2 + fx^2) over the last two axes.
+
+    `split` gives the real numbers of the half spectrum band after band; the sample itself where there is one band.
+    """
+
+    def __init__(self, edges: Sequence[float], size: torch.Size, device: torch.device) -> None:
+        self.edges, self.size = edges, size
+        vertical = torch.fft.fftfreq(size[0], dtype=torch.float64)[:, None]
+        radius = (vertical**2 + torch.fft.rfftfreq(size[1], dtype=torch.float64) ** 2).sqrt().flatten()
+        band = torch.bucketize(radius, torch.tensor(edges, dtype=torch.float64), right=True)
+        self.order = torch.argsort(band, stable=True).to(device)
+        counts = 2 * torch.bincount(band, minlength=len(edges) + 1)
+        self.counts = counts.tolist() if edges else [size.numel()]
+
+    def split(self, x: Tensor) -> Tensor:
+        if not self.edges:
+            return x.flatten(-2)
+        spectrum = torch.fft.rfft2(x, norm="ortho").flatten(-2)
+        return torch.view_as_real(spectrum[..., self.order]).flatten(-2)
+
+    def merge(self, parts: Tensor) -> Tensor:
+        if not self.edges:
+            return parts.unflatten(-1, self.size)
+        spectrum = torch.view_as_complex(parts.unflatten(-1, (-1, 2)).contiguous())[..., self.order.argsort()]
+        return torch.fft.irfft2(spectrum.unflatten(-1, (self.size[0], -1)), s=self.size, norm="ortho")
+
+    def add(self, total: Tensor, weight: Any, parts: Tensor) -> Tensor:
+        bands = zip(weight.to(parts), parts.split(self.counts, -1))
+        return total + torch.cat([torch.einsum("ab,nb...->na...", matrix, band) for matrix, band in bands], -1)
+
+
+def _space(space: dict[str, Any] | None, sample: Tensor) -> _Numbers | _Bands:
+    """How weights act on samples of this shape."""
+    if space is None:
+        return _Numbers()
+    if sample.ndim < 4 or sample.shape[1] != space["channels"]:
+        raise ValueError(
+            f"this solver's weights are matrices of {space['channels']} channels, the samples have shape "
+            f"{tuple(sample.shape)}: it runs on (batch, channels, height, width), not on packed tokens"
+        )
+    return _Bands(space["edges"], sample.shape[-2:], sample.device)
+
+
+def _calls(calls: list[list[Any]] | None, rows: int) -> list[list[tuple[int, str]]]:
+    """(column, branch) of the network calls of each row."""
+    calls = [[row, CONDITIONAL] for row in range(rows)] if calls is None else calls
+    return [[(column, branch) for column, (at, branch) in enumerate(calls) if at == row] for row in range(rows)]
+
+
+def _terms(row: list[Any]) -> list[tuple[int, Any]]:
+    """(column, weight) of what is not zero; a weight is a number, or (bands, channels, channels)."""
+    weights = enumerate(torch.tensor(row, dtype=torch.float64))
+    return [(column, weight if weight.ndim else weight.item()) for column, weight in weights if weight.any()]
+
+
+def _last_use(rows: list[list[tuple[int, Any]]], columns: int) -> list[int]:
+    return [max((i for i, row in enumerate(rows) if any(j == c for c, _ in row)), default=-1) for j in range(columns)]
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from denoisers.diffusers_models import from_pipeline
+from denoisers.prompts import encode_prompts
 from solvers import (
     Bands,
     DenoiserIdentity,
@@ -119,8 +121,7 @@ def test_numpy_file_makes_calls_and_weighs_bands(tmp_path, edges):
     assert np.abs(solver.sample(model, noise.numpy()) - wanted.numpy()).max() < 1e-12
 
 
-@pytest.mark.parametrize("target", ["diffusers", "comfyui"])
-@pytest.mark.parametrize("kind", ["calls", "bands"])
+@pytest.mark.parametrize(("target", "kind"), [("diffusers", "calls"), ("comfyui", "calls"), ("comfyui", "bands")])
 def test_targets_that_see_one_output_a_row_refuse_more(tmp_path, target, kind):
     table = learned_table("epsilon")
     if kind == "calls":
@@ -258,6 +259,24 @@ def test_diffusers_folder_runs_in_a_saved_pipeline(tmp_path):
     assert type(loaded.scheduler).__module__.split(".")[0] != "solvers"
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
+
+
+def test_diffusers_folder_weighs_bands(tmp_path):
+    pipe = tiny_pipeline("sd")
+    space = Bands((0.1, 0.3), 4)
+    table = learned_table("epsilon", steps=3)
+    weights = {name: space.embed(getattr(table, name)) for name in ("state_coef", "output_coef", "noise_coef")}
+    weights["output_coef"] = weights["output_coef"] * torch.rand(space.ops, dtype=torch.float64)
+    table = replace(table, space=space, **weights, state_support=None, output_support=None)
+    path = artifact(tmp_path, table, NoiseSchedule.from_scheduler(pipe.scheduler))
+    pipe.save_pretrained(tmp_path / "pipe")
+    export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True, safety_checker=None)
+    loaded.set_progress_bar_config(disable=True)
+    denoiser, noise = from_pipeline(pipe, 16, 16), start_noise([1, 2], (4, 8, 8))
+    found = loaded(**call_arguments("sd", ["a cat", "dog"], 1.0, 3), latents=noise).images
+    expected = sample(denoiser, table, noise, encode_prompts(pipe, ["a cat", "dog"]))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_saved_pipeline_that_does_not_fit_stays_as_it_is(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from diffusers import (
 )
 
 from solvers import (
+    Bands,
     DenoiserIdentity,
     NoiseSchedule,
     SolverError,
@@ -32,6 +34,7 @@ from solvers import (
     tabulate,
 )
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
+from solvers.table_json import table_to_dict
 from tests.analytic import gaussian_denoiser, two_point_denoiser
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
 
@@ -515,3 +518,84 @@ def test_the_standalone_scheduler_is_the_same():
     trace = sample_trace(denoiser, table, noise, seeds=[9, 10])
     assert torch.allclose(run(theirs, denoiser, noise), trace.states[-1], rtol=0, atol=1e-6)
     assert torch.equal(run(theirs, denoiser, noise), run(mine, denoiser, noise))
+
+
+def operators(channels: int, edges: tuple[float, ...], steps: int = 4) -> SolverTable:
+    """A stochastic solver whose every weight is random matrices."""
+    table, space = solver(EulerAncestralDiscreteScheduler, steps), Bands(edges, channels)
+    generator, coef = torch.Generator().manual_seed(steps), {}
+    for name in ("state_coef", "output_coef", "noise_coef"):
+        mixed = space.embed(getattr(table, name))
+        coef[name] = mixed + 0.1 * mixed * torch.randn(mixed.shape, generator=generator, dtype=torch.float64)
+        coef[name] += 0.01 * torch.randn(mixed.shape, generator=generator, dtype=torch.float64) * (mixed != 0).any()
+        coef[name] *= torch.ones(steps, steps, dtype=torch.float64).tril()[..., None, None, None]
+    supports = {"state_support": None, "output_support": None}
+    return replace(table, space=space, start_scale=1.0, **coef, **supports)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 5, 6), (3, 6, 7), (3, 2, 4, 5)])
+@pytest.mark.parametrize("edges", [(), (0.2,), (0.05, 0.2, 0.7)])
+def test_weights_per_band_equal_sample(tmp_path, edges, shape):
+    """Images of any size, and videos; from the config alone, in double and single precision."""
+    table, denoiser = operators(3, edges), gaussian_denoiser(VP)
+    TableScheduler.from_solver(table, seed=9).save_pretrained(tmp_path)
+    assert table_to_dict(table) == TableScheduler.from_pretrained(tmp_path).config["tables"][0]
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        noise = start_noise([3, 4], shape, dtype)
+        expected = sample(denoiser, table, noise, step_noise=noises(shape, dtype))
+        for kind in (TableScheduler, StandaloneScheduler):
+            found = run(kind.from_pretrained(tmp_path), denoiser, noise)
+            assert found.dtype == dtype
+            assert (found - expected).abs().max() <= bound * expected.abs().max()
+
+
+def noises(shape, dtype):
+    return lambda row: row_noise([9, 10], row, shape).to(dtype)
+
+
+def test_weights_per_band_run_in_pipelines_that_step_a_doubled_batch():
+    pipe = tiny_pipeline("dit")
+    table = operators(4, (0.1, 0.3))
+    pipe.scheduler = Recorder.from_solver(table, seed=5)
+    pipe(**call_arguments("dit", PROMPTS, 3.0, 4), generator=torch.Generator().manual_seed(0))
+    assert_same_as_sample(pipe.scheduler.calls, table, 2, seeds=[5, 6])
+
+
+def test_half_precision_keeps_states_between_rows_of_matrices():
+    table = operators(3, (0.2,))
+    noise = start_noise([3, 4], (3, 8, 8)).half()
+    outputs = torch.randn(4, 2, 3, 8, 8).half()
+    mine, theirs = iter(outputs), iter(outputs)
+    found = run(TableScheduler.from_solver(table, seed=9), lambda x, t: next(mine), noise)
+    expected = sample(lambda x, t, c: next(theirs), table, noise, step_noise=noises((3, 8, 8), torch.float32))
+    assert found.dtype == torch.float16
+    assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()  # one rounding, at the end
+
+
+def test_samples_that_matrices_do_not_act_on_are_refused():
+    pipe = tiny_pipeline("flux")
+    table = pipeline_table(pipe, "flux", 4)
+    space = Bands((0.2,), 16)
+    weights = {name: space.embed(getattr(table, name)) for name in ("state_coef", "output_coef", "noise_coef")}
+    supports = {"state_support": None, "output_support": None}
+    pipe.scheduler = TableScheduler.from_solver(replace(table, space=space, **weights, **supports))
+    with pytest.raises(ValueError, match=r"matrices of 16 channels, .* shape \(2, 16, 16\): .* not on packed tokens"):
+        pipe(**call_arguments("flux", PROMPTS, 3.0, 4))
+    scheduler = TableScheduler.from_solver(operators(3, ()))
+    with pytest.raises(ValueError, match=r"matrices of 3 channels, the samples have shape \(2, 4, 8, 8\)"):
+        scheduler.step(torch.zeros(2, 4, 8, 8), 999, torch.zeros(2, 4, 8, 8))
+
+
+def test_a_later_start_looks_at_the_rows_of_calls():
+    """Columns of outputs are calls: a one-step solver with two calls a row can start anywhere."""
+    one_step = TableScheduler.from_solver(solver(EulerDiscreteScheduler, 3).guided(2.0))
+    one_step.set_begin_index(2)
+    assert one_step.branches == ("conditional", "unconditional")
+    table = solver(EulerDiscreteScheduler, 3)
+    fewer = {"output_coef": table.output_coef[:, 1:], "output_support": table.output_support[:, 1:]}
+    without_first = TableScheduler.from_solver(replace(table, calls=table.calls[1:], **fewer))
+    without_first.set_begin_index(1)
+    assert without_first.branches == ("conditional",)
+    multistep = TableScheduler.from_solver(solver(steps=3).guided(2.0, rows=[0]))
+    with pytest.raises(ValueError, match="cannot start at row 1"):
+        multistep.set_begin_index(1)
