@@ -161,7 +161,10 @@ def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Modul
 def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device == "auto":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
-    return torch.device(device or _CPU)
+    try:
+        return torch.device(device or _CPU)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is none that torch knows: use cpu, cuda, cuda:1, mps or auto") from error
 
 
 def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn.Module:

@@ -9,6 +9,8 @@ NUM_COLORS = 8
 _LETTER = 6.6
 _MOST_LABELS = 6
 
+_LARGEST = 1e308  # of a value on an axis: a double that can still be moved by its padding
+
 
 @dataclass(frozen=True)
 class Series:
@@ -138,13 +140,13 @@ def _short(value: float) -> str:
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    space = (high - low) * share or abs(high) * 0.1 or 1.0
-    return low - space, high + space
+    space = min(high - low, _LARGEST) * share or abs(high) * 0.1 or 1.0
+    return max(low - space, -_LARGEST), min(high + space, _LARGEST)
 
 
 def _ticks(low: float, high: float, number: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / number
+    raw = min(high - low, _LARGEST) / number
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
     first = math.ceil(low / step)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from solvers import strict_json
-from solvers.errors import SolverError
+from solvers.errors import SolverError, short_path
 from solvers.files import atomic_write
 from solvers.identity import DenoiserIdentity, identify, own_guidance
 from solvers.metadata import check_metadata
@@ -119,7 +119,7 @@ def load_solver(
     try:
         table = _parse(_read(path), path.parent)
     except (SolverError, OSError, RecursionError) as error:  # OSError: a path that the system refuses
-        raise SolverError(f"{path}: {error}") from error
+        raise SolverError(f"{short_path(path)}: {error}") from error
     table = replace(table, info={**table.info, "path": str(path)})
     if not allow_mismatch and (denoiser is not None or guidance_scale is not None):
         check_fit(table, denoiser, guidance_scale)
@@ -135,8 +135,8 @@ def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | 
     found = replace(wanted, **stated) if denoiser is None else identify(denoiser, **stated)
     if reasons := wanted.differences(found):
         raise SolverError(
-            f"{table.info.get('path', 'this solver')} does not fit: {'; '.join(reasons)}. "
-            "Use one made for this model and scale, or pass allow_mismatch=True"
+            f"{short_path(table.info.get('path', 'this solver'))} does not fit: {'; '.join(reasons)}. "
+            "Use one made for this model and scale, or allow_mismatch=True"
         )
 
 

@@ -1,4 +1,4 @@
-"""Errors of solver artifacts, and how long an error may be."""
+"""Errors of solver artifacts, and how long they may be."""
 
 LONGEST = 300
 
@@ -19,3 +19,9 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     half = (longest - 5) // 2
     return plain if len(plain) <= longest else f"{plain[:half]} ... {plain[-half:]}"
+
+
+def short_path(path: object, longest: int = 100) -> str:
+    """A path, or its end where it is long."""
+    text = str(path)
+    return text if len(text) <= longest else f"...{text[-longest:]}"

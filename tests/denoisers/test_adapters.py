@@ -322,6 +322,7 @@ def test_a_description_does_not_win_over_the_model_beside_it(tmp_path: Path, tru
         ("decoder: 1", "says decoder: 1: write decoder: bool"),
         ("prompts: 3", "says prompts: 3: write prompts: str or list"),
         ("dtype: {a: 1}", "says dtype: .*: write dtype: str"),
+        ("device: gpux", "device 'gpux' is none that torch knows"),
         ("path: 2020-13-45", "is not valid YAML|says path"),
         ("path: " + "[" * 5000, "is not valid YAML"),
         ("path: " + "a" * 5000, "is no model on disk"),

@@ -104,6 +104,11 @@ def test_charts_place_points_where_their_values_are():
     assert Chart([Series("empty", [], [])], "x", "y").svg() == ""
 
 
+def test_charts_hold_values_of_any_size():
+    for values in ([999.0, 1e308], [-1e308, 1e308], [1e-308, 0.0]):
+        assert "<svg" in Chart([Series("a", [0, 1], values)], "x", "y").svg()
+
+
 def report_of(folder, rows, called=None, notes=()):
     """The page of made-up rows on a real group; `called` renames solvers."""
     one = group(Mixture(), [row["solver"] for row in rows[1:]])
