@@ -14,7 +14,7 @@ from training.clock import Clock
 from training.solver_training import SolverTraining
 
 METHODS = {
-    "solver_training": lambda: SolverTraining(Toy(), OLSS(nfe=[3])),
+    "solver_training": lambda: SolverTraining(Toy(), OLSS(calls=[3])),
     "slam": lambda: SLAM(network(), objective=Objective(teacher_points=10)),
 }
 
