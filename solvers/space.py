@@ -211,6 +211,5 @@ def _bound(space: Bands, height: int, width: int, device: torch.device) -> Bound
     numbers = tuple((2 * torch.bincount(band, minlength=len(space.edges) + 1)).tolist())
     single = (horizontal == 0) | (horizontal == 0.5)
     counted = torch.where(single, 1.0, 2**0.5).expand(height, -1).flatten()[order].repeat_interleave(2)
-    return BoundBands(
-        (height, width), *(value.to(device) for value in (order, order.argsort())), numbers, counted.to(device)
-    )
+    back = order.argsort()
+    return BoundBands((height, width), order.to(device), back.to(device), numbers, counted.to(device))
