@@ -13,7 +13,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-NFE, NUM_TRAJECTORIES, NUM_SAMPLES = 8, 80, 64
+NFE, NUM_TRAJECTORIES, NUM_SAMPLES = 8, 96, 64
 
 
 def main(args: list[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--denoiser", default="checkpoints/cifar10-dit", help="checkpoint folder with a VP schedule")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, an earlier demo is replaced")
-    parser.add_argument("--num_trajectories", type=int, default=NUM_TRAJECTORIES, help="16 of them are held out")
+    parser.add_argument("--num_trajectories", type=int, default=NUM_TRAJECTORIES, help="32 of them are held out")
     options = parser.parse_args(args)
     warnings.filterwarnings("ignore")
     shutil.rmtree(options.output, ignore_errors=True)
@@ -49,9 +49,10 @@ def _fit(denoiser: str, trajectories: Path, output: Path) -> None:
         "--config=configs/olss/cifar10-dit.yaml",
         f"--model.init_args.denoiser={denoiser}",
         f"--model.init_args.method.init_args.calls={NFE}",
+        "--model.init_args.method.init_args.search_trajectories=32",
         f"--model.init_args.output={output}",
         f"--data.init_args.trajectories={trajectories}",
-        "--data.init_args.holdout=16",
+        "--data.init_args.holdout=32",
         f"--trainer.default_root_dir={output / 'fit'}",
         "--trainer.logger=false",
     )
@@ -89,7 +90,7 @@ def _print_report(output: Path, artifact: Path) -> None:
     from rich.table import Table
 
     rows = json.loads((output / "report.json").read_text())
-    view = Table("solver", "NFE", "RMSE to the teacher", "seconds per image", title="64 unseen seeds")
+    view = Table("solver", "network calls", "RMSE to the teacher", "seconds per image", title="64 unseen seeds")
     for row in rows:
         view.add_row(row["solver"], str(row["nfe"]), f"{row['rmse']:.4f}", f"{row['seconds']:.3f}")
     Console().print(view)
