@@ -77,6 +77,7 @@ class SolverTraining(TableModule):
 
     def on_fit_start(self) -> None:
         """The network is on its device."""
+        super().on_fit_start()
         self.fitting.start()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

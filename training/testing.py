@@ -78,7 +78,7 @@ class TableModule(lightning.LightningModule):
         """The work on another table begins."""
         self.clock = Clock()
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Start the clock, or let it go on."""
         self.clock.start()
 

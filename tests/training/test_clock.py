@@ -35,7 +35,7 @@ def test_a_resumed_fit_counts_on(method):
     first.on_save_checkpoint(checkpoint)
     assert 0 <= checkpoint["fitting_seconds"] < 100
     second.on_load_checkpoint(checkpoint | {"fitting_seconds": 1000.0})
-    second.on_train_start()
+    second.on_fit_start()
     assert 1000 <= second.fitting_seconds < 1100
     second.restart_clock()
     assert second.fitting_seconds < 100
