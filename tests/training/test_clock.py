@@ -12,6 +12,7 @@ from tests.olss.toy import Toy
 from tests.slam.test_module import network
 from training.clock import Clock
 from training.solver_training import SolverTraining
+from training.testing import TableModule
 
 METHODS = {
     "solver_training": lambda: SolverTraining(Toy(), OLSS(calls=[3])),
@@ -35,7 +36,7 @@ def test_a_resumed_fit_counts_on(method):
     first.on_save_checkpoint(checkpoint)
     assert 0 <= checkpoint["fitting_seconds"] < 100
     second.on_load_checkpoint(checkpoint | {"fitting_seconds": 1000.0})
-    second.on_fit_start()
+    TableModule.on_fit_start(second)
     assert 1000 <= second.fitting_seconds < 1100
     second.restart_clock()
     assert second.fitting_seconds < 100
