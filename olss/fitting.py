@@ -1,0 +1,309 @@
+"""A run of OLSS: the solvers of all budgets and kinds of weights, a row an epoch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from data.shards import Trajectories, seed_ranges
+from denoisers import Counted, Evaluations, calls_per_row, unguided
+from olss.columns import Columns
+from olss.path import check_path, greedy_path, log_snr_path, uniform_path
+from olss.plan import CallPlan
+from olss.run import (
+    Fit,
+    add_row,
+    add_teacher,
+    begin,
+    check_teacher,
+    fit_on_teacher,
+    next_outputs,
+    solve_row,
+    take,
+)
+from olss.search import PlanSearch
+from olss.store import OutputStore
+from solvers import Plain, SolverTable, sample
+from solvers.space import Space
+from training.method import Fitting, Result, Run
+from training.record import log_table
+
+if TYPE_CHECKING:
+    from olss.method import OLSS
+
+Key = tuple[int, str]  # (network calls, kind of weights)
+
+
+class Solvers(Fitting):
+    """The solvers of a run.
+
+    Args:
+        options: what to learn.
+        run: its data hold whole trajectories.
+    Raises:
+        ValueError: a stochastic teacher, one of too few steps, no folder, or too few trajectories held out.
+    """
+
+    def __init__(self, options: "OLSS", run: Run) -> None:
+        self.options, self.run = options, run
+        self.teacher: SolverTable = run.data.source.table
+        check_teacher(self.teacher)
+        if run.folder is None or run.data.source.num_held < 2:
+            raise ValueError(
+                "one half of the trajectories held out chooses, the other reports, and outputs are kept on disk: set "
+                f"holdout to at least 2 (it is {run.data.source.num_held}) and output"
+            )
+        self.denoiser = unguided(run.denoiser) if self.teacher.has_branches else run.denoiser
+        self.spaces = options.spaces(run.denoiser.sample_shape)
+        self.rows = {calls: self._rows(calls) for calls in options.budgets}
+        self.fits: dict[Key, Fit] = {}
+        self.kept: dict[int, str] = {}
+        self.validation: dict[int, dict[str, Any]] = {}
+        self.spent = {calls: Evaluations.of(self.denoiser) for calls in options.budgets}
+        self._store = OutputStore(run.folder / "solver-outputs")
+        self._columns: dict[Key, Columns] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether every solver is complete."""
+        return bool(self.fits) and all(fit.complete for fit in self.fits.values())
+
+    def tables(self) -> dict[str, SolverTable]:
+        """The finished solvers."""
+        return {f"olss-{calls}": self._kept(calls).table(self.teacher) for calls in self.kept}
+
+    def start(self) -> None:
+        """Plans that need nothing of the trajectories, or are searched on the first of them."""
+        if not self.fits and not self.options.needs_columns:
+            with torch.no_grad(), self.run.computing():
+                self._begin({calls: self._plan(calls) for calls in self.options.budgets})
+        self._columns = self._columns or self._empty()
+
+    def step(self, batch: Any) -> None:
+        """Add a batch to the columns."""
+        trajectories = batch[:]
+        for key, columns in self._columns.items():
+            if self.fits:
+                parts = self._parts(trajectories, key)
+                add_row(columns, trajectories, self.fits[key], parts)
+            else:
+                add_teacher(columns, trajectories)
+
+    def end_epoch(self) -> None:
+        """Merge the columns of all processes and solve the rows."""
+        with torch.no_grad(), self.run.computing():
+            for columns in self._columns.values():
+                for factor in columns.factors:
+                    rows = self.run.sum(torch.tensor(factor.num_rows))
+                    factor.merge(self.run.gather(factor.r), int(rows))
+            if self.fits:
+                for key, columns in self._columns.items():
+                    self.fits[key].append(solve_row(columns, self.options.ridge))
+            else:
+                self._begin_on_teacher()
+            self._report()
+        self._columns = self._empty()
+
+    def finish(self) -> None:
+        """Write the artifacts and drop the outputs."""
+        if not self.done:
+            return
+        for calls in self.options.budgets:
+            self.run.save(self._result(calls))
+            log_table(self.run.logger, f"olss-{calls}", self._kept(calls).table(self.teacher))
+        if self.run.rank == 0:
+            self._store.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Rows, figures and counts; of an epoch that is not over, every process's factors."""
+        gather = self.run.gather
+        return {
+            "fits": [_packed(key, fit) for key, fit in self.fits.items()],
+            "kept": self.kept,
+            "validation": self.validation,
+            "spent": {calls: vars(spent) for calls, spent in self.spent.items()},
+            "factors": [
+                [*key, [[gather(f.r), gather(torch.tensor(f.num_rows))] for f in columns.factors]]
+                for key, columns in self._columns.items()
+            ],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on there, on as many processes."""
+        self.fits = dict(_unpacked(values, self.spaces) for values in state["fits"])
+        self.kept, self.validation = dict(state["kept"]), dict(state["validation"])
+        self.spent = {calls: Evaluations(**spent) for calls, spent in state["spent"].items()}
+        self._columns = self._empty()
+        for calls, kind, factors in state["factors"]:
+            for factor, (r, rows) in zip(self._columns[calls, kind].factors, factors):
+                factor.r, factor.num_rows = r[self.run.rank], int(rows[self.run.rank])
+
+    def _rows(self, calls: int) -> int:
+        """Rows of a solver that makes every row's calls."""
+        each = 2 if self.teacher.has_branches else calls_per_row(self.denoiser)
+        if (self.options.path != "search" and calls % each) or calls < each:
+            raise ValueError(f"{calls} network calls do not fit rows of {each} calls: use a multiple, or path search")
+        if calls // each > self.teacher.num_rows:
+            raise ValueError(
+                f"{calls} network calls are {calls // each} rows, more than the teacher's {self.teacher.num_rows}: "
+                "lower calls, or make trajectories with more steps"
+            )
+        return calls // each
+
+    def _plan(self, calls: int) -> CallPlan:
+        """A plan that is given, follows from the teacher's nodes, or is searched."""
+        path, rows = self.options.path, self.rows[calls]
+        if path == "search":
+            return self._searched(calls)
+        if isinstance(path, list):
+            if len(path) != rows:
+                raise ValueError(f"a path of {len(path)} indices is for {len(path)} rows, {calls} calls are {rows}")
+            return CallPlan.of(check_path(path, self.teacher.num_rows), self.teacher)
+        plain = uniform_path(self.teacher.num_rows, rows) if path == "uniform" else log_snr_path(self.teacher, rows)
+        return CallPlan.of(plain, self.teacher)
+
+    def _searched(self, calls: int) -> CallPlan:
+        """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
+        options, run = self.options, self.run
+        search = PlanSearch(
+            self._network(calls),
+            self.teacher,
+            run.data.fitted(options.search_trajectories).to(run.device),
+            self._held()[0][: options.search_trajectories],
+            options.ridge,
+            run.rank,
+            run.world_size,
+            run.sum,
+            run.shows_progress,
+        )
+        budget = calls if self.teacher.has_branches else self.rows[calls]
+        return search.best(budget, rounds=options.search_rounds)[0]
+
+    def _begin(self, plans: dict[int, CallPlan]) -> None:
+        first = {calls: plan.path[0] for calls, plan in plans.items()}
+        batches = [self.run.data.fitted(self.options.search_trajectories)] if any(first.values()) else []
+        for calls, plan in plans.items():
+            for kind, space in self.spaces.items():
+                self.fits[calls, kind] = begin(self.teacher, plan, space, batches)
+
+    def _begin_on_teacher(self) -> None:
+        """Paths from the teacher's columns; with the teacher basis all rows too."""
+        options, some = self.options, next(iter(self._columns.values()))
+        greedy = options.path == "greedy"
+        plans = {
+            calls: CallPlan.of(greedy_path(some.factors[0], self.teacher, rows, options.ridge), self.teacher)
+            if greedy
+            else self._plan(calls)
+            for calls, rows in self.rows.items()
+        }
+        if options.basis == "own":
+            self._begin(plans)
+            return
+        for calls, plan in plans.items():
+            for kind in self.spaces:
+                self.fits[calls, kind] = fit_on_teacher(self._columns[0, kind], self.teacher, plan, options.ridge)
+
+    def _empty(self) -> dict[Key, Columns]:
+        """For the next rows; the teacher's, as budget 0, as long as there is no plan."""
+        if self.fits:
+            unfinished = {key: fit for key, fit in self.fits.items() if not fit.complete}
+            return {key: Columns.empty(f.space, f.plan.columns(len(f.weights)) + 1) for key, f in unfinished.items()}
+        count = 1 + self.teacher.nfe + self.teacher.num_rows
+        spaces = self.spaces if self.options.basis == "teacher" else {}
+        return {(0, kind): Columns.empty(space, count) for kind, space in ({"numbers": Plain()} | spaces).items()}
+
+    def _parts(self, trajectories: Trajectories, key: Key) -> list[Tensor]:
+        """State 0 and the outputs up to the next row; from disk as far as they are there."""
+        fit, parts = self.fits[key], []
+        for row in range(len(fit.weights) + 1):
+            outputs = self._store.load(trajectories.seeds, fit, row, trajectories.states.device)
+            if outputs is None:
+                outputs = next_outputs(self._network(key[0]), self.teacher, trajectories, fit, parts)
+                self._store.save(trajectories.seeds, fit, row, outputs)
+            take(fit, trajectories, parts, outputs)
+        return parts
+
+    def _network(self, calls: int) -> Counted:
+        """The denoiser, counted for one budget."""
+        return Counted(self.denoiser, self.spent[calls])
+
+    def _held(self) -> tuple[Trajectories, Trajectories]:
+        """The trajectories held out that choose, and those that report."""
+        held = self.run.data.held_out().to(self.run.device)
+        return held[: len(held) // 2], held[len(held) // 2 :]
+
+    def _kept(self, calls: int) -> Fit:
+        return self.fits[calls, self.kept[calls]]
+
+    def _report(self) -> None:
+        """Figures of the newest rows, and of the solvers that are complete."""
+        for (calls, kind), fit in self.fits.items():
+            if fit.errors:
+                self.run.log({f"olss/{calls}-calls/{kind}/row_error": fit.errors[-1]}, bar=kind == "numbers")
+                self.run.log({f"olss/{calls}-calls/{kind}/condition": fit.conditions[-1]}, bar=False)
+        for calls in self.options.budgets:
+            fits = {kind: fit for (budget, kind), fit in self.fits.items() if budget == calls}
+            if calls not in self.kept and fits and all(fit.complete for fit in fits.values()):
+                self._choose(calls, fits)
+
+    def _choose(self, calls: int, fits: dict[str, Fit]) -> None:
+        """Keep the kind of weights that is best on the half that chooses; measure it on the half that reports."""
+        choosing, reporting = self._held()
+        scores = {kind: float(self._errors(calls, fit, choosing).sqrt().mean()) for kind, fit in fits.items()}
+        kind = min(scores, key=scores.__getitem__)
+        plan, errors = fits[kind].plan, self._errors(calls, fits[kind], reporting).sqrt()
+        self.kept[calls] = kind
+        self.validation[calls] = {
+            "rmse": float(errors.square().mean().sqrt()),
+            "median": float(errors.median()),
+            "p99": float(errors.quantile(0.99)),
+            "worst": float(errors.max()),
+            "seeds": seed_ranges(reporting.seeds),
+            "chosen_on": seed_ranges(choosing.seeds),
+            "chosen_from": scores,
+        }
+        found = self.validation[calls]
+        unconditional = f", unconditional at rows {list(plan.unconditional)}" if plan.unconditional else ""
+        self.run.say(
+            f"OLSS, {calls} network calls: path {list(plan.path)}{unconditional}; weights: {kind}; held-out RMSE "
+            f"{found['rmse']:.4f}, median {found['median']:.4f}, worst {found['worst']:.4f}"
+        )
+
+    def _errors(self, calls: int, fit: Fit, held: Trajectories) -> Tensor:
+        """Mean squared difference of each image to the teacher's, (held,), by the shared sampler; processes share."""
+        table, found = fit.table(self.teacher), torch.zeros(len(held), dtype=torch.float64)
+        for first in range(self.run.rank * 32, len(held), self.run.world_size * 32):
+            part = held[first : first + 32]
+            image = sample(self._network(calls), table, part.noise, part.condition)
+            found[first : first + 32] = (image - part.end).double().flatten(1).square().mean(1).cpu()
+        return self.run.sum(found)
+
+    def _result(self, calls: int) -> Result:
+        fit, data, options = self._kept(calls), self.run.data, self.options
+        fitted = seed_ranges(data.source.seeds[: data.source.num_fitted])
+        return Result(
+            f"olss-{calls}",
+            fit.table(self.teacher),
+            self.spent[calls],
+            data.source.record | {"seeds": fitted},
+            self.validation[calls] | {"row_errors": fit.errors, "conditions": fit.conditions},
+            {
+                "basis": options.basis,
+                "path": options.path,
+                "indices": list(fit.plan.path),
+                "unconditional": list(fit.plan.unconditional),
+                "weights": self.kept[calls],
+                "ridge": options.ridge,
+            },
+        )
+
+
+def _packed(key: Key, fit: Fit) -> list[Any]:
+    plan = [list(fit.plan.path), list(fit.plan.unconditional)]
+    return [*key, *plan, fit.first_weight, fit.weights, fit.errors, fit.conditions]
+
+
+def _unpacked(values: Sequence[Any], spaces: dict[str, Space]) -> tuple[Key, Fit]:
+    calls, kind, path, unconditional, first_weight, *rows = values
+    return (calls, kind), Fit(CallPlan(tuple(path), tuple(unconditional)), spaces[kind], first_weight, *rows)
