@@ -10,7 +10,7 @@ from data.shards import Trajectories, seed_ranges
 from denoisers import Counted, Evaluations, calls_per_row, unguided
 from olss.columns import Columns
 from olss.path import check_path, greedy_path, log_snr_path, uniform_path
-from olss.plan import CallPlan
+from olss.plan import CallPlan, patterns
 from olss.run import (
     Fit,
     add_row,
@@ -21,6 +21,7 @@ from olss.run import (
     next_outputs,
     solve_row,
     take,
+    teacher_columns,
 )
 from olss.search import PlanSearch
 from olss.store import OutputStore
@@ -165,11 +166,13 @@ class Solvers(Fitting):
 
     def _searched(self, calls: int) -> CallPlan:
         """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
-        options, run = self.options, self.run
+        options, run, teacher = self.options, self.run, self.teacher
+        fitted = run.data.fitted(options.search_trajectories).to(run.device)
+        factor = teacher_columns(teacher, [fitted]).factors[0]
         search = PlanSearch(
             self._network(calls),
-            self.teacher,
-            run.data.fitted(options.search_trajectories).to(run.device),
+            teacher,
+            fitted,
             self._held()[0][: options.search_trajectories],
             options.ridge,
             run.rank,
@@ -177,8 +180,12 @@ class Solvers(Fitting):
             run.sum,
             run.shows_progress,
         )
-        budget = calls if self.teacher.has_branches else self.rows[calls]
-        return search.best(budget, rounds=options.search_rounds)[0]
+        budget = calls if teacher.has_branches else self.rows[calls]
+        greedy = [
+            CallPlan(tuple(greedy_path(factor, teacher, rows, options.ridge)), pattern)
+            for rows, pattern in patterns(teacher, budget)
+        ]
+        return search.best(budget, greedy, options.search_rounds)[0]
 
     def _begin(self, plans: dict[int, CallPlan]) -> None:
         first = {calls: plan.path[0] for calls, plan in plans.items()}

@@ -59,7 +59,7 @@ def starting_plans(teacher: SolverTable, calls: int) -> list[CallPlan]:
     Raises:
         ValueError: fewer calls than one, or more than the teacher's rows can use.
     """
-    plans = [CallPlan(path, rows) for count, rows in _patterns(teacher, calls) for path in _paths(teacher, count)]
+    plans = [CallPlan(path, rows) for count, rows in patterns(teacher, calls) for path in _paths(teacher, count)]
     if not plans:
         raise ValueError(f"a solver of {calls} network calls cannot follow a teacher of {teacher.num_rows} rows")
     return list(dict.fromkeys(plans))
@@ -91,7 +91,7 @@ def combined(path: Sequence[int], improved: Sequence[Sequence[int]], num_steps: 
     return tuple(result)
 
 
-def _patterns(teacher: SolverTable, calls: int) -> list[tuple[int, tuple[int, ...]]]:
+def patterns(teacher: SolverTable, calls: int) -> list[tuple[int, tuple[int, ...]]]:
     """(rows, unconditional rows) of a budget: without branches none, else for one to half of the calls."""
     if not teacher.has_branches:
         return [(calls, ())] if 1 <= calls <= teacher.num_rows else []
