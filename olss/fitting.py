@@ -1,6 +1,7 @@
 """A run of OLSS: the solvers of all budgets and kinds of weights, a row an epoch."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from data.shards import Trajectories, seed_ranges
 from denoisers import Counted, Evaluations, calls_per_row, unguided
 from olss.columns import Columns
+from olss.fit import Factor
 from olss.path import check_path, greedy_path, log_snr_path, uniform_path
 from olss.plan import CallPlan, patterns
 from olss.run import (
@@ -167,8 +169,7 @@ class Solvers(Fitting):
     def _searched(self, calls: int) -> CallPlan:
         """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
         options, run, teacher = self.options, self.run, self.teacher
-        fitted = run.data.fitted(options.search_trajectories).to(run.device)
-        factor = teacher_columns(teacher, [fitted]).factors[0]
+        fitted, factor = self._first
         search = PlanSearch(
             self._network(calls),
             teacher,
@@ -186,6 +187,12 @@ class Solvers(Fitting):
             for rows, pattern in patterns(teacher, budget)
         ]
         return search.best(budget, greedy, options.search_rounds)[0]
+
+    @cached_property
+    def _first(self) -> tuple[Trajectories, Factor]:
+        """The trajectories that candidates are fitted on, and their factor."""
+        fitted = self.run.data.fitted(self.options.search_trajectories).to(self.run.device)
+        return fitted, teacher_columns(self.teacher, [fitted]).factors[0]
 
     def _begin(self, plans: dict[int, CallPlan]) -> None:
         first = {calls: plan.path[0] for calls, plan in plans.items()}

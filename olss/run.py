@@ -113,8 +113,12 @@ def fit_on_teacher(columns: Columns, teacher: SolverTable, plan: CallPlan, ridge
         teacher: its table.
         plan: where the network is called; the path begins at 0.
         ridge: see `Columns.solve`.
+    Raises:
+        ValueError: a path that begins later: the teacher's outputs there do not belong to start noise times a weight.
     Source: arXiv 2305.14677, eq. 11.
     """
+    if plan.path[0] != 0:
+        raise ValueError(f"path {list(plan.path)} must start at 0 with the basis teacher: use basis own, or start at 0")
     fit, basis = Fit(plan, columns.space), [0]
     for row, (point, end) in enumerate(zip(plan.path, [*plan.path[1:], teacher.num_rows])):
         basis += [1 + teacher.calls.index(Call(point, branch)) for branch in plan.at(row)]

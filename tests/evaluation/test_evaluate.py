@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from denoisers import with_guidance
 from evaluation.compare import compare_groups
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
 from evaluation.rows import choose_metrics
@@ -46,6 +47,26 @@ def test_what_few_or_latent_images_leave():
     assert "fd" in shipped_measure(clothes, 129).metrics
     light = evaluated(measure=replace(MEASURE, extractor=None, metrics=("rmse",)))
     assert set(light) == {"nfe", "num_images", "rmse", "psnr"}
+
+
+def test_a_guided_row_is_two_calls_in_every_report(tmp_path):
+    """Guidance inside the denoiser and as weights of the table make the same images at the same cost."""
+
+    class Guided(Mixture):
+        def null_condition(self, condition):
+            return condition
+
+    denoiser = with_guidance(Guided(), 2.0)
+    table, reference = (named_solver(name, denoiser.schedule) for name in ("unipc:4", "ddim:12"))
+    settings = {"num_images": 8, "measure": replace(MEASURE, extractor=None, metrics=("rmse",))}
+    inside, split = (evaluate_table(denoiser, t, reference, **settings) for t in (table, table.guided(2.0)))
+    assert inside["nfe"] == split["nfe"] == 8
+    assert evaluate_table(denoiser, table.guided(2.0, [0, 2]), reference, **settings)["nfe"] == 6
+    assert split["rmse"] == pytest.approx(inside["rmse"], rel=1e-3)
+    rows = compare_groups(
+        [group(denoiser, ["unipc:4"])], compare_args(tmp_path, num_samples=4, bootstrap=0), None, None
+    )
+    assert [(row["nfe"], row["rows"], row["evaluations"]) for row in rows] == [(24, 12, 24), (8, 4, 8)]
 
 
 def test_errors(tmp_path):

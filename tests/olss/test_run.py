@@ -206,3 +206,23 @@ def test_a_large_ridge_leaves_the_best_numbers():
 def test_wrong_plans_are_refused(unconditional, match):
     with pytest.raises(ValueError, match=match):
         CallPlan((0, 5), unconditional)
+
+
+def test_the_teacher_basis_starts_at_the_noise():
+    columns = teacher_columns(teacher(), [trajectories()])
+    with pytest.raises(ValueError, match=r"path \[1, 5\] must start at 0 with the basis teacher"):
+        fit_on_teacher(columns, teacher(), plan_of([1, 5]))
+
+
+def test_a_denoiser_that_asks_is_told_its_node():
+    data, table, told = trajectories(), teacher(), []
+
+    class Asking(Toy):
+        needs_node = True
+
+        def forward(self, x, timestep, condition=None, node=None):
+            told.append(float(node[1]))
+            return super().forward(x, timestep, condition)
+
+    fit_run(Asking(), table, [data], plan_of([0, 5, 9]))
+    assert told == [float(table.sigma[5]), float(table.sigma[9])]

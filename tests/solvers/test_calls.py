@@ -178,3 +178,12 @@ def test_gradients_flow_to_the_weights_of_calls():
 def vars_of(table: SolverTable) -> dict:
     names = ("timesteps", "alpha", "sigma", "state_coef", "output_coef", "noise_coef", "start_scale")
     return {name: getattr(table, name) for name in (*names, "prediction_type", "calls", "space")}
+
+
+def test_fresh_noises_are_one_a_row_whatever_the_calls():
+    table, (noise, condition) = named_solver("ddpm:3", SCHEDULE).guided(2.0), inputs()
+    fresh = torch.randn(3, *noise.shape, dtype=torch.float64)
+    wanted = sample(guided_network(2.0), named_solver("ddpm:3", SCHEDULE), noise, condition, step_noise=fresh)
+    assert torch.allclose(sample(Network(), table, noise, condition, step_noise=fresh), wanted, atol=1e-9)
+    with pytest.raises(ValueError, match=r"needed is \(3, 3, 3, 4, 4\)"):
+        sample(Network(), table, noise, condition, step_noise=torch.zeros(6, *noise.shape))
