@@ -50,7 +50,7 @@ class OLSS(Method):
     edges: tuple[float, ...] = (0.06, 0.12, 0.25)
     ridge: float = 0.0
     search_trajectories: int = 64
-    search_rounds: int = 2
+    search_rounds: int = 3
 
     name: ClassVar[str] = "olss"
     wanted: ClassVar[Wanted] = Wanted("path", batch_size=32, in_order=True)

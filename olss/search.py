@@ -12,6 +12,10 @@ from olss.plan import CallPlan, combined, moves, starting_plans
 from olss.run import Run, end_errors, fit_run
 from solvers.table import SolverTable
 
+FEWEST = 8  # trajectories that screen plans
+KEPT = 4  # one of so many plans is judged on so many times the trajectories
+EQUATIONS = 64  # values to reach, at least, for each call
+
 
 def _alone(scores: Tensor) -> Tensor:
     return scores
@@ -33,7 +37,7 @@ class PlanSearch:
         rank, world_size: each process scores its share of the candidates.
         share: sums a tensor over processes.
         progress: show a progress bar over the candidates.
-        scored: the scores so far.
+        scored: the scores so far, by plan and number of trajectories.
     """
 
     denoiser: Callable
@@ -45,9 +49,9 @@ class PlanSearch:
     world_size: int = 1
     share: Callable[[Tensor], Tensor] = _alone
     progress: bool = False
-    scored: dict[CallPlan, float] = field(default_factory=dict)
+    scored: dict[tuple[CallPlan, int], float] = field(default_factory=dict)
 
-    def best(self, calls: int, more: Sequence[CallPlan] = (), rounds: int = 2) -> tuple[CallPlan, float]:
+    def best(self, calls: int, more: Sequence[CallPlan] = (), rounds: int = 3) -> tuple[CallPlan, float]:
         """The best plan of `calls` network calls: of several shapes and patterns, then by local moves.
 
         A round moves single points of the path both ways, a quarter of a step at first and half as far in each further
@@ -60,38 +64,67 @@ class PlanSearch:
         Returns:
             (plan, its score).
         """
-        plan, score = self._minimum([*starting_plans(self.teacher, calls), *more])
+        plan, score = self._minimum(self._survivors([*starting_plans(self.teacher, calls), *more]))
         distance = max(1, round(self.teacher.num_rows / len(plan.path) / 4))
         for _ in range(rounds):
             plan, score = self._improved(plan, score, distance)
             distance = max(1, distance // 2)
         return plan, score
 
-    def scores(self, plans: Sequence[CallPlan], known: Run | None = None) -> list[float]:
-        """Scores of plans, each computed once, by one process."""
-        todo = [plan for plan in dict.fromkeys(plans) if plan not in self.scored]
+    def scores(self, plans: Sequence[CallPlan], near: CallPlan | None = None, size: int | None = None) -> list[float]:
+        """Scores of plans, each computed once, by one process.
+
+        Args:
+            plans: what to score.
+            near: a plan most of them share their first rows with.
+            size: trajectories to fit on and to judge on; all by default.
+        """
+        size = size or self._sizes(0)[-1]
+        todo = [plan for plan in dict.fromkeys(plans) if (plan, size) not in self.scored]
+        known = self._run(near, size, None) if near and todo else None
         found = torch.zeros(len(todo), dtype=torch.float64)
         mine = range(self.rank, len(todo), self.world_size)
         for index in tqdm(mine, "plans of calls", disable=not self.progress or not todo, leave=False):
-            run = self._run(todo[index], known)
-            found[index] = end_errors(self.chosen, run.fit, run.parts[-1]).sqrt().mean()
-        self.scored |= dict(zip(todo, self.share(found).tolist()))
-        return [self.scored[plan] for plan in plans]
+            run = self._run(todo[index], size, known)
+            found[index] = end_errors(self.chosen[:size], run.fit, run.parts[-1]).sqrt().mean()
+        self.scored |= {(plan, size): score for plan, score in zip(todo, self.share(found).tolist())}
+        return [self.scored[plan, size] for plan in plans]
+
+    def _survivors(self, plans: Sequence[CallPlan], near: CallPlan | None = None) -> list[CallPlan]:
+        """The plans that stay among the better ones on ever more trajectories.
+
+        Source: successive halving, arXiv 1502.07943, with a quarter kept.
+        """
+        plans = list(dict.fromkeys(plans))
+        for size in self._sizes(max(len(plan.calls) for plan in plans))[:-1]:
+            scores = dict(zip(plans, self.scores(plans, near, size)))
+            plans = sorted(plans, key=scores.__getitem__)[: max(len(plans) // KEPT, KEPT)]
+        return plans
+
+    def _sizes(self, calls: int) -> list[int]:
+        """How many trajectories are used one time after the other: enough equations for the weights, and four times as
+        many."""
+        least, most = calls * EQUATIONS // self.fitted.states[0, 0].numel(), max(len(self.fitted), len(self.chosen))
+        sizes = [max(FEWEST, least)]
+        while sizes[-1] * KEPT < most:
+            sizes.append(sizes[-1] * KEPT)
+        return [*(size for size in sizes if size < most), most]
 
     def _improved(self, plan: CallPlan, score: float, distance: int) -> tuple[CallPlan, float]:
         moved, steps = moves(plan, self.teacher.num_rows, distance), self.teacher.num_rows
         if not moved:
             return plan, score
-        scores = self.scores(moved, self._run(plan, None))
-        gained = [new.path for new, value in zip(moved, scores) if value < score]
-        return self._minimum([plan, *moved, CallPlan(combined(plan.path, gained, steps), plan.unconditional)])
+        first = self._sizes(len(plan.calls))[0]
+        before, *scores = self.scores([plan, *moved], plan, first)
+        gained = [new.path for new, value in zip(moved, scores) if value < before]
+        together = CallPlan(combined(plan.path, gained, steps), plan.unconditional)
+        return self._minimum([plan, together, *self._survivors(moved, plan)], plan)
 
-    def _minimum(self, plans: Sequence[CallPlan]) -> tuple[CallPlan, float]:
-        scores = self.scores(plans)
+    def _minimum(self, plans: Sequence[CallPlan], near: CallPlan | None = None) -> tuple[CallPlan, float]:
+        scores = self.scores(plans, near)
         best = min(range(len(plans)), key=lambda index: scores[index])
         return plans[best], scores[best]
 
-    def _run(self, plan: CallPlan, known: Run | None) -> Run:
-        return fit_run(
-            self.denoiser, self.teacher, [self.fitted], plan, ridge=self.ridge, watched=[self.chosen], known=known
-        )
+    def _run(self, plan: CallPlan, size: int, known: Run | None) -> Run:
+        fitted, chosen = self.fitted[:size], self.chosen[:size]
+        return fit_run(self.denoiser, self.teacher, [fitted], plan, ridge=self.ridge, watched=[chosen], known=known)
