@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from denoisers.diffusers_base import NETWORKS, read_schedule
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
-from solvers.identity import pipeline_guidance, weight_hash
+from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
+from solvers.standalone.table_scheduler import pipeline_guidance
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
 
@@ -57,8 +58,8 @@ class PipelineDenoiser(nn.Module):
             raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: its arguments are {allowed}")
         self.pipe, self.prompts, self.prompt_argument = pipe, list(prompts), prompt_argument
         self.batch_size, self.call = batch_size, call
-        default = known["guidance_scale"].default if "guidance_scale" in known else 1.0
-        self.guidance_scale = pipeline_guidance(pipe, float(call.get("guidance_scale", default)))
+        defaults = {name: parameter.default for name, parameter in known.items()}
+        self.guidance_scale = pipeline_guidance(pipe, defaults | call)
         self.name = type(pipe).__name__
         self.conditions = torch.arange(len(self.prompts))
         self.settings = {"prompts": self.prompts, "prompt_argument": prompt_argument, **call}

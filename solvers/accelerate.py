@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_map_only
 
 from solvers.calls import CONDITIONAL, UNCONDITIONAL, drop_learned_variance
 from solvers.errors import SolverError
-from solvers.identity import guidance_fits, pipeline_guidance
+from solvers.identity import guidance_fits
 from solvers.proxy import Proxy
 from solvers.scheduler import Solver, TableScheduler, load_tables
+from solvers.standalone.table_scheduler import pipeline_guidance
 from solvers.table import SolverTable
 
 IN_TURN = {"cond": CONDITIONAL, "uncond": UNCONDITIONAL}  # the names of a pipeline's `cache_context`
@@ -76,7 +77,8 @@ def accelerate_pipeline(pipe: Any, solver: Solver, *, guidance_scale: float | No
         SolverError: the solver does not fit the pipeline, or calls that cannot be told apart in it.
     """
     (table,) = load_tables(solver)
-    guidance_scale = None if guidance_scale is None else pipeline_guidance(pipe, guidance_scale)
+    if guidance_scale is not None:
+        guidance_scale = pipeline_guidance(pipe, {"guidance_scale": guidance_scale})
     table = _with_branches(table, guidance_scale)
     if isinstance(pipe.scheduler, TableScheduler):
         raise SolverError("this pipeline runs a solver already: restore its own scheduler first")
@@ -112,7 +114,7 @@ class BranchedNetwork(Proxy):
         if self.pipe.scheduler is not self.scheduler:
             return self.inner(*args, return_dict=return_dict, **kwargs)
         if self.scheduler.step_index == self.scheduler.begin_index:
-            _check_pipeline(self.pipe, self.scheduler)
+            _check_pipeline(self.pipe)
         x = args[0] if args else kwargs["hidden_states"]
         self.scheduler.receive(self._outputs(x, args, kwargs))
         channels = getattr(self.inner.config, "out_channels", None) or x.shape[1]
@@ -241,14 +243,8 @@ def _network(pipe: Any, branches: set[str]) -> tuple[str, type[BranchedNetwork]]
     return STAND_INS[name]
 
 
-def _check_pipeline(pipe: Any, scheduler: TableScheduler) -> None:
-    """Refuse guidance other than the solver's, as far as the pipeline shows it."""
-    made_for, found = scheduler.config["guidance_scale"], getattr(pipe, "guidance_scale", None)
-    if found is not None and made_for is not None and not guidance_fits(made_for, pipeline_guidance(pipe, found)):
-        raise SolverError(
-            f"the pipeline is called at guidance scale {found}, this solver was made for {made_for}: "
-            f"pass guidance_scale={made_for}, or use a solver for {found}"
-        )
+def _check_pipeline(pipe: Any) -> None:
+    """Refuse guidance that the scheduler does not see."""
     if getattr(pipe, "guidance_rescale", 0.0):
         raise SolverError(
             "the pipeline rescales its guidance, which this solver does not know: leave guidance_rescale out"

@@ -1,7 +1,7 @@
 """The artifact: one JSON file per solver, checked strictly and never repaired. See docs/artifact.md."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from solvers import strict_json
 from solvers.errors import SolverError, short_path
 from solvers.files import atomic_write
-from solvers.identity import DenoiserIdentity, identify, own_guidance
+from solvers.identity import DenoiserIdentity, identify, lifted_checks, own_guidance
 from solvers.metadata import check_metadata
 from solvers.provenance import provenance
 from solvers.schedule import NoiseSchedule
@@ -99,7 +99,10 @@ def save_solver(
 
 
 def load_solver(
-    path: str | Path, denoiser: Any = None, guidance_scale: float | None = None, allow_mismatch: bool = False
+    path: str | Path,
+    denoiser: Any = None,
+    guidance_scale: float | None = None,
+    allow_mismatch: str | Sequence[str] = (),
 ) -> SolverTable:
     """Read an artifact and check it, and that it fits a denoiser when one is given.
 
@@ -107,7 +110,7 @@ def load_solver(
         path: a JSON file written by `save_solver`.
         denoiser: what it will be used with, see `identify`; None skips the check.
         guidance_scale: the scale it will be used at; by default the denoiser's.
-        allow_mismatch: accept a denoiser or a guidance scale the solver was not made for.
+        allow_mismatch: names of the checks to leave out, of `solvers.identity.CHECKS`.
     Returns:
         The table, its metadata in `table.info` (the file's fields but the table, and `path`).
     Raises:
@@ -121,22 +124,27 @@ def load_solver(
     except (SolverError, OSError, RecursionError) as error:  # OSError: a path that the system refuses
         raise SolverError(f"{short_path(path)}: {error}") from error
     table = replace(table, info={**table.info, "path": str(path)})
-    if not allow_mismatch and (denoiser is not None or guidance_scale is not None):
-        check_fit(table, denoiser, guidance_scale)
+    if denoiser is not None or guidance_scale is not None:
+        check_fit(table, denoiser, guidance_scale, allow_mismatch)
     return table
 
 
-def check_fit(table: SolverTable, denoiser: Any = None, guidance_scale: float | None = None) -> None:
-    """Raise SolverError unless the loaded `table` was made for this denoiser and guidance scale."""
+def check_fit(
+    table: SolverTable,
+    denoiser: Any = None,
+    guidance_scale: float | None = None,
+    allow_mismatch: str | Sequence[str] = (),
+) -> None:
+    """Raise SolverError unless the loaded `table` was made for this denoiser and guidance scale; see `load_solver`."""
     wanted = made_for(table)
     stated = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     if not stated and table.has_branches and own_guidance(denoiser) == 1:
         stated = {"guidance_scale": wanted.guidance_scale}  # guidance is in the table: the network itself fits too
     found = replace(wanted, **stated) if denoiser is None else identify(denoiser, **stated)
-    if reasons := wanted.differences(found):
+    if reasons := wanted.differences(found, lifted_checks(allow_mismatch)):
         raise SolverError(
             f"{short_path(table.info.get('path', 'this solver'))} does not fit: {'; '.join(reasons)}. "
-            "Use one made for this model and scale, or allow_mismatch=True"
+            "Use one made for this model and scale, or allow_mismatch=<name of the check>"
         )
 
 

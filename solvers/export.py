@@ -28,7 +28,7 @@ def export_solver(
     output: str | Path,
     *,
     pipeline: str | Path | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: str | Sequence[str] = (),
 ) -> Path:
     """Write a solver for another tool.
 
@@ -38,7 +38,7 @@ def export_solver(
         output: the folder to write; for `numpy` a folder, or the `.py` file itself.
         pipeline: for `diffusers`, the folder of a saved pipeline that shall load this scheduler: the solver is checked
             against it, put into its `scheduler/` and named in its model_index.json.
-        allow_mismatch: accept a pipeline the solver was not made for.
+        allow_mismatch: names of the checks to leave out, as in `TableScheduler.for_pipeline`.
     Returns:
         The folder or file written.
     Raises:
@@ -64,7 +64,7 @@ def _load(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
     return tables
 
 
-def _diffusers(tables: list[SolverTable], output: Path, pipeline: Path | None, allow_mismatch: bool) -> Path:
+def _diffusers(tables: list[SolverTable], output: Path, pipeline: Path | None, allow_mismatch: Any) -> Path:
     from solvers.scheduler import TableScheduler
 
     if any(table.has_own_calls for table in tables):

@@ -14,6 +14,7 @@ from solvers.errors import SolverError
 from solvers.schedule import NoiseSchedule
 
 Guidance = float | Sequence[float]
+CHECKS = ("prediction type", "noise schedule", "guidance scale", "thresholding", "weights")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,15 @@ class DenoiserIdentity:
         object.__setattr__(self, "guidance_scale", (low, high) if is_range else low)
         object.__setattr__(self, "thresholding", strict_json.loads(strict_json.dumps(self.thresholding)))
 
-    def differences(self, found: "DenoiserIdentity") -> list[str]:
-        """Why what was made for this denoiser does not fit another one: a line for each field, none where it fits."""
+    def differences(self, found: "DenoiserIdentity", allowed: Sequence[str] = ()) -> list[str]:
+        """Why what was made for this denoiser does not fit another one: a line for each field, none where it fits.
+
+        Args:
+            found: the other one.
+            allowed: CHECKS that are not made.
+        """
         pairs = {field: (value, found._compared[field]) for field, value in self._compared.items()}
+        pairs = {field: pair for field, pair in pairs.items() if field not in allowed}
         return [
             f"made for {field} {_short(made, other)}, found {_short(other, made)}"
             for field, (made, other) in pairs.items()
@@ -55,13 +62,9 @@ class DenoiserIdentity:
     @property
     def _compared(self) -> dict[str, Any]:
         schedule = self.schedule
-        return {
-            "prediction type": schedule.prediction_type,
-            "noise schedule": {"kind": schedule.kind, **schedule.parameters},
-            "guidance scale": self.guidance_scale,
-            "thresholding": self.thresholding,
-            "weights": self.weight_hash,
-        }
+        described = {"kind": schedule.kind, **schedule.parameters}
+        values = (schedule.prediction_type, described, self.guidance_scale, self.thresholding, self.weight_hash)
+        return dict(zip(CHECKS, values, strict=True))
 
 
 def identify(denoiser: Any, **stated: Any) -> DenoiserIdentity:
@@ -82,6 +85,19 @@ def identify(denoiser: Any, **stated: Any) -> DenoiserIdentity:
         "weight_hash": own_hash,
     }
     return DenoiserIdentity(**stated, **{name: ask(denoiser) for name, ask in asked.items() if name not in stated})
+
+
+def lifted_checks(allow_mismatch: str | Sequence[str], known: Sequence[str] = CHECKS) -> list[str]:
+    """The checks that `allow_mismatch` names, one or several.
+
+    Raises:
+        SolverError: no name of a known check.
+    """
+    named = isinstance(allow_mismatch, str | list | tuple)
+    names = [allow_mismatch] if isinstance(allow_mismatch, str) or not named else list(allow_mismatch)
+    if unknown := [name for name in names if name not in known]:
+        raise SolverError(f"allow_mismatch is {unknown[0]!r}: name the check that it lifts, one of {', '.join(known)}")
+    return names
 
 
 def own_guidance(denoiser: Any) -> Guidance:
@@ -105,19 +121,6 @@ def guidance_range(guidance_scale: Guidance) -> tuple[float, float]:
     if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] > ends[1]:
         raise SolverError(f"guidance_scale is {guidance_scale}: give one number or [lowest, highest], all finite")
     return float(ends[0]), float(ends[1])
-
-
-def pipeline_guidance(pipe: Any, guidance_scale: float) -> float:
-    """The scale, as it is meant here, of a diffusers pipeline that is called with `guidance_scale`.
-
-    Here it is uncond + scale (cond - uncond) at any scale: 0 is the unconditional output, 1 the conditional one. A
-    pipeline guides above 1 only; below, it gives the conditional output, too. One whose network is told the scale
-    (Flux, latent consistency models) keeps it.
-    """
-    networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
-    configs = [network.config for network in networks if network is not None]
-    is_told = any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in configs)
-    return guidance_scale if is_told else max(1.0, guidance_scale)
 
 
 def guidance_fits(one: Guidance, other: Guidance) -> bool:

@@ -3,7 +3,7 @@
 import inspect
 import os.path
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -112,7 +112,7 @@ def resolve_solver(
     *,
     denoiser: Any = None,
     guidance_scale: float | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: str | Sequence[str] = (),
 ) -> SolverTable:
     """A solver argument of a command line: the path of an artifact, or `name[@spacing]:steps`.
 

@@ -22,10 +22,12 @@ import diffusers
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from solvers import identity
 from solvers.artifact import load_solver
 from solvers.errors import SolverError
-from solvers.identity import DenoiserIdentity, pipeline_guidance
+from solvers.identity import DenoiserIdentity, lifted_checks
 from solvers.schedule import NoiseSchedule
+from solvers.standalone.table_scheduler import STEP_CHECKS, pipeline_guidance
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
 from solvers.table import SolverTable
 from solvers.table_json import table_from_dict, table_to_dict
@@ -41,6 +43,7 @@ DYNAMIC_SHIFT = (
     "max_image_seq_len",
 )
 Solver = str | Path | SolverTable
+CHECKS = tuple(dict.fromkeys((*identity.CHECKS, *STEP_CHECKS, "start scale")))
 
 
 class TableScheduler(StandaloneScheduler):
@@ -60,7 +63,7 @@ class TableScheduler(StandaloneScheduler):
         schedule: NoiseSchedule | None = None,
         guidance_scale: float | list[float] | None = None,
         scale_start: bool = False,
-        allow_mismatch: bool = False,
+        allow_mismatch: str | Sequence[str] = (),
     ) -> "TableScheduler":
         """A scheduler of one solver, or of several with different numbers of steps.
 
@@ -68,7 +71,8 @@ class TableScheduler(StandaloneScheduler):
             solver: an artifact's path, a SolverTable, or a list of these.
             seed: see the class; needed for reproducible noise columns in pipelines that pass no generator (DiT, SD3).
             schedule, guidance_scale: what the tables were made for; by default what the artifact says.
-            scale_start, allow_mismatch: see the class.
+            scale_start: see the class.
+            allow_mismatch: names of the checks to leave out, of CHECKS.
         Raises:
             SolverError: an artifact that cannot be loaded, or solvers made for different models or guidance scales.
         """
@@ -76,7 +80,8 @@ class TableScheduler(StandaloneScheduler):
         settings = [_settings(table, schedule, guidance_scale) for table in tables]
         if any(other != settings[0] for other in settings):
             raise SolverError(f"these solvers were made for different models or scales ({settings}): export them apart")
-        kept = {"seed": seed, "scale_start": scale_start, "allow_mismatch": allow_mismatch}
+        lifted = [name for name in lifted_checks(allow_mismatch, CHECKS) if name in STEP_CHECKS]
+        kept = {"seed": seed, "scale_start": scale_start, "allow_mismatch": lifted}
         return cls(tables=[table_to_dict(table) for table in tables], **settings[0], **kept)
 
     @classmethod
@@ -87,7 +92,7 @@ class TableScheduler(StandaloneScheduler):
         *,
         guidance_scale: float | None = None,
         seed: int | list[int] | None = None,
-        allow_mismatch: bool = False,
+        allow_mismatch: str | Sequence[str] = (),
     ) -> "TableScheduler":
         """A scheduler that fits a pipeline: checked against it, start noise scaled if the pipeline does not do so.
 
@@ -100,43 +105,47 @@ class TableScheduler(StandaloneScheduler):
         """
         original, pipeline_class = _parts(pipe)
         scale_start = not _mentions(pipeline_class, "init_noise_sigma")
-        scheduler = cls.from_solver(solver, seed=seed, allow_mismatch=allow_mismatch, scale_start=scale_start)
-        scheduler.check_pipeline(pipe, guidance_scale, allow_mismatch=allow_mismatch)
+        lifted = [*lifted_checks(allow_mismatch, CHECKS), *_inapplicable(original, pipeline_class)]
+        scheduler = cls.from_solver(solver, seed=seed, allow_mismatch=lifted, scale_start=scale_start)
+        scheduler.check_pipeline(pipe, guidance_scale, allow_mismatch=lifted)
         config = _config(original)
         if config.get("use_dynamic_shifting"):
             scheduler.register_to_config(**{name: config[name] for name in DYNAMIC_SHIFT if name in config})
         return scheduler
 
-    def check_pipeline(self, pipe: Any, guidance_scale: float | None = None, allow_mismatch: bool = False) -> None:
+    def check_pipeline(
+        self, pipe: Any, guidance_scale: float | None = None, allow_mismatch: str | Sequence[str] = ()
+    ) -> None:
         """Compare schedule, shift, prediction type and guidance scale with a pipeline's.
 
         Args:
             pipe: a diffusers pipeline with its original scheduler, that scheduler, or the folder of a saved pipeline.
             guidance_scale: the scale the pipeline will be called with; None leaves it unchecked.
-            allow_mismatch: accept any difference.
+            allow_mismatch: names of the checks to leave out, of CHECKS.
         Raises:
             SolverError: they differ; the message names every difference.
         """
-        if allow_mismatch:
-            return
         original, pipeline_class = _parts(pipe)
         if guidance_scale is not None:
-            guidance_scale = pipeline_guidance(pipe, guidance_scale)
-        reasons = self._identity_reasons(original, guidance_scale) + self._start_reasons(pipeline_class)
+            guidance_scale = pipeline_guidance(pipe, {"guidance_scale": guidance_scale})
+        lifted = lifted_checks(allow_mismatch, CHECKS)
+        reasons = self._identity_reasons(original, guidance_scale, lifted)
+        reasons += [] if "start scale" in lifted else self._start_reasons(pipeline_class)
         if reasons:
             raise SolverError(
                 f"this solver does not fit the pipeline: {'; '.join(reasons)}. Use a solver made for this pipeline, "
-                "or pass allow_mismatch=True to use it all the same"
+                "or allow_mismatch=<name of the check>"
             )
 
-    def _identity_reasons(self, original: Any, guidance_scale: float | None) -> list[str]:
+    def _identity_reasons(self, original: Any, guidance_scale: float | None, lifted: Sequence[str]) -> list[str]:
         if self.config["schedule"] is None:
-            return ["its schedule is not known: load it from an artifact, or pass schedule= to from_solver"]
+            unknown = ["its schedule is not known: load it from an artifact, or pass schedule= to from_solver"]
+            return [] if "noise schedule" in lifted else unknown
         schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), _schedule_of(original)
         if _config(original).get("use_dynamic_shifting"):  # set_timesteps compares the shift with the mu of each call
             found = replace(found, parameters=found.parameters | {"shift": schedule.parameters.get("shift")})
         scales = [scale for scale in (self.config["guidance_scale"], guidance_scale) if scale is not None] or [1.0]
-        return DenoiserIdentity(schedule, scales[0]).differences(DenoiserIdentity(found, scales[-1]))
+        return DenoiserIdentity(schedule, scales[0]).differences(DenoiserIdentity(found, scales[-1]), lifted)
 
     def _start_reasons(self, pipeline_class: type | None) -> list[str]:
         """Whether the first state gets its scale, from the pipeline or from this scheduler."""
@@ -197,6 +206,13 @@ def _saved_parts(folder: Path) -> tuple[dict[str, Any], type | None]:
     except (OSError, json.JSONDecodeError) as error:
         raise SolverError(f"{folder} is not the folder of a saved diffusers pipeline ({error})") from error
     return config, getattr(diffusers, str(index.get("_class_name")), None)
+
+
+def _inapplicable(original: Any, pipeline_class: type | None) -> list[str]:
+    """Checks that say nothing about a pipeline: it passes a mu that its scheduler ignores, or sigmas of its own."""
+    known = () if pipeline_class is None else inspect.signature(pipeline_class.__call__).parameters
+    own_sigmas = pipeline_class is not None and "sigmas" not in known
+    return ["shift"] * (not _config(original).get("use_dynamic_shifting")) + ["sigmas"] * own_sigmas
 
 
 def _config(scheduler: Any) -> dict[str, Any]:

@@ -9,8 +9,9 @@ is what `step` receives, or says which `calls` it makes: those outputs are given
 or, with a `space`, one channel matrix per band of spatial frequencies.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 SEED_LIMIT = 2**32
 CONDITIONAL = "conditional"
+STEP_CHECKS = ("sigmas", "timesteps", "shift", "guidance scale")  # made at every call
 
 
 @dataclass
@@ -45,7 +47,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         seed: row r's noise of sample k is drawn from (seed + k, r), or from (seed[k], r) for a list. Without it noise
             comes from the pipeline's generator, or from torch's global one where the pipeline passes none.
         scale_start: multiply the first model input by start_scale, for a pipeline that ignores `init_noise_sigma`.
-        allow_mismatch: accept sigmas, timesteps and mu other than the tables' own.
+        allow_mismatch: names of STEP_CHECKS that are not made: `sigmas` and `timesteps` other than the tables' own, a
+            `shift` (mu) or `guidance scale` other than what they were made for.
         num_train_timesteps, prediction_type: what pipelines read from a scheduler's config.
     Raises:
         ValueError: no table, or two with the same number of steps.
@@ -61,13 +64,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: float | list[float] | None = None,
         seed: int | list[int] | None = None,
         scale_start: bool = False,
-        allow_mismatch: bool = False,
+        allow_mismatch: list[str] | None = None,
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
     ) -> None:
         self._tables = {len(table["timesteps"]): table for table in self._checked(tables or [])}
         if not self._tables or len(self._tables) < len(tables or []):
             raise ValueError("TableScheduler needs tables, each with another number of steps: load it with from_solver")
+        self._checks = [name for name in STEP_CHECKS if name not in (allow_mismatch or [])]
         self.seed = seed
         self._select(next(iter(self._tables)), None)
 
@@ -125,7 +129,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             sigmas, timesteps: pipelines pass them; they must be evenly spaced from 1 or the table's own.
             mu: the pipeline's dynamic shift, compared with the schedule's shift.
         Raises:
-            ValueError: a number of steps without a table, or sigmas, timesteps or mu the table was not made for.
+            ValueError: a number of steps without a table, or sigmas, timesteps, mu or guidance of the calling pipeline
+                that the table was not made for.
         """
         given = sigmas if sigmas is not None else timesteps
         count = num_inference_steps if given is None else len(given)
@@ -137,8 +142,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 "pass one of these"
             )
         self._select(count, device)
-        if not self.config["allow_mismatch"]:
-            self._check_steps(sigmas, timesteps, mu)
+        self._check_steps(sigmas, timesteps, mu)
+        self._check_guidance()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at a later row, as image-to-image pipelines do.
@@ -268,12 +273,29 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Refuse what would ask for other steps than the table's; the usual linspace(1, 1/n, n) asks for nothing."""
         n = len(self._rows)
         even = torch.tensor([1 - i / n for i in range(n)])
-        if sigmas is not None and not any(_close(sigmas, own) for own in (even, self.sigmas[:-1], self.sigmas)):
+        given = {"sigmas": sigmas, "timesteps": timesteps, "shift": mu}
+        given = {name: value for name, value in given.items() if value is not None and name in self._checks}
+        own = (even, self.sigmas[:-1], self.sigmas)
+        if "sigmas" in given and not any(_close(sigmas, values) for values in own):
             raise ValueError(f"sigmas are {list(sigmas)}: this solver has its own steps; pass num_inference_steps={n}")
-        if timesteps is not None and not _close(timesteps, self.timesteps):
+        if "timesteps" in given and not _close(timesteps, self.timesteps):
             raise ValueError(f"timesteps are {list(timesteps)}: this solver's own are {self.timesteps.tolist()}")
-        if mu is not None:
+        if "shift" in given:
             self._check_shift(float(mu))
+
+    def _check_guidance(self) -> None:
+        """Refuse guidance other than the tables', as far as the call of the pipeline shows it."""
+        made_for, (pipe, arguments) = self.config["guidance_scale"], _calling_pipeline(self)
+        if pipe is None or made_for is None or "guidance scale" not in self._checks:
+            return
+        found = pipeline_guidance(pipe, arguments)
+        low, high = made_for if isinstance(made_for, Sequence) else (made_for, made_for)
+        slack = 1e-9 * max(1.0, abs(low), abs(high))
+        if not low - slack <= found <= high + slack:
+            raise ValueError(
+                f"the pipeline is called at guidance scale {found}, this solver was made for {made_for}: call it at "
+                "that scale, or use a solver for this one"
+            )
 
     def _check_shift(self, mu: float) -> None:
         made_for = ((self.config["schedule"] or {}).get("parameters") or {}).get("shift")
@@ -281,7 +303,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if made_for is not None and abs(shift - made_for) > 1e-3 * made_for:
             raise ValueError(
                 f"the pipeline's shift is {shift:.4f} (mu = {mu:.4f}), this solver was made for {made_for:.4f}: "
-                "use the image size it was made for, or allow_mismatch=True"
+                "use the image size it was made for, or allow_mismatch='shift'"
             )
 
     def _outputs(self, model_output: Tensor, sample: Tensor) -> list[tuple[int, Tensor]]:
@@ -328,6 +350,37 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         for values, last_use in zip(self._history, self._last_use):
             for column in [j for j in values if last_use[j] <= row]:
                 del values[column]
+
+
+def pipeline_guidance(pipe: Any, arguments: Mapping[str, Any]) -> float:
+    """The guidance scale, as it is meant here, of a diffusers pipeline that is called with some arguments.
+
+    Here it is uncond + scale (cond - uncond) at any scale: 0 is the unconditional output, 1 the conditional one. A
+    pipeline guides above 1 only; below, it gives the conditional output, too. One whose network is told the scale
+    (Flux, latent consistency models) keeps it. Where there is a `true_cfg_scale`, it is that of guidance, which a
+    negative prompt switches on.
+    """
+    networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    configs = [network.config for network in networks if network is not None]
+    is_told = any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in configs)
+    scale = arguments.get("guidance_scale")
+    if is_told:
+        return 1.0 if scale is None else float(scale)
+    if "true_cfg_scale" in arguments:
+        negative = (arguments.get(name) for name in ("negative_prompt", "negative_prompt_embeds"))
+        scale = arguments["true_cfg_scale"] if any(value is not None for value in negative) else 1.0
+    return 1.0 if scale is None else max(1.0, float(scale))
+
+
+def _calling_pipeline(scheduler: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The pipeline whose call leads here, and its arguments; (None, {}) where there is none."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        pipe = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__call__" and getattr(pipe, "scheduler", None) is scheduler:
+            return pipe, frame.f_locals
+        frame = frame.f_back
+    return None, {}
 
 
 class _Numbers:
@@ -404,7 +457,8 @@ def _last_use(rows: list[list[tuple[int, Any]]], columns: int) -> list[int]:
 
 
 def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    """A copy in float32 or better: what is given may be written over by the pipeline later."""
+    return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
 def _broadcast(value: Tensor, like: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ from solvers import (
     save_solver,
     start_noise,
 )
-from solvers.identity import identify, pipeline_guidance
+from solvers.identity import identify
+from solvers.standalone.table_scheduler import pipeline_guidance
 from tests.denoisers.test_adapters import as_pipeline_output, condition_of, relative_error, run_pipeline
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
 
@@ -279,8 +280,8 @@ def test_a_pipeline_guides_above_one_only(tmp_path: Path) -> None:
 
 
 def test_a_network_that_is_told_its_scale_keeps_it() -> None:
-    assert pipeline_guidance(tiny_pipeline("flux"), 0.5) == 0.5
-    assert pipeline_guidance(tiny_pipeline("sd3"), 0.5) == 1.0
+    assert pipeline_guidance(tiny_pipeline("flux"), {"guidance_scale": 0.5}) == 0.5
+    assert pipeline_guidance(tiny_pipeline("sd3"), {"guidance_scale": 0.5}) == 1.0
 
 
 def test_recording_errors(tmp_path: Path) -> None:

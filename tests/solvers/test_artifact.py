@@ -23,6 +23,7 @@ from solvers import (
     student_path,
 )
 from solvers.files import sha256
+from solvers.identity import CHECKS
 from solvers.strict_json import checksum
 from solvers.student import folder_sha256
 from tests.analytic import gaussian_denoiser
@@ -355,7 +356,10 @@ class Model:
 def test_a_model_that_does_not_fit_is_refused_or_allowed(saved, model, message):
     with pytest.raises(SolverError, match=message):
         load_solver(saved, model)
-    assert load_solver(saved, model, allow_mismatch=True).nfe == 3
+    (check,) = (name for name in CHECKS if f"made for {name}" in message)
+    assert load_solver(saved, model, allow_mismatch=check).nfe == 3
+    with pytest.raises(SolverError, match=message):
+        load_solver(saved, model, allow_mismatch=[name for name in CHECKS if name != check])
 
 
 def test_a_model_that_fits(saved):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from denoisers import with_guidance
 from denoisers.diffusers_models import from_pipeline
 from denoisers.prompts import encode_prompts
 from solvers import (
@@ -274,9 +275,11 @@ def test_diffusers_folder_weighs_bands(tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True, safety_checker=None)
     loaded.set_progress_bar_config(disable=True)
     denoiser, noise = from_pipeline(pipe, 16, 16), start_noise([1, 2], (4, 8, 8))
-    found = loaded(**call_arguments("sd", ["a cat", "dog"], 1.0, 3), latents=noise).images
-    expected = sample(denoiser, table, noise, encode_prompts(pipe, ["a cat", "dog"]))
+    found = loaded(**call_arguments("sd", ["a cat", "dog"], 3.0, 3), latents=noise).images
+    expected = sample(with_guidance(denoiser, 3.0), table, noise, encode_prompts(pipe, ["a cat", "dog"]))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"called at guidance scale 1\.0, this solver was made for 3\.0"):
+        loaded(**call_arguments("sd", ["a cat", "dog"], 1.0, 3), latents=noise)
 
 
 def test_a_saved_pipeline_that_does_not_fit_stays_as_it_is(tmp_path):
@@ -286,7 +289,7 @@ def test_a_saved_pipeline_that_does_not_fit_stays_as_it_is(tmp_path):
     with pytest.raises(SolverError, match="made for noise schedule"):
         export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe")
     assert (tmp_path / "pipe" / "model_index.json").read_text() == before
-    export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe", allow_mismatch=True)
+    export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe", allow_mismatch="noise schedule")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["scheduler"] == ["table_scheduler", "TableScheduler"]
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]

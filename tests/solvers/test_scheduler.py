@@ -257,9 +257,13 @@ def test_sigmas_and_timesteps_of_a_pipeline_are_counted_and_checked():
         scheduler.set_timesteps(sigmas=[14.6, 3.0, 1.0, 0.2])
     with pytest.raises(ValueError, match="this solver's own are"):
         scheduler.set_timesteps(timesteps=[999, 700, 400, 100])
-    allowed = TableScheduler.from_solver(solver(steps=4), allow_mismatch=True)
+    allowed = TableScheduler.from_solver(solver(steps=4), allow_mismatch="timesteps")
     allowed.set_timesteps(timesteps=[999, 700, 400, 100])
     assert torch.equal(allowed.timesteps, scheduler.timesteps)
+    with pytest.raises(ValueError, match="this solver has its own steps"):
+        allowed.set_timesteps(sigmas=[14.6, 3.0, 1.0, 0.2])
+    with pytest.raises(SolverError, match="allow_mismatch is True: name the check that it lifts, one of prediction"):
+        TableScheduler.from_solver(solver(steps=4), allow_mismatch=True)
 
 
 def test_sigmas_are_ratios_of_the_nodes():
@@ -396,11 +400,13 @@ def test_a_pipeline_that_fits_and_those_that_do_not(tmp_path):
     dit = tiny_pipeline("dit")
     with pytest.raises(SolverError, match=r"made for noise schedule .*'beta_end': 0.012.* found .*'beta_end': 0.02}"):
         TableScheduler.for_pipeline(path, dit)
-    assert TableScheduler.for_pipeline(path, dit, allow_mismatch=True).config["allow_mismatch"]
+    assert TableScheduler.for_pipeline(path, dit, allow_mismatch="noise schedule")
+    with pytest.raises(SolverError, match="made for noise schedule"):
+        TableScheduler.for_pipeline(path, dit, allow_mismatch="guidance scale")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     with pytest.raises(SolverError, match="made for prediction type epsilon, found v_prediction"):
         scheduler.check_pipeline(pipe)
-    scheduler.check_pipeline(pipe, allow_mismatch=True)
+    scheduler.check_pipeline(pipe, allow_mismatch="prediction type")
     with pytest.raises(SolverError, match="its schedule is not known"):
         TableScheduler.for_pipeline(solver(), pipe)
 

@@ -1,0 +1,66 @@
+"""How pipelines call TableScheduler: what counts of their arguments, and what is refused."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, StableDiffusion3Pipeline
+
+from solvers import TableScheduler, sample, tabulate
+from tests.analytic import two_point_denoiser
+from tests.solvers.test_scheduler import PROMPTS, VP, artifact, flow_solver, pipeline_table, solver
+from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+
+
+def test_a_mu_that_the_scheduler_ignores_is_ignored(tmp_path):
+    """FLUX.1-schnell as released: the pipeline passes mu, its scheduler shifts by a constant."""
+    pipe = tiny_pipeline("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    table = tabulate(pipe.scheduler, None, set_timesteps={"sigmas": [1.0, 0.75, 0.5, 0.25], "mu": 0.6})
+    path = artifact(tmp_path, pipe, table)
+    arguments = call_arguments("flux", PROMPTS, 3.0, 4)
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
+    found = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    assert torch.allclose(found, expected, atol=1e-5)
+    pipe.scheduler = TableScheduler.from_solver(path)  # it knows no pipeline
+    with pytest.raises(ValueError, match=r"the pipeline's shift is .* or allow_mismatch='shift'"):
+        pipe(**arguments)
+
+
+def test_sigmas_that_a_pipeline_always_passes_are_its_own(tmp_path):
+    """MochiPipeline has no argument `sigmas`: nobody asked for the ones that it passes."""
+    path = artifact(tmp_path, tiny_pipeline("sd3"), flow_solver(4))
+    original = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for pipeline_class, fits in ((MochiPipeline, True), (StableDiffusion3Pipeline, False)):
+        pipe = object.__new__(pipeline_class)
+        object.__setattr__(pipe, "scheduler", original)
+        scheduler = TableScheduler.for_pipeline(path, pipe)
+        with nullcontext() if fits else pytest.raises(ValueError, match="this solver has its own steps"):
+            scheduler.set_timesteps(sigmas=[1.0, 0.99, 0.9, 0.5])
+
+
+def test_a_pipeline_may_write_over_what_it_gave():
+    """Kandinsky 5 steps as `latents[...] = step(...)`: states and outputs that outlive a step are copies."""
+    table, noise = solver(steps=4), torch.randn(2, 3, 4)
+    denoiser = two_point_denoiser(VP)
+    expected, scheduler = sample(denoiser, table, noise), TableScheduler.from_solver(table)
+    latents, output = noise * scheduler.init_noise_sigma, torch.empty_like(noise)
+    for timestep in scheduler.timesteps:
+        output[...] = denoiser(latents, timestep)
+        latents[...] = scheduler.step(output, timestep, latents, return_dict=False)[0]
+    assert torch.allclose(latents, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_other_than_the_table_s_is_refused_at_the_call(kind, tmp_path):
+    """By any scheduler that knows its scale, in a pipeline that keeps the scale or hides it."""
+    pipe = tiny_pipeline(kind)
+    table = pipeline_table(pipe, kind, 4)
+    path = artifact(tmp_path, pipe, table, guidance_scale=3.0)
+    pipe.scheduler = TableScheduler.from_solver(path, allow_mismatch="shift")
+    assert pipe(**call_arguments(kind, PROMPTS, 3.0, 4)).images is not None
+    with pytest.raises(ValueError, match=r"called at guidance scale 7\.5, this solver was made for 3\.0"):
+        pipe(**call_arguments(kind, PROMPTS, 7.5, 4))
+    pipe.scheduler = TableScheduler.from_solver(path, allow_mismatch=["shift", "guidance scale"])
+    assert pipe(**call_arguments(kind, PROMPTS, 7.5, 4)).images is not None
