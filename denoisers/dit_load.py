@@ -1,18 +1,22 @@
-"""DiT and SiT networks from checkpoint folders of this project, and from the public checkpoints."""
+"""DiT and SiT networks from checkpoint folders of this project, and from files of the official training code."""
 
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from denoisers.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_weights, read_config
-from denoisers.dit import DiT
+from denoisers.dit import DiT, position_embedding
+from denoisers.weight_file import WeightFile, read_safetensors, read_weight_file
 from solvers.files import sha256
 from solvers.schedule import NoiseSchedule
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dit": {"schedule": NoiseSchedule.linear()},
+    "sit": {"schedule": NoiseSchedule.flow(), "convention": "sit"},
+}
+_LINEAR_VELOCITY = {"path_type": "Linear", "prediction": "velocity"}
 
 
 def load_checkpoint(folder: str | Path) -> DiT:
@@ -28,41 +32,40 @@ def load_checkpoint(folder: str | Path) -> DiT:
         raise ValueError(f"{folder} has no {WEIGHTS_NAME}: copy the whole checkpoint folder")
     if sha256(path) != config["weights_sha256"]:
         raise ValueError(f"{path} differs from the hash in {CONFIG_NAME}: copy the checkpoint folder again")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}): copy the checkpoint folder again") from error
     denoiser = DiT(NoiseSchedule.from_dict(config["schedule"]), **config["network"])
-    return _finish(denoiser, weights, path, folder.name)
+    return _finish(denoiser, read_safetensors(path), path, folder.name)
 
 
-def load_public_checkpoint(path: str | Path, schedule: NoiseSchedule, **network: Any) -> DiT:
-    """Load a `.pt` file of the public DiT or SiT releases; sizes are read off the weights.
+def load_public_checkpoint(
+    path: str | Path, family: str | None = None, num_heads: int | None = None, input_size: int | None = None
+) -> DiT:
+    """Load a file of the public DiT or SiT releases, or a checkpoint of their training code.
 
     Args:
-        path: a state dict, or a training checkpoint whose `ema` (else `model`) entry is one.
-        schedule: `NoiseSchedule.linear()` for DiT, `NoiseSchedule.flow()` (with `convention="sit"`) for SiT.
-        network: arguments of DiT that weights do not tell: `num_heads` (default: heads of 64, 72 for width 1152)
-            and `convention`.
+        path: see `denoisers.weight_file.read_weight_file`; sizes are read off the weights.
+        family: `dit` or `sit`, whose weights have the same names; by default what the checkpoint's arguments say, or
+            the file's name.
+        num_heads: default: heads of 64, 72 for width 1152.
+        input_size: height and width of the latents, of weights without position table, which is computed; by default
+            an eighth of the image size in the checkpoint's arguments.
     Raises:
-        ValueError: not a file of tensors, or names that are not a DiT's.
+        ValueError: not a file of tensors, names that are not a DiT's, a family or size that nothing tells, or a SiT
+            that was not trained on velocities of the linear path.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the path of a DiT or SiT .pt file")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a file of plain tensors ({reason}): only such files are loaded") from error
-    for entry in ("ema", "model"):
-        weights = weights.get(entry, weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or "x_embedder.proj.weight" not in weights:
+    file = read_weight_file(path)
+    weights = file.weights
+    if "x_embedder.proj.weight" not in weights:
         raise ValueError(f"{path} holds no DiT weights: x_embedder.proj.weight is missing")
-    return _finish(DiT(schedule, **infer_network(weights) | network), weights, path, path.stem)
+    chosen = FAMILIES[_family(file.arguments, path) if family is None else _known(family)]
+    if "convention" in chosen:
+        _check_transport(file.arguments, path)
+    weights = weights if "pos_embed" in weights else weights | {"pos_embed": _positions(file, input_size, path)}
+    heads = {} if num_heads is None else {"num_heads": num_heads}
+    return _finish(DiT(**chosen, **infer_network(weights) | heads), weights, path, path.stem)
 
 
-def infer_network(weights: dict[str, Tensor]) -> dict[str, Any]:
+def infer_network(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of DiT that a public checkpoint's shapes imply."""
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     out_channels = weights["final_layer.linear.weight"].shape[0] // patch_size**2
@@ -79,7 +82,40 @@ def infer_network(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _finish(denoiser: DiT, weights: dict[str, Tensor], source: Path, name: str) -> DiT:
-    load_weights(denoiser, weights, source)
+def _known(family: str) -> str:
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r} of a weight file: use one of {', '.join(FAMILIES)}")
+    return family
+
+
+def _family(arguments: Mapping[str, Any], path: Path) -> str:
+    """What a training was told counts more than the name of its file."""
+    for text in (str(arguments.get("model", "")), path.stem):
+        found = [name for name in FAMILIES if name in text.lower()]
+        if len(found) == 1:
+            return found[0]
+    raise ValueError(f"{path.name} does not say whether it is a DiT or a SiT: pass family='dit' or family='sit'")
+
+
+def _check_transport(arguments: Mapping[str, Any], path: Path) -> None:
+    other = [f"{name} {arguments[name]}" for name, own in _LINEAR_VELOCITY.items() if arguments.get(name, own) != own]
+    if other:
+        raise ValueError(f"{path} was trained with {', '.join(other)}: only velocities of the linear path are known")
+
+
+def _positions(file: WeightFile, input_size: int | None, path: Path) -> Tensor:
+    """The position table, which some training codes leave out of their checkpoints."""
+    hidden_size, _, patch_size, _ = file.weights["x_embedder.proj.weight"].shape
+    size = input_size or int(file.arguments.get("image_size") or 0) // 8
+    if not size or size % patch_size:
+        raise ValueError(
+            f"{path} has no position table, and its latents' size is not known: pass input_size, a multiple of the "
+            f"patch size {patch_size} (32 for images of 256 pixels)"
+        )
+    return position_embedding(hidden_size, size // patch_size)
+
+
+def _finish(denoiser: DiT, weights: Mapping[str, Tensor], source: Path, name: str) -> DiT:
+    load_weights(denoiser, dict(weights), source)
     denoiser.name = name
     return denoiser.eval().requires_grad_(False)

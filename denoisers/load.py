@@ -20,7 +20,7 @@ from solvers.schedule import NoiseSchedule
 DESCRIPTION = "denoiser.yaml"
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("path", "device", "family", "variant", "dtype", "negative_prompt", "prompt_argument"), (str,)),
-    **dict.fromkeys(("height", "width", "num_heads", "batch_size"), (int,)),
+    **dict.fromkeys(("height", "width", "num_heads", "input_size", "batch_size"), (int,)),
     **dict.fromkeys(("encode", "call"), (dict,)),
     "decoder": (bool,),
     "prompts": (str, list),
@@ -43,7 +43,7 @@ def load_denoiser(
     Args:
         path: one of
             a checkpoint folder of this project (config.json and model.safetensors);
-            a `.pt` file of the public DiT or SiT releases;
+            a `.pt` or `.safetensors` file of the public DiT or SiT releases, or of their training code;
             a diffusers pipeline folder (model_index.json), or a model folder beside its scheduler's;
             a name on the hub (`owner/name`) of such a pipeline, where there is network;
             the dotted name of a class or function of your own, `my_model.MyDenoiser`, which is called with the options;
@@ -55,9 +55,9 @@ def load_denoiser(
         precision: `float32`, or `bf16` for autocast of the network; states stay in float32.
         device: where the network goes; the CPU when None; `auto`: the GPU of this process where there is one.
         trust_remote_code: a `denoiser.yaml` may name a class of your own, which is imported and called.
-        options: `family` ("dit" or "sit") and `num_heads` for `.pt` files whose name does not tell; for diffusers
-            models those of `denoisers.diffusers_load.load_diffusers`, such as `prompts`; for any diffusers pipeline
-            without an adapter family "pipeline" and the arguments of `load_pipeline` there.
+        options: those of the kind of model: for files of weights `denoisers.dit_load.load_public_checkpoint`, such as
+            `family`; for diffusers models `denoisers.diffusers_load.load_diffusers`, such as `prompts`; for any
+            diffusers pipeline without an adapter family "pipeline" and the arguments of `load_pipeline` there.
     Returns:
         A denoiser, see `denoisers.protocol.Denoiser`.
     Raises:
@@ -171,7 +171,9 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
     """Imports wait until a kind is known: timm and diffusers take seconds."""
     folder = Path(path)
     if os.path.isfile(folder):
-        return _load_file(folder, **_checked(_load_file, options, path))
+        from denoisers.dit_load import load_public_checkpoint
+
+        return _with_hash(load_public_checkpoint(folder, **_checked(load_public_checkpoint, options, path)))
     if _is_diffusers(folder) or _may_be_hub_name(str(path)):
         from denoisers.diffusers_load import load_diffusers
 
@@ -215,21 +217,6 @@ def _checked(loader: Callable, options: dict[str, Any], path: str | Path) -> dic
             f"{', '.join(allowed) or 'none'}"
         )
     return options
-
-
-def _load_file(path: Path, family: str | None = None, num_heads: int | None = None) -> nn.Module:
-    """A public `.pt` file; DiT and SiT weights have the same names, so the file name or `family` decides."""
-    if path.suffix not in (".pt", ".pth"):
-        raise ValueError(f"{path} is a file of unknown kind: give a .pt file of DiT or SiT, or a folder")
-    found = [name for name in ("dit", "sit") if name in path.stem.lower()] if family is None else [family]
-    if found not in (["dit"], ["sit"]):
-        raise ValueError(f"{path.name} does not say whether it is a DiT or a SiT: pass family='dit' or family='sit'")
-    from denoisers.dit_load import load_public_checkpoint
-
-    network: dict[str, Any] = {} if num_heads is None else {"num_heads": num_heads}
-    if found == ["dit"]:
-        return _with_hash(load_public_checkpoint(path, NoiseSchedule.linear(), **network))
-    return _with_hash(load_public_checkpoint(path, NoiseSchedule.flow(), **network, convention="sit"))
 
 
 def _with_hash(denoiser: nn.Module) -> nn.Module:

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from denoisers import load_denoiser
 from denoisers.checkpoint import load_weights, save_denoiser
 from denoisers.dit import DiT, position_embedding, sinusoids
-from denoisers.dit_load import load_checkpoint, load_public_checkpoint
+from denoisers.dit_load import load_checkpoint
 from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
@@ -193,40 +192,6 @@ def test_weight_hash_sees_every_weight():
     assert weight_hash(model) != before
 
 
-@pytest.mark.parametrize("entry", [None, "ema", "model"])
-def test_public_pt_files_load(tmp_path, entry):
-    model = small(hidden_size=64, num_heads=1, learn_sigma=True, num_classes=7)
-    weights = model.state_dict()
-    torch.save(weights if entry is None else {entry: weights, "args": {}}, tmp_path / "DiT-tiny.pt")
-    loaded = load_denoiser(tmp_path / "DiT-tiny.pt")
-    assert loaded.config == model.config
-    assert torch.equal(loaded(*inputs()), model(*inputs()))
-
-
-def test_public_sit_file_gets_its_convention(tmp_path):
-    model = small(NoiseSchedule.flow(), convention="sit")
-    torch.save(model.state_dict(), tmp_path / "SiT-tiny.pt")
-    loaded = load_denoiser(tmp_path / "SiT-tiny.pt", num_heads=4)
-    assert loaded.schedule.prediction_type == "flow_prediction"
-    assert torch.equal(loaded(*inputs()), model(*inputs()))
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    torch.save({"x_embedder.proj.weight": nn.Linear(1, 1)}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="not a file of plain tensors"):
-        load_public_checkpoint(tmp_path / "bad.pt", NoiseSchedule.linear())
-
-
-def test_other_weights_are_refused(tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"x_embedder\.proj\.weight is missing"):
-        load_public_checkpoint(tmp_path / "other.pt", NoiseSchedule.linear())
-    with pytest.raises(ValueError, match="does not exist"):
-        load_public_checkpoint(tmp_path / "none.pt", NoiseSchedule.linear())
-    with pytest.raises(ValueError, match=r"pos_embed: found \(1, 16, 32\), need \(1, 4, 32\)"):
-        load_weights(small(input_size=4), small().state_dict(), "here")
-
-
 def damage(folder, name: str) -> None:
     path = folder / "model.safetensors"
     config = json.loads((folder / "config.json").read_text())
@@ -241,6 +206,11 @@ def damage(folder, name: str) -> None:
         (folder / "config.json").write_text(json.dumps(config))
     elif name == "not json":
         (folder / "config.json").write_text("{")
+
+
+def test_weights_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"pos_embed: found \(1, 16, 32\), need \(1, 4, 32\)"):
+        load_weights(small(input_size=4), small().state_dict(), "here")
 
 
 @pytest.mark.parametrize(
