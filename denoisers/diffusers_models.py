@@ -133,10 +133,11 @@ def from_network(network: nn.Module, scheduler: Any, **options: Any) -> Diffuser
     Raises:
         ValueError: a network of an unknown family.
     """
-    family = FAMILIES.get(type(network).__name__)
+    name = type(getattr(network, "_orig_mod", network)).__name__  # of a compiled network what was compiled
+    family = FAMILIES.get(name)
     if family is None:
         raise ValueError(
-            f"{type(network).__name__} is of no known family ({', '.join(FAMILIES)}): record its pipeline with "
+            f"{name} is of no known family ({', '.join(FAMILIES)}): record its pipeline with "
             "data.record_trajectories, or wrap the network as docs/your_own_model.md shows"
         )
     return family(network, scheduler, **options)

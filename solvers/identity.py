@@ -1,5 +1,6 @@
 """Who a denoiser is, as far as solvers and trajectories depend on it: read, stated and compared in one place."""
 
+import copy
 import hashlib
 import math
 import re
@@ -131,8 +132,12 @@ def guidance_fits(one: Guidance, other: Guidance) -> bool:
 
 
 def weight_hash(module: nn.Module) -> str:
-    """SHA-256 of all weights in float32 with their names and shapes, independent of the file that held them."""
-    return hash_weights(module.state_dict())
+    """SHA-256 of all weights in float32 with their names and shapes, independent of the file that held them.
+
+    They are those the module computes with: a compiled one has the hash of what was compiled, and one with adapters,
+    such as LoRA, that of the weights with the active ones fused into them.
+    """
+    return hash_weights(_plain_weights(module))
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -142,6 +147,25 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names they have without torch.compile and adapters (layers of PEFT), fused."""
+    weights = module.state_dict()
+    for name, layer in module.named_modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "merged_adapters"):
+            weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
+            weights |= {f"{name}.{key}": value for key, value in _fused(layer).state_dict().items()}
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+
+
+def _fused(layer: Any) -> nn.Module:
+    """A layer's base with its active adapters, added as fusing adds them; the layer stays as it is."""
+    if layer.disable_adapters or set(layer.active_adapters) <= set(layer.merged_adapters):
+        return layer.base_layer
+    layer = copy.deepcopy(layer)
+    layer.merge()
+    return layer.base_layer
 
 
 def _schedule(denoiser: Any) -> NoiseSchedule:

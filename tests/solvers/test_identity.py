@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from solvers import DenoiserIdentity, NoiseSchedule, SolverError, identify
@@ -96,3 +97,44 @@ def test_what_cannot_be_an_identity():
         identify(nn.Identity())
     with pytest.raises(SolverError, match="value JSON cannot keep"):
         DenoiserIdentity(LINEAR, thresholding={"ratio": torch.ones(1)})
+
+
+def adapted(**active: float) -> nn.Module:
+    """Two layers, of which the first has a LoRA named `one` and one named `other`."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for name in active:
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+        inject_adapter_in_model(config, network, name)
+    layer = network[0]
+    layer.set_adapter(list(active))
+    for name, scale in active.items():
+        layer.set_scale(name, scale)
+    return network
+
+
+def test_a_compiled_network_has_the_hash_of_its_weights():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    plain = weight_hash(network)
+    network[1] = torch.compile(network[1])
+    assert weight_hash(network) == weight_hash(torch.compile(network)) == plain
+
+
+@pytest.mark.parametrize("active", [{"one": 1.0}, {"one": 0.5, "other": 2.0}])
+def test_a_lora_has_the_hash_of_the_weights_it_is_fused_into(active):
+    network = adapted(**active)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    unfused = weight_hash(network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    network[0].merge()
+    assert weight_hash(network) == unfused
+    plain = nn.Sequential(network[0].base_layer, network[1])
+    assert weight_hash(plain) == unfused
+    assert weight_hash(adapted(**active | {"one": 0.25})) != unfused
+
+
+def test_adapters_that_are_switched_off_do_not_count():
+    network = adapted(one=1.0)
+    fused, plain = weight_hash(network), nn.Sequential(network[0].base_layer, network[1])
+    network[0].enable_adapters(False)
+    assert weight_hash(network) == weight_hash(plain) != fused
