@@ -5,8 +5,8 @@
     python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json
     python sample.py export   checkpoints/solvers/cifar10-dit/olss-8.json --to diffusers --output scheduler
 
-A solver is an artifact's path, or `name:steps` for a tabulated diffusers scheduler; in a comparison, SOLVER+parataa
-is the same solver in parallel rounds.
+A solver is an artifact's path, or `name:steps` for a tabulated diffusers scheduler, with a distilled model's own steps
+`name@[1000,937.5,625]` or `name@sigma[1,0.94,0.63]`; in a comparison, SOLVER+parataa is it in parallel rounds.
 """
 
 import json
@@ -47,7 +47,7 @@ def generate(
     """Sample images with one solver: samples.npz, grid.png and manifest.json.
 
     Args:
-        solver: an artifact's path or name:steps.
+        solver: an artifact's path, name:steps or name@[timesteps].
         denoiser: checkpoint folder; an artifact with a student of its own needs none.
         output: folder to write.
         num_samples: number of images.
@@ -108,7 +108,7 @@ def inspect(solver: str, denoiser: str | None = None, output: str | None = None,
     """Print a solver's rows and diagnostics, and draw its coefficients and timesteps.
 
     Args:
-        solver: an artifact's path or name:steps.
+        solver: an artifact's path, name:steps or name@[timesteps].
         denoiser: checkpoint folder whose noise schedule name:steps uses; default the linear VP schedule.
         output: PNG file of the drawing; default runs/inspect/<solver>.png.
         trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
@@ -121,7 +121,7 @@ def inspect(solver: str, denoiser: str | None = None, output: str | None = None,
     schedule = NoiseSchedule.linear() if denoiser is None else load_denoiser(denoiser, trust_remote_code=trust).schedule
     table = resolve_solver(solver, schedule)
     _print_table(solver, table)
-    path = Path(output or f"runs/inspect/{Path(solver).stem.replace(':', '-')}.png")
+    path = Path(output or f"runs/inspect/{Path(solver).name.removesuffix('.json').replace(':', '-')}.png")
     original = table.info.get("fitted_on", {}).get("original_timesteps")
     save_figure(draw_table(table, solver, original), path)
     print(f"drawn: {path}")

@@ -12,7 +12,7 @@ class CompareArgs:
 
     Args:
         denoiser: checkpoint folder.
-        solvers: artifacts' paths or name:steps; SOLVER+parataa runs it in parallel rounds.
+        solvers: artifacts' paths, name:steps or name@[timesteps]; SOLVER+parataa runs it in parallel rounds.
         reference: the solver that RMSE and PSNR are measured against; default: ddim:100, or euler:100 for a flow model.
         output: folder to write; it may hold an unfinished run of this comparison, or one with fewer solvers or images.
         num_samples: number of images per solver.

@@ -1,84 +1,27 @@
-"""Solvers by name: `name[@spacing]:steps`, as the command line and the comparisons write them."""
+"""Solvers by name: `name[@spacing]:steps` or `name@[timesteps]`, as command lines and comparisons write them."""
 
-import inspect
 import os.path
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from solvers.ipndm import ipndm
-from solvers.parameters import stretched, training_betas
+from solvers.named_tables import entries, listed_table, spaced_table
+from solvers.parameters import stretched
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
-from solvers.tabulate import tabulate
 
-SPACINGS = ("trailing", "linspace", "leading")
-
-
-def _same(steps: int) -> int:
-    return steps
-
-
-def _halved(steps: int) -> int:
-    """n of a two-stage scheduler, which has 2n - 1 rows."""
-    return (steps + 1) // 2
-
-
-def _warmed(steps: int) -> int:
-    """n of PNDM, which has n + 9 rows and needs four timesteps for its warm-up."""
-    return steps - 9 if steps >= 13 else 0
-
-
-def _repeated(steps: int) -> int:
-    """n of PNDM without its warm-up, which has n + 1 rows from n = 2 on."""
-    return steps - 1 if steps >= 3 else 0
-
-
-@dataclass(frozen=True)
-class _Named:
-    """One named scheduler: class name in diffusers, settings, spacings it knows, and n as a function of the rows."""
-
-    scheduler: str
-    config: dict[str, Any] = field(default_factory=dict)
-    spacings: tuple[str, ...] = SPACINGS
-    num_steps: Callable[[int], int] = _same
-
-
-_STRIDING = ("trailing", "leading")  # PNDM steps back by T // n whatever the spacing, so linspace would end far off
-_VP = {
-    "ddim": _Named("DPMSolverMultistepScheduler", {"solver_order": 1}),
-    "ddpm": _Named("DDPMScheduler", {"clip_sample": False}),
-    "euler": _Named("EulerDiscreteScheduler"),
-    "euler_ancestral": _Named("EulerAncestralDiscreteScheduler"),
-    "heun": _Named("HeunDiscreteScheduler", num_steps=_halved),
-    "kdpm2": _Named("KDPM2DiscreteScheduler", num_steps=_halved),
-    "lms": _Named("LMSDiscreteScheduler"),
-    "dpmpp": _Named("DPMSolverMultistepScheduler"),
-    "dpmpp3m": _Named("DPMSolverMultistepScheduler", {"solver_order": 3}),
-    "dpmpp_sde": _Named("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": _Named("UniPCMultistepScheduler"),
-    "deis": _Named("DEISMultistepScheduler"),
-    "pndm": _Named("PNDMScheduler", {"set_alpha_to_one": True}, _STRIDING, _warmed),
-    "plms": _Named("PNDMScheduler", {"set_alpha_to_one": True, "skip_prk_steps": True}, _STRIDING, _repeated),
-    "sa": _Named("SASolverScheduler"),
-    "lcm": _Named("LCMScheduler", spacings=("trailing",)),
-    "tcd": _Named("TCDScheduler", spacings=("trailing",)),
-}
-_FLOW = {
-    "euler": _Named("FlowMatchEulerDiscreteScheduler", spacings=("trailing", "linspace")),
-    "heun": _Named("FlowMatchHeunDiscreteScheduler", spacings=("trailing", "linspace"), num_steps=_halved),
-    "lcm": _Named("FlowMatchLCMScheduler", spacings=("trailing", "linspace")),
-    "dpmpp": _Named("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, ("trailing",)),
-    "unipc": _Named("UniPCMultistepScheduler", {"use_flow_sigmas": True}, ("trailing",)),
-}
+_SPACED = re.compile(r"(\w+)(?:@(\w+))?:(\d+)")
+_ROUNDED = 0.02  # timesteps that published noise levels, of five digits, are off whole ones
+_LISTED = re.compile(r"(\w+)@(sigma)?\[([^\[\]]*)\]")
 
 
 def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
-    """The table `name[@spacing]:steps` stands for.
+    """The table that a text stands for: `name:steps`, `name@spacing:steps`, or `name@[...]` with the steps themselves.
 
     Trailing spacing unless stated, final alpha 1 where the scheduler has that choice, no clipping, and as many steps as
     give at most `steps` network evaluations. Everything but `ipndm` is a tabulated diffusers scheduler, so its end
@@ -86,22 +29,28 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     1, which is the same step; diffusers' DDIMScheduler steps back by T // n whatever the spacing, and so leaves the
     timesteps it tells the network unless n divides T and the spacing is trailing or leading.
 
+    A list is that of a distilled model, from the noise on and without the image: timesteps in the schedule's units,
+    `euler@[1000,937.5,833.3,625]`, or noise levels, `euler@sigma[14.6,6.5,2.9,1.1]`: sigma / alpha, for a flow sigma;
+    a 0 that closes them is the image. No shift moves them.
+
     Args:
-        text: such as `ddim:8`, `dpmpp@linspace:10`.
+        text: such as `ddim:8`, `dpmpp@linspace:10`, `lcm@[999,759,499,259]`.
         schedule: the schedule of the network to be sampled.
     Raises:
-        ValueError: unknown name, spacing that the solver does not have, or steps that are too few or too many.
+        ValueError: unknown name, spacing that the solver does not have, steps that are too few or too many, or a list
+            that does not fall, leaves the schedule's range, or that the solver does not take.
     """
-    name, spacing, steps = _parsed(text, schedule)
-    if name == "ipndm":
-        return ipndm(schedule, _timesteps(schedule, steps, spacing))
-    entry = _entries(schedule)[name]
-    n = _num_steps(entry, schedule, steps, spacing)
-    if n < 1:
-        raise ValueError(f"{text!r} has too few steps: {name} needs at least {_fewest(entry)}")
-    build = _flow_table if schedule.kind == "flow" else _vp_table
+    listed = _LISTED.fullmatch(text)
+    if listed is not None:
+        name = _known(listed[1], schedule)
+        timesteps = _given_timesteps(listed[3], listed[2] is not None, schedule)
+        build = partial(listed_table, timesteps=timesteps)
+    else:
+        name, spacing, steps = _parsed(text, schedule)
+        timesteps = _timesteps(schedule, steps, spacing) if name == "ipndm" else None
+        build = partial(spaced_table, steps=steps, spacing=spacing)
     try:
-        return build(entry, schedule, n, spacing)
+        return ipndm(schedule, timesteps) if name == "ipndm" else build(entries(schedule)[name], schedule)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{text!r} cannot be built for this schedule: {error}") from error
 
@@ -114,10 +63,10 @@ def resolve_solver(
     guidance_scale: float | None = None,
     allow_mismatch: str | Sequence[str] = (),
 ) -> SolverTable:
-    """A solver argument of a command line: the path of an artifact, or `name[@spacing]:steps`.
+    """A solver argument of a command line: the path of an artifact, or a name as `named_solver` takes it.
 
     Args:
-        text: a path that exists or ends in `.json`, or a name as `named_solver` takes it.
+        text: a path that exists or ends in `.json`, or a name.
         schedule: for the named solvers.
         denoiser, guidance_scale, allow_mismatch: what an artifact is checked against, as `load_solver` takes them.
     Raises:
@@ -134,7 +83,7 @@ def resolve_solver(
 
 def solver_names(schedule: NoiseSchedule) -> list[str]:
     """All names `named_solver` knows for a schedule."""
-    return sorted([*_entries(schedule), "ipndm"])
+    return sorted([*entries(schedule), "ipndm"])
 
 
 def baseline_names(schedule: NoiseSchedule) -> list[str]:
@@ -159,14 +108,15 @@ def default_solver(schedule: NoiseSchedule, steps: int = 100) -> str:
 
 
 def _parsed(text: str, schedule: NoiseSchedule) -> tuple[str, str, int]:
-    match = re.fullmatch(r"(\w+)(?:@(\w+))?:(\d+)", text)
-    known = ", ".join(solver_names(schedule))
+    match = _SPACED.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no solver: write name:steps or name@spacing:steps with a name of {known}")
-    name, spacing, steps = match[1], match[2] or "trailing", int(match[3])
-    if name not in solver_names(schedule):
-        raise ValueError(f"unknown solver {name!r}: for this {schedule.kind} schedule use one of {known}")
-    allowed = ("trailing", "linspace") if name == "ipndm" else _entries(schedule)[name].spacings
+        known = ", ".join(solver_names(schedule))
+        raise ValueError(
+            f"{text!r} is no solver: write name:steps, name@spacing:steps, name@[timesteps] or name@sigma[noise "
+            f"levels] with a name of {known}"
+        )
+    name, spacing, steps = _known(match[1], schedule), match[2] or "trailing", int(match[3])
+    allowed = ("trailing", "linspace") if name == "ipndm" else entries(schedule)[name].spacings
     if spacing not in allowed:
         raise ValueError(f"{name} has no spacing {spacing!r}: use one of {', '.join(allowed)}")
     most = int(schedule.t_max) + 1 if schedule.kind == "discrete_vp" else 1000
@@ -175,72 +125,48 @@ def _parsed(text: str, schedule: NoiseSchedule) -> tuple[str, str, int]:
     return name, spacing, steps
 
 
-def _entries(schedule: NoiseSchedule) -> dict[str, _Named]:
-    return {"discrete_vp": _VP, "flow": _FLOW}.get(schedule.kind, {})
+def _known(name: str, schedule: NoiseSchedule) -> str:
+    known = solver_names(schedule)
+    if name not in known:
+        raise ValueError(f"unknown solver {name!r}: for this {schedule.kind} schedule use one of {', '.join(known)}")
+    return name
 
 
-def _num_steps(entry: _Named, schedule: NoiseSchedule, steps: int, spacing: str) -> int:
-    """The largest n whose rows do not exceed `steps`; one that divides the training steps where that matters."""
-    n = entry.num_steps(steps)
-    if entry.scheduler == "PNDMScheduler" and spacing == "trailing":
-        while steps and (n < 1 or (schedule.t_max + 1) % n):
-            steps -= 1
-            n = entry.num_steps(steps)
-    return n
+def _given_timesteps(text: str, are_levels: bool, schedule: NoiseSchedule) -> Tensor:
+    """The timesteps of a written list, (N,).
+
+    Raises:
+        ValueError: no numbers, ones that do not fall, or beyond the schedule's range.
+    """
+    try:
+        values = torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
+    except ValueError as error:
+        raise ValueError(f"[{text}] is no list of steps: write numbers with commas between them, no spaces") from error
+    if are_levels and len(values) > 1 and values[-1] == 0:
+        values = values[:-1]
+    if not bool((values.diff() < 0).all()) or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"the steps [{text}] do not fall: write them from the noise to the image")
+    if not are_levels:
+        schedule.alpha_sigma(values)
+        return values
+    alpha = 1 - values if schedule.kind == "flow" else torch.ones_like(values)
+    timesteps = schedule.timestep(alpha, values)
+    _check_levels(values, timesteps, schedule)
+    if schedule.kind != "discrete_vp":
+        return timesteps
+    return torch.where((timesteps - timesteps.round()).abs() < _ROUNDED, timesteps.round(), timesteps)
 
 
-def _fewest(entry: _Named) -> int:
-    return next(steps for steps in range(1, 100) if entry.num_steps(steps) >= 1)
+def _check_levels(levels: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> None:
+    alpha, sigma = schedule.alpha_sigma(timesteps)
+    found = sigma if schedule.kind == "flow" else sigma / alpha
+    if not torch.allclose(found, levels, rtol=1e-4, atol=1e-6):
+        ends = schedule.alpha_sigma(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
+        low, high = (ends[1] if schedule.kind == "flow" else ends[1] / ends[0]).tolist()
+        raise ValueError(f"noise levels {levels.tolist()} leave the schedule's range [{low:.4g}, {high:.4g}]")
 
 
-def _vp_table(entry: _Named, schedule: NoiseSchedule, n: int, spacing: str) -> SolverTable:
-    config = schedule.parameters | entry.config | {"prediction_type": schedule.prediction_type}
-    config["timestep_spacing"] = spacing
-    if config.pop("snr_shift_scale", 1) != 1:  # a parameter of two classes; all take betas
-        config = {name: value for name, value in config.items() if name not in ("beta_start", "beta_end")}
-        config |= {"trained_betas": training_betas(schedule.parameters).tolist()}
-    if "trained_betas" in config:
-        config["num_train_timesteps"] = len(config["trained_betas"])
-    if not config.get("rescale_betas_zero_snr"):
-        config.pop("rescale_betas_zero_snr", None)  # half of the classes do not know it
-    table = tabulate(_scheduler(entry, config), n)
-    if n == 1 and table.timesteps[0] == 0:
-        raise ValueError("one step of linspace spacing lies at timestep 0, not at the noise: use trailing spacing")
-    return table
-
-
-def _flow_table(entry: _Named, schedule: NoiseSchedule, n: int, spacing: str) -> SolverTable:
-    shift = schedule.parameters["shift"]
-    if schedule.prediction_type != "flow_prediction":
-        raise ValueError(f"it has prediction type {schedule.prediction_type!r}, and diffusers needs flow_prediction")
-    terminal = {name: schedule.parameters[name] for name in ("shift_terminal",) if name in schedule.parameters}
-    if entry.config.get("use_flow_sigmas"):
-        config = entry.config | {"prediction_type": "flow_prediction", "flow_shift": shift}
-    else:
-        config = {"shift": shift}
-    scheduler = _scheduler(entry, config | terminal)
-    arguments = {}
-    if spacing == "linspace":
-        scheduler.sigma_min = float(torch.tensor(1e-3))  # its own is shifted already, and would be once more
-    elif entry.scheduler == "FlowMatchHeunDiscreteScheduler":
-        scheduler.sigma_min = 1 / n  # its set_timesteps takes no sigmas, but spreads n of them down to this one
-    elif entry.scheduler != "DPMSolverMultistepScheduler":
-        arguments["sigmas"] = torch.linspace(1, 1 / n, n, dtype=torch.float64).numpy()  # UniPC takes no list
-    table = tabulate(scheduler, n, set_timesteps=arguments)
-    return replace(table, timesteps=table.timesteps * (schedule.parameters["timestep_scale"] / 1000))
-
-
-def _scheduler(entry: _Named, config: dict[str, Any]) -> Any:
-    import diffusers  # takes seconds, and an artifact does without it
-
-    scheduler_class = getattr(diffusers, entry.scheduler)
-    unknown = sorted(set(config) - set(inspect.signature(scheduler_class).parameters))
-    if unknown:
-        raise ValueError(f"{entry.scheduler} knows no {', '.join(unknown)}")
-    return scheduler_class(**config)
-
-
-def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> torch.Tensor:
+def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> Tensor:
     """Timesteps of our own solvers, spaced as diffusers spaces them, (n,)."""
     line = partial(torch.linspace, dtype=torch.float64)
     if schedule.kind == "discrete_vp":

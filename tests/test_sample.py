@@ -189,3 +189,18 @@ def test_the_student_of_an_artifact_chooses_no_code(names, model, tmp_path, caps
     assert "names tests.test_sample.own_network" in fails(capsys, "generate", *arguments)
     arguments = [f"--denoiser={model}", f"--solvers=[{path}]", f"--output={tmp_path / 'out'}", "--trust"]
     assert "names tests.test_sample.own_network" in fails(capsys, "compare", *arguments)
+
+
+def test_a_distilled_models_list_is_a_solver_argument(model, tmp_path):
+    solver = "euler@[999,749.5,500]"
+    run("generate", "--denoiser", model, "--solver", solver, "--num_samples", 1, "--output", tmp_path)
+    denoiser = load_denoiser(model)
+    noise = start_noise([0], denoiser.sample_shape)
+    expected = run_table(denoiser, named_solver(solver, denoiser.schedule), noise, class_labels(denoiser, [0]))
+    np.testing.assert_allclose(images_in(tmp_path), expected.numpy(), rtol=1e-4, atol=1e-3)
+    options = ["--reference", "ddim:4", "--num_samples", 2, "--metrics", "rmse", "--bootstrap", 0]
+    places = ["--output", tmp_path / "report", "--cache", tmp_path / "cache"]
+    run("compare", "--denoiser", model, "--solvers", solver, "euler@sigma[157.4,3.4]", *options, *places)
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert solver in json.dumps(rows)
+    run("inspect", solver, "--output", tmp_path / "table.png")

@@ -15,6 +15,7 @@ from solvers import (
     sample,
     solver_names,
     start_noise,
+    tabulate,
 )
 from tests.analytic import gaussian_denoiser, gaussian_solution
 
@@ -35,7 +36,7 @@ ENDS_ABOVE_ZERO = {"deis", "sa", "tcd"}  # at the schedule's smallest noise leve
 def test_every_name_keeps_to_its_steps_and_ends_at_the_image(schedule, steps):
     for name in solver_names(schedule):
         if (name, steps) in TOO_FEW:
-            with pytest.raises(ValueError, match=f"too few steps: {name} needs at least {TOO_FEW[name, steps]}"):
+            with pytest.raises(ValueError, match=f"too few steps: it needs at least {TOO_FEW[name, steps]}"):
                 named_solver(f"{name}:{steps}", schedule)
             continue
         table = named_solver(f"{name}:{steps}", schedule)
@@ -160,7 +161,7 @@ def test_ipndm_turns_other_predictions_into_noise_at_their_node():
 @pytest.mark.parametrize(
     ("text", "schedule", "match"),
     [
-        ("ddim", VP, "'ddim' is no solver: write name:steps or name@spacing:steps with a name of ddim, ddpm"),
+        ("ddim", VP, "'ddim' is no solver: write name:steps, name@spacing:steps, .* with a name of ddim, ddpm"),
         ("ddim:eight", VP, "is no solver"),
         ("ddim:-3", VP, "is no solver"),
         ("", VP, "is no solver"),
@@ -170,7 +171,7 @@ def test_ipndm_turns_other_predictions_into_noise_at_their_node():
         ("pndm@linspace:20", VP, "pndm has no spacing 'linspace'"),
         ("ddim:0", VP, "'ddim:0' has 0 steps: allowed are 1 to 1000"),
         ("ddim:1001", VP, "allowed are 1 to 1000"),
-        ("plms:2", VP, "'plms:2' has too few steps: plms needs at least 3"),
+        ("plms:2", VP, "'plms:2' cannot be built .*: too few steps: it needs at least 3"),
         ("euler@linspace:1", VP, "one step of linspace spacing lies at timestep 0"),
         ("lcm:60", VP, "'lcm:60' cannot be built for this schedule"),
         (
@@ -213,7 +214,7 @@ def test_resolve_takes_names_and_paths():
         resolve_solver("missing.json", VP)
     with pytest.raises(ValueError, match="unknown solver 'magic'"):
         resolve_solver("magic:3", VP)
-    with pytest.raises(ValueError, match="is no solver: write name:steps"):
+    with pytest.raises(ValueError, match="is no solver: write name:steps, name@spacing"):
         resolve_solver("x" * 5000, VP)
 
 
@@ -264,3 +265,67 @@ def test_start_noise_is_the_same_whatever_torchs_defaults(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+LISTS = [
+    *[(name, VP, "[999,759,500,259]") for name in ("euler", "lcm", "tcd", "ddpm", "ddim", "dpmpp", "dpmpp3m", "heun")],
+    ("ipndm", VP, "[999,749.5,500.25,1.5]"),
+    *[(name, FLOW, "[1000,937.5,833.3,625]") for name in ("euler", "lcm", "unipc", "ipndm")],
+]
+
+
+@pytest.mark.parametrize(("name", "schedule", "steps"), LISTS, ids=lambda value: getattr(value, "kind", value))
+def test_a_list_of_timesteps_is_where_the_rows_lie_and_what_is_told(name, schedule, steps):
+    """A shift, which belongs to spacings, does not move them."""
+    shifted = NoiseSchedule.flow(shift=3.0) if schedule is FLOW else schedule
+    table = named_solver(f"{name}@{steps}", shifted)
+    wanted = [float(part) for part in steps[1:-1].split(",")]
+    assert list(dict.fromkeys(table.timesteps.tolist())) == wanted
+    nodes = schedule.alpha_sigma(table.timesteps)
+    apart = torch.stack([table.alpha[:-1] - nodes[0], table.sigma[:-1] - nodes[1]]).abs()
+    assert float(apart.max()) < 2e-5  # half a timestep is 1e-3; diffusers computes in float32
+    assert float(table.alpha[-1]) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_list_is_the_pipelines_own():
+    """diffusers' set_timesteps(timesteps=...) of a distilled model."""
+    scheduler = diffusers.LCMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+    )
+    own = tabulate(scheduler, None, set_timesteps={"timesteps": [999, 759, 499, 259]})
+    table = named_solver("lcm@[999,759,499,259]", NoiseSchedule.scaled_linear())
+    assert torch.equal(table.state_coef, own.state_coef)
+    assert torch.equal(table.timesteps, own.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("levels", "timesteps", "schedule"),
+    [
+        ("sigma[1,0.9375,0.625]", "[1000,937.5,625]", NoiseSchedule.flow(shift=3.0)),
+        ("sigma[14.6146,6.4745,2.6946,0.6525,0]", "[999,850,645,233.05225]", NoiseSchedule.scaled_linear()),
+    ],
+)
+def test_a_list_of_noise_levels_is_one_of_timesteps(levels, timesteps, schedule):
+    one, other = (named_solver(f"euler@{steps}", schedule) for steps in (levels, timesteps))
+    assert torch.allclose(one.timesteps, other.timesteps, atol=1e-4)
+    assert torch.allclose(one.output_coef, other.output_coef, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule", "message"),
+    [
+        ("dpmpp@[999,850.5]", VP, "takes whole timesteps only and would be at 999.00, 850.00: use euler or ipndm"),
+        ("unipc@[999,850]", VP, "takes no list of steps"),
+        ("heun@[1000,500]", FLOW, "takes no list of steps"),
+        ("euler@[500,600]", VP, r"the steps \[500,600\] do not fall"),
+        ("euler@[nan]", VP, r"the steps \[nan\] do not fall|leave the schedule's range"),
+        ("euler@[1200,600]", VP, r"timesteps \[1200.0, 600.0\] leave the schedule's range"),
+        ("euler@sigma[200,1]", VP, r"noise levels \[200.0, 1.0\] leave the schedule's range \[0.01, 157.4\]"),
+        ("euler@[]", FLOW, "is no list of steps"),
+        ("euler@[1,b]", FLOW, "is no list of steps"),
+        ("magic@[1]", FLOW, "unknown solver 'magic'"),
+    ],
+)
+def test_lists_that_are_refused(text, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        named_solver(text, schedule)
