@@ -133,7 +133,7 @@ def export(
     """Write a solver for another program: diffusers, ComfyUI or plain NumPy.
 
     Args:
-        solver: an artifact's path.
+        solver: an artifact's path, or the folder of several with different numbers of steps (diffusers, ComfyUI).
         to: a diffusers scheduler folder, a ComfyUI custom-node folder, or one NumPy file.
         output: folder to write.
     """

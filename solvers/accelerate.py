@@ -80,7 +80,7 @@ def accelerate_pipeline(pipe: Any, solver: Solver, *, guidance_scale: float | No
     if guidance_scale is not None:
         guidance_scale = pipeline_guidance(pipe, {"guidance_scale": guidance_scale})
     table = _with_branches(table, guidance_scale)
-    if isinstance(pipe.scheduler, TableScheduler):
+    if "tables" in pipe.scheduler.config:
         raise SolverError("this pipeline runs a solver already: restore its own scheduler first")
     scheduler = TableScheduler.for_pipeline(table, pipe, guidance_scale=guidance_scale)
     components: dict[str, Any] = {"scheduler": scheduler}

@@ -21,6 +21,7 @@ from solvers.table_json import TENSORS, table_from_dict, table_to_dict
 __all__ = [
     "TENSORS",
     "check_fit",
+    "load_folder",
     "load_solver",
     "made_for",
     "save_solver",
@@ -127,6 +128,16 @@ def load_solver(
     if denoiser is not None or guidance_scale is not None:
         check_fit(table, denoiser, guidance_scale, allow_mismatch)
     return table
+
+
+def load_folder(folder: str | Path) -> dict[str, SolverTable]:
+    """The artifacts of a folder by file name; raises SolverError where there is none or one is not valid."""
+    folder = Path(folder)
+    paths = sorted(path for path in folder.glob("*.json") if path.name != "config.json")  # a student's own
+    tables = {path.name: load_solver(path) for path in paths}
+    if not tables:
+        raise SolverError(f"{short_path(folder)} holds no solver artifact (*.json): export one there first")
+    return tables
 
 
 def check_fit(

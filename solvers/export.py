@@ -33,7 +33,8 @@ def export_solver(
     """Write a solver for another tool.
 
     Args:
-        solver: an artifact's path, a SolverTable, or (diffusers, comfyui) a list with different numbers of steps.
+        solver: an artifact's path, a SolverTable, or, with different numbers of steps, a folder of artifacts or a list
+            (diffusers, comfyui).
         to: `diffusers` (a scheduler folder with its own code), `comfyui` (a custom-node folder), or `numpy` (one file).
         output: the folder to write; for `numpy` a folder, or the `.py` file itself.
         pipeline: for `diffusers`, the folder of a saved pipeline that shall load this scheduler: the solver is checked
@@ -58,7 +59,7 @@ def _load(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
     from solvers.scheduler import load_tables
 
     tables = load_tables(solver)
-    steps = [table.nfe for table in tables]
+    steps = [table.num_rows for table in tables]
     if not tables or len(set(steps)) < len(steps):
         raise SolverError(f"solvers have {steps} steps: export at least one, each with another number of steps")
     return tables

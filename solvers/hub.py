@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from solvers.artifact import load_solver
-from solvers.errors import SolverError
+from solvers.artifact import load_folder
 from solvers.export import describe
 from solvers.files import atomic_write
 from solvers.student import student_files
@@ -43,15 +42,6 @@ def push_to_hub(
     files = sorted({"README.md", *tables, *beside})
     done = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=commit_message)
     return str(done.commit_url)
-
-
-def load_folder(folder: Path) -> dict[str, SolverTable]:
-    """The artifacts of a folder by file name; raises SolverError where there is none or one is not valid."""
-    paths = sorted(path for path in folder.glob("*.json") if path.name != "config.json")  # a student's own
-    tables = {path.name: load_solver(path) for path in paths}
-    if not tables:
-        raise SolverError(f"{folder} holds no solver artifact (*.json): export one there first")
-    return tables
 
 
 def model_card(tables: dict[str, SolverTable], repo_id: str) -> str:

@@ -2,12 +2,14 @@
 
     pipe.scheduler = TableScheduler.from_solver("olss-8.json")
 
-In a fresh process, a pipeline saved with it loads by
+A pipeline saved with it brings the scheduler's code along, and loads without this project by
+
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+Without trust, this project's own code runs it:
 
     scheduler = TableScheduler.from_pretrained(folder, subfolder="scheduler")
     pipe = DiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
-
-(`import solvers` beforehand is enough, too; `export_solver(..., "diffusers", ...)` is for people without this project.)
 """
 
 import inspect
@@ -23,7 +25,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from solvers import identity
-from solvers.artifact import load_solver
+from solvers.artifact import load_folder, load_solver
 from solvers.errors import SolverError
 from solvers.identity import DenoiserIdentity, lifted_checks
 from solvers.schedule import NoiseSchedule
@@ -34,21 +36,14 @@ from solvers.table_json import table_from_dict, table_to_dict
 
 __all__ = ["SchedulerMixin", "TableScheduler", "load_tables"]
 
-DYNAMIC_SHIFT = (
-    "use_dynamic_shifting",
-    "time_shift_type",
-    "base_shift",
-    "max_shift",
-    "base_image_seq_len",
-    "max_image_seq_len",
-)
+NO_WORDS = {"continuous_vp": ("beta_min", "beta_max", "timestep_scale"), "flow": ("timestep_scale",)}
 Solver = str | Path | SolverTable
 CHECKS = tuple(dict.fromkeys((*identity.CHECKS, *STEP_CHECKS, "start scale")))
 
 
 class TableScheduler(StandaloneScheduler):
     __doc__ = StandaloneScheduler.__doc__
-    __module__ = "solvers"  # the name pipelines save; `import solvers` then suffices to load them
+    __module__ = _module = "solvers"  # the name pipelines save
 
     @staticmethod
     def _checked(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,25 +59,30 @@ class TableScheduler(StandaloneScheduler):
         guidance_scale: float | list[float] | None = None,
         scale_start: bool = False,
         allow_mismatch: str | Sequence[str] = (),
+        later: Solver | Sequence[Solver] = (),
     ) -> "TableScheduler":
         """A scheduler of one solver, or of several with different numbers of steps.
 
         Args:
-            solver: an artifact's path, a SolverTable, or a list of these.
+            solver: an artifact's path, the folder of several, a SolverTable, or a list of these.
             seed: see the class; needed for reproducible noise columns in pipelines that pass no generator (DiT, SD3).
             schedule, guidance_scale: what the tables were made for; by default what the artifact says.
             scale_start: see the class.
             allow_mismatch: names of the checks to leave out, of CHECKS.
+            later: solvers that begin at less noise, for pipelines that start later than at the first step.
         Raises:
             SolverError: an artifact that cannot be loaded, or solvers made for different models or guidance scales.
         """
-        tables = load_tables(solver)
-        settings = [_settings(table, schedule, guidance_scale) for table in tables]
+        tables, later_tables = load_tables(solver), load_tables(later)
+        settings = [_settings(table, schedule, guidance_scale) for table in (*tables, *later_tables)]
         if any(other != settings[0] for other in settings):
             raise SolverError(f"these solvers were made for different models or scales ({settings}): export them apart")
         lifted = [name for name in lifted_checks(allow_mismatch, CHECKS) if name in STEP_CHECKS]
         kept = {"seed": seed, "scale_start": scale_start, "allow_mismatch": lifted}
-        return cls(tables=[table_to_dict(table) for table in tables], **settings[0], **kept)
+        dicts = [[table_to_dict(table) for table in part] for part in (tables, later_tables)]
+        scheduler = cls(tables=dicts[0], later_tables=dicts[1], **settings[0], **kept)
+        scheduler.register_to_config(**_in_diffusers_words(settings[0]["schedule"]))
+        return scheduler
 
     @classmethod
     def for_pipeline(
@@ -93,11 +93,14 @@ class TableScheduler(StandaloneScheduler):
         guidance_scale: float | None = None,
         seed: int | list[int] | None = None,
         allow_mismatch: str | Sequence[str] = (),
+        later: Solver | Sequence[Solver] = (),
     ) -> "TableScheduler":
         """A scheduler that fits a pipeline: checked against it, start noise scaled if the pipeline does not do so.
 
+        Its config keeps what the original scheduler's says, for schedulers that follow.
+
         Args:
-            solver, seed, allow_mismatch: as in `from_solver`.
+            solver, seed, allow_mismatch, later: as in `from_solver`.
             pipe: a diffusers pipeline with its original scheduler, or the folder of a saved one.
             guidance_scale: the scale the pipeline will be called with; None leaves it unchecked.
         Raises:
@@ -106,12 +109,18 @@ class TableScheduler(StandaloneScheduler):
         original, pipeline_class = _parts(pipe)
         scale_start = not _mentions(pipeline_class, "init_noise_sigma")
         lifted = [*lifted_checks(allow_mismatch, CHECKS), *_inapplicable(original, pipeline_class)]
-        scheduler = cls.from_solver(solver, seed=seed, allow_mismatch=lifted, scale_start=scale_start)
+        kept = {"seed": seed, "allow_mismatch": lifted, "later": later}
+        scheduler = cls.from_solver(solver, scale_start=scale_start, **kept)
         scheduler.check_pipeline(pipe, guidance_scale, allow_mismatch=lifted)
-        config = _config(original)
-        if config.get("use_dynamic_shifting"):
-            scheduler.register_to_config(**{name: config[name] for name in DYNAMIC_SHIFT if name in config})
+        scheduler._keep(_config(original))
         return scheduler
+
+    def _keep(self, original: dict[str, Any]) -> None:
+        """Take over a scheduler's config but what is told here already; its defaults stay defaults."""
+        own = inspect.signature(type(self).__init__).parameters
+        kept = {name: value for name, value in original.items() if name not in own and not name.startswith("_")}
+        defaults = {*self.config.get("_use_default_values", ()), *original.get("_use_default_values", ())}
+        self.register_to_config(**kept, _use_default_values=sorted(defaults & {*self.config, *kept}))
 
     def check_pipeline(
         self, pipe: Any, guidance_scale: float | None = None, allow_mismatch: str | Sequence[str] = ()
@@ -149,7 +158,7 @@ class TableScheduler(StandaloneScheduler):
 
     def _start_reasons(self, pipeline_class: type | None) -> list[str]:
         """Whether the first state gets its scale, from the pipeline or from this scheduler."""
-        if all(abs(table["start_scale"] - 1) <= 1e-7 for table in self._tables.values()):
+        if all(abs(plan.start_scale - 1) <= 1e-7 for plan in self._plans.values()):
             return []
         if self.config["scale_start"]:
             scaled = _mentions(pipeline_class, "scale_model_input")
@@ -158,17 +167,22 @@ class TableScheduler(StandaloneScheduler):
             return ["the pipeline ignores init_noise_sigma: use for_pipeline, or pass scale_start=True to from_solver"]
         return []
 
-    def _nodes(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Nodes of any timesteps of the schedule; of the table's own where the schedule is not known."""
+    def _schedule_nodes(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         if self.config["schedule"] is None:
-            return super()._nodes(timesteps)
+            return super()._schedule_nodes(timesteps)
         return NoiseSchedule.from_dict(self.config["schedule"]).alpha_sigma(timesteps)
 
 
 def load_tables(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
-    """One solver or several, each an artifact's path or a table."""
+    """One solver or several, each a table, an artifact's path, or the folder of several artifacts."""
     solvers = [solver] if isinstance(solver, str | Path | SolverTable) else list(solver)
-    return [entry if isinstance(entry, SolverTable) else load_solver(entry) for entry in solvers]
+    return [table for entry in solvers for table in _tables(entry)]
+
+
+def _tables(solver: Solver) -> list[SolverTable]:
+    if isinstance(solver, SolverTable):
+        return [solver]
+    return list(load_folder(solver).values()) if Path(solver).is_dir() else [load_solver(solver)]
 
 
 def _settings(table: SolverTable, schedule: NoiseSchedule | None, guidance_scale: Any) -> dict[str, Any]:
@@ -182,6 +196,14 @@ def _settings(table: SolverTable, schedule: NoiseSchedule | None, guidance_scale
         "num_train_timesteps": _num_train_timesteps(made_for),
         "prediction_type": table.prediction_type,
     }
+
+
+def _in_diffusers_words(schedule: dict[str, Any] | None) -> dict[str, Any]:
+    """A schedule's parameters by the names of diffusers' schedulers; none where they have no such schedule."""
+    if schedule is None:
+        return {}
+    unknown = ("num_train_timesteps", *NO_WORDS.get(schedule["kind"], ()))
+    return {name: value for name, value in schedule["parameters"].items() if name not in unknown}
 
 
 def _num_train_timesteps(schedule: dict[str, Any] | None) -> int:

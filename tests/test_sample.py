@@ -118,6 +118,22 @@ def test_export_runs_elsewhere(model, tmp_path):
     assert (tmp_path / "scheduler" / "scheduler_config.json").is_file()
 
 
+def test_export_of_a_folder_holds_every_number_of_steps(model, tmp_path, capsys):
+    denoiser, solvers = load_denoiser(model), tmp_path / "solvers"
+    solvers.mkdir()
+    for steps in (3, 5):
+        table = named_solver(f"dpmpp:{steps}", denoiser.schedule)
+        save_solver(table, solvers / f"dpmpp-{steps}.json", identify(denoiser), method="tabulate")
+    from solvers import TableScheduler
+
+    run("export", solvers, "--output", tmp_path / "scheduler")
+    scheduler = TableScheduler.from_pretrained(tmp_path / "scheduler")
+    assert scheduler.available_steps == [3, 5]
+    with pytest.raises(ValueError, match=r"num_inference_steps is 4: this solver has tables for \[3, 5\] steps only"):
+        scheduler.set_timesteps(4)
+    assert "holds no solver artifact" in fails(capsys, "export", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -11,14 +11,18 @@ or, with a `space`, one channel matrix per band of spatial frequencies.
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -26,6 +30,9 @@ from torch import Tensor
 SEED_LIMIT = 2**32
 CONDITIONAL = "conditional"
 STEP_CHECKS = ("sigmas", "timesteps", "shift", "guidance scale")  # made at every call
+VP_SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"]
+FLOW_SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+TRAINING = ("alphas", "alphas_cumprod", "betas", "final_alpha_cumprod", "sigma_max", "sigma_min")
 
 
 @dataclass
@@ -37,6 +44,9 @@ class TableSchedulerOutput(BaseOutput):
 
 class TableScheduler(SchedulerMixin, ConfigMixin):
     """Runs the solver tables of its config in any diffusers pipeline.
+
+    Its config holds the noise schedule in diffusers' words too: `from_config(pipe.scheduler.config)` of another one
+    takes it from there, and so do `alphas_cumprod`, `betas`, `sigma_min` and their like, where a schedule has them.
 
     Args:
         tables: one dict per number of steps: timesteps (N,), alpha and sigma (N+1,), state_coef and noise_coef
@@ -50,11 +60,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         allow_mismatch: names of STEP_CHECKS that are not made: `sigmas` and `timesteps` other than the tables' own, a
             `shift` (mu) or `guidance scale` other than what they were made for.
         num_train_timesteps, prediction_type: what pipelines read from a scheduler's config.
+        later_tables: tables that begin at less noise, for `set_begin_index`; never chosen by their number of steps.
     Raises:
         ValueError: no table, or two with the same number of steps.
     """
 
     order = 1
+    _compatibles = [*VP_SCHEDULERS, *FLOW_SCHEDULERS, "CogVideoXDDIMScheduler", "LCMScheduler"]
+    _module = "table_scheduler"  # what saved pipelines call the file beside the config
 
     @register_to_config
     def __init__(
@@ -67,13 +80,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         allow_mismatch: list[str] | None = None,
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
+        later_tables: list[dict[str, Any]] | None = None,
     ) -> None:
-        self._tables = {len(table["timesteps"]): table for table in self._checked(tables or [])}
-        if not self._tables or len(self._tables) < len(tables or []):
+        plans = [_Plan(table) for table in self._checked(tables or [])]
+        self._plans = {len(plan): plan for plan in plans}
+        if not self._plans or len(self._plans) < len(plans):
             raise ValueError("TableScheduler needs tables, each with another number of steps: load it with from_solver")
+        self._later = [_Plan(table) for table in self._checked(later_tables or [])]
+        self.register_to_config(tables=_Tables(tables or []), later_tables=_Tables(later_tables or []))
         self._checks = [name for name in STEP_CHECKS if name not in (allow_mismatch or [])]
+        self.__module__ = self._module
         self.seed = seed
-        self._select(next(iter(self._tables)), None)
+        self._select(next(iter(self._plans)), None)
 
     @staticmethod
     def _checked(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,32 +100,60 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @property
     def available_steps(self) -> list[int]:
         """The numbers of inference steps this scheduler has a table for."""
-        return sorted(self._tables)
+        return sorted(self._plans)
 
     @property
     def init_noise_sigma(self) -> float:
         """Scale of the first state against unit noise."""
-        return 1.0 if self.config["scale_start"] else float(self._table["start_scale"])
+        return 1.0 if self.config["scale_start"] else self._plan.start_scale
 
     @property
     def step_index(self) -> int:
-        """The row the next `step` computes."""
-        return self._row
+        """Place in `timesteps` of the row that the next `step` computes."""
+        return self._row + len(self.timesteps) - len(self._plan)
 
     @property
     def begin_index(self) -> int:
-        """The row the run began with."""
+        """Place in `timesteps` of the row the run began with."""
         return self._begin
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Branches of the condition that the network is called with at the current row."""
-        return tuple(branch for _, branch in self._calls[self._row]) if self._row < len(self._calls) else ()
+        return tuple(branch for _, branch in self._plan.calls[self._row]) if self._row < len(self._plan) else ()
 
     @property
     def all_branches(self) -> set[str]:
         """Branches of the condition that the network is called with at any row."""
-        return {branch for calls in self._calls for _, branch in calls}
+        return {branch for calls in self._plan.calls for _, branch in calls}
+
+    @property
+    def compatibles(self) -> list[type]:
+        """Scheduler classes that `from_config(self.config)` gives the same noise schedule."""
+        names = FLOW_SCHEDULERS if self._is_flow else VP_SCHEDULERS
+        found = [getattr(diffusers, name, None) for name in names]
+        return [kind for kind in found if kind is not None and "dummy" not in kind.__module__]
+
+    def __getattr__(self, name: str) -> Any:
+        """Numbers of the training schedule, as diffusers' own schedulers have them; None of them where unknown."""
+        if name in TRAINING and self._training is not None and hasattr(self._training, name):
+            return getattr(self._training, name)
+        return super().__getattr__(name)
+
+    @cached_property
+    def _training(self) -> Any:
+        """A scheduler of diffusers on the same noise schedule; None where diffusers has no words for it."""
+        known = {name for name in ("beta_schedule", "trained_betas") if self.config.get(name) is not None}
+        if not self._is_flow and not known:
+            return None
+        vp = "CogVideoXDDIMScheduler" if self.config.get("snr_shift_scale") is not None else "DDIMScheduler"
+        kind = getattr(diffusers, FLOW_SCHEDULERS[0] if self._is_flow else vp)
+        names = inspect.signature(kind.__init__).parameters.keys() & self.config.keys()
+        return kind(**{name: self.config[name] for name in names})
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.config["prediction_type"] == "flow_prediction"
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -134,9 +180,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         given = sigmas if sigmas is not None else timesteps
         count = num_inference_steps if given is None else len(given)
-        if count is None and len(self._tables) == 1:
+        if count is None and len(self._plans) == 1:
             count = self.available_steps[0]
-        if count not in self._tables:
+        if count not in self._plans:
             raise ValueError(
                 f"num_inference_steps is {count}: this solver has tables for {self.available_steps} steps only; "
                 "pass one of these"
@@ -148,25 +194,31 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at a later row, as image-to-image pipelines do.
 
+        The table of `set_timesteps` does so where no row from there on needs what came before; otherwise one with the
+        same timesteps from there on that does, among all tables and later ones.
+
         Raises:
-            ValueError: a row from there on uses a state or output from before.
+            ValueError: no such table.
         """
-        rows, made = self._rows[begin_index:], [row for row, calls in enumerate(self._calls) for _ in calls]
-        reached = [column for row in rows for column, _ in row[0]] + [made[k] for row in rows for k, _ in row[1]]
-        if not rows or any(row < begin_index for row in reached):
+        rest = self.timesteps[begin_index:].cpu()
+        chosen = self._plans[self.num_inference_steps]
+        plans = (chosen, *self._plans.values(), *self._later)
+        plan = next((plan for plan in plans if plan.begins(rest)), None)
+        if plan is None:
             raise ValueError(
-                f"this {len(self._rows)}-step solver cannot start at row {begin_index}: later rows use earlier "
-                "results, or there are none; start at 0 (strength 1), or take a one-step solver"
+                f"this {len(chosen)}-step solver cannot start at row {begin_index}: later rows use earlier results, or "
+                "there are none; start at 0 (strength 1), or take a one-step solver, or add one for these timesteps"
             )
-        self._begin, self._row = begin_index, begin_index
+        self._plan, self._begin, self._row = plan, begin_index, len(plan) - len(rest)
+        self.sigmas = torch.cat([self.sigmas[:begin_index], plan.sigmas[self._row :].to(self.sigmas.device)])
         self._history: tuple[dict, dict, dict] = ({}, {}, {})
         self._received: dict[str, Tensor | None] = {}
         self._returned: Tensor | None = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The sample itself: states are what the network receives (with `scale_start`, row 0 is scaled here)."""
-        if self.config["scale_start"] and self._row == 0:
-            return sample * float(self._table["start_scale"])
+        if self.config["scale_start"] and self.step_index == 0:
+            return sample * self._plan.start_scale
         return sample
 
     def receive(self, outputs: dict[str, Tensor | None]) -> None:
@@ -204,18 +256,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: more steps than rows, outputs missing, or samples that the weights do not act on.
         """
-        row = self._row
-        if row >= len(self._rows):
-            raise ValueError(f"all {row} steps are done: call set_timesteps before the next run")
-        state, space = self._unrounded(sample), _space(self._table.get("space"), sample)
+        row, rows = self._row, self._plan.rows
+        if row >= len(rows):
+            raise ValueError(f"all {len(self.timesteps)} steps are done: call set_timesteps before the next run")
+        state, space = self._unrounded(sample), _space(self._plan.space, sample)
         states, outputs, noises = self._history
         states[row] = space.split(state)
         outputs |= {column: space.split(_wide(value)) for column, value in self._outputs(model_output, sample)}
-        for column, _ in self._rows[row][2]:
+        for column, _ in rows[row][2]:
             if column not in noises:
                 noises[column] = space.split(self._noise(column, sample, generator).to(state))
         total = torch.zeros_like(states[row])
-        for terms, values in zip(self._rows[row], self._history):
+        for terms, values in zip(rows[row], self._history):
             for column, weight in terms:
                 total = space.add(total, weight, values[column])
         self._forget(row)
@@ -223,55 +275,77 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         result = self._returned.to(sample.dtype)
         if return_dict:
             return TableSchedulerOutput(prev_sample=result)
-        return (result, result) if len(self._rows) == 1 else (result,)  # PixArt reads a one-step image from place 1
+        return (result, result) if len(rows) == 1 else (result,)  # PixArt reads a one-step image from place 1
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha * original_samples + sigma * noise at the node of the current row, or of the given timesteps.
+        """alpha * original_samples + sigma * noise at the node of the given timesteps.
+
+        A timestep of the table means the node of its row: of a repeated one the current row's or the next after it.
 
         Args:
             original_samples, noise: (batch, *shape).
-            timesteps: scalar or (batch,); those of the current row mean its node.
+            timesteps: scalar or (batch,).
         Raises:
             ValueError: timesteps whose node is not known.
         """
-        row = min(self._row, len(self._rows) - 1)
-        timesteps = torch.as_tensor(timesteps)
-        if bool((timesteps.float().cpu() == float(torch.tensor(self._table["timesteps"][row]))).all()):
-            alpha, sigma = (torch.tensor(self._table[name][row], dtype=torch.float64) for name in ("alpha", "sigma"))
-        else:
-            alpha, sigma = self._nodes(timesteps.cpu())
-        alpha, sigma = (_broadcast(value, original_samples) for value in (alpha, sigma))
+        alpha, sigma = (_broadcast(value, original_samples) for value in self._nodes(torch.as_tensor(timesteps)))
         return alpha * original_samples + sigma * noise
 
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` by the name and in the order of flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network predicts as velocity: noise - sample of a flow, else alpha * noise - sigma * sample."""
+        if self._is_flow:
+            return noise - sample
+        alpha, sigma = (_broadcast(value, sample) for value in self._nodes(torch.as_tensor(timesteps)))
+        return alpha * noise - sigma * sample
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """The config and, beside it, this file, by which a pipeline loads with `trust_remote_code=True`."""
+        path = Path(save_directory, f"{self.__module__}.py")
+        source = Path(__file__).read_text(encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(source, encoding="utf-8")
+        temporary.replace(path)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
     def _nodes(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Nodes of timesteps by value, among the table's own."""
-        own = torch.tensor(self._table["timesteps"], dtype=torch.float32)
-        matches = timesteps.float().reshape(-1, 1) == own
-        if not bool(matches.any(1).all()):
-            raise ValueError(f"add_noise knows the timesteps {own.tolist()} of this solver only: pass one of them")
-        rows = matches.float().argmax(1)
-        alpha, sigma = (torch.tensor(self._table[name], dtype=torch.float64)[rows] for name in ("alpha", "sigma"))
+        """(alpha, sigma), float64: the table's at its own timesteps, the schedule's at others."""
+        timesteps, count = timesteps.detach().reshape(-1).cpu(), len(self._plan)
+        matches = timesteps.float()[:, None] == self._plan.timesteps
+        order = (torch.arange(count) - min(self._row, count - 1)) % count
+        rows = torch.where(matches, order, count).argmin(1)
+        alpha, sigma = self._plan.alpha[rows], self._plan.sigma[rows]
+        others = ~matches.any(1)
+        if others.any():
+            alpha[others], sigma[others] = self._schedule_nodes(timesteps[others].double())
         return alpha, sigma
 
+    def _schedule_nodes(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Nodes of any timesteps; between those of training the angle atan2(sigma, alpha) is interpolated."""
+        if self._is_flow:
+            sigma = timesteps / self.config["num_train_timesteps"]
+            return 1 - sigma, sigma
+        if self._training is None:
+            own = self._plan.timesteps.tolist()
+            raise ValueError(f"add_noise knows the timesteps {own} of this solver only: pass one of them")
+        angles = self._training.alphas_cumprod.double().sqrt().acos()
+        lower = timesteps.floor().long().clamp(0, len(angles) - 2)
+        angle = torch.lerp(angles[lower], angles[lower + 1], timesteps - lower)
+        return angle.cos(), angle.sin()
+
     def _select(self, count: int, device: str | torch.device | None) -> None:
-        self._table = table = self._tables[count]
+        plan = self._plans[count]
         self.num_inference_steps = count
-        self.timesteps = torch.tensor(table["timesteps"], dtype=torch.float32, device=device)
-        alpha, sigma = (torch.tensor(table[name], dtype=torch.float64) for name in ("alpha", "sigma"))
-        flow = table["prediction_type"] == "flow_prediction"
-        ratio = sigma / (alpha + sigma) if flow else sigma / alpha
-        self.sigmas = torch.as_tensor(ratio, dtype=torch.float32, device=device)
-        blocks = (table["state_coef"], table["output_coef"], table["noise_coef"])
-        self._rows = [tuple(_terms(block[row]) for block in blocks) for row in range(count)]
-        self._last_use = [
-            _last_use([row[kind] for row in self._rows], len(block[0])) for kind, block in enumerate(blocks)
-        ]
-        self._calls = _calls(table.get("calls"), count)
+        self.timesteps, self.sigmas = plan.timesteps.to(device, copy=True), plan.sigmas.to(device, copy=True)
         self.set_begin_index(0)
 
     def _check_steps(self, sigmas: Any, timesteps: Any, mu: float | None) -> None:
         """Refuse what would ask for other steps than the table's; the usual linspace(1, 1/n, n) asks for nothing."""
-        n = len(self._rows)
+        n = len(self.timesteps)
         even = torch.tensor([1 - i / n for i in range(n)])
         given = {"sigmas": sigmas, "timesteps": timesteps, "shift": mu}
         given = {name: value for name, value in given.items() if value is not None and name in self._checks}
@@ -308,9 +382,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _outputs(self, model_output: Tensor, sample: Tensor) -> list[tuple[int, Tensor]]:
         """(column, output) of the calls of the current row."""
-        if "calls" not in self._table:
+        if self._plan.takes_one_output:
             return [(self._row, model_output)]
-        return [(column, self._output(branch, sample)) for column, branch in self._calls[self._row]]
+        return [(column, self._output(branch, sample)) for column, branch in self._plan.calls[self._row]]
 
     def _output(self, branch: str, sample: Tensor) -> Tensor:
         output = self._received.get(branch)
@@ -347,7 +421,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _forget(self, row: int) -> None:
         """Drop what no later row uses."""
-        for values, last_use in zip(self._history, self._last_use):
+        for values, last_use in zip(self._history, self._plan.last_use):
             for column in [j for j in values if last_use[j] <= row]:
                 del values[column]
 
@@ -381,6 +455,43 @@ def _calling_pipeline(scheduler: Any) -> tuple[Any, Mapping[str, Any]]:
             return pipe, frame.f_locals
         frame = frame.f_back
     return None, {}
+
+
+class _Plan:
+    """A table as it is run: what each row calls, adds up and is the last to use."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        self.timesteps = torch.tensor(table["timesteps"], dtype=torch.float32)
+        self.alpha, self.sigma = (torch.tensor(table[name], dtype=torch.float64) for name in ("alpha", "sigma"))
+        scale = self.alpha + self.sigma if table["prediction_type"] == "flow_prediction" else self.alpha
+        self.sigmas = (self.sigma / scale).float()
+        self.start_scale, self.space = float(table["start_scale"]), table.get("space")
+        blocks = (table["state_coef"], table["output_coef"], table["noise_coef"])
+        self.rows = [tuple(_terms(block[row]) for block in blocks) for row in range(len(self))]
+        self.last_use = [_last_use([row[kind] for row in self.rows], len(blocks[kind][0])) for kind in range(3)]
+        self.calls, self.takes_one_output = _calls(table.get("calls"), len(self)), "calls" not in table
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def begins(self, rest: Tensor) -> bool:
+        """Whether the last rows tell the network `rest`, one timestep or more, and use nothing from before."""
+        first = len(self) - len(rest)
+        if first < 0 or not len(rest) or not torch.allclose(rest, self.timesteps[first:], rtol=1e-5):
+            return False
+        made = [row for row, calls in enumerate(self.calls) for _ in calls]
+        origins = (range(len(self)), made, range(len(self)))
+        used = [
+            origin[column] for row in self.rows[first:] for terms, origin in zip(row, origins) for column, _ in terms
+        ]
+        return all(row >= first for row in used)
+
+
+class _Tables(list):
+    """Tables of a config, short where diffusers prints a config that another scheduler does not take whole."""
+
+    def __repr__(self) -> str:
+        return f"<tables of {[len(table['timesteps']) for table in self]} steps>"
 
 
 class _Numbers:

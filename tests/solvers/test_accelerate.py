@@ -254,7 +254,7 @@ def test_a_saved_pipeline_holds_the_network_and_says_what_it_needs(tmp_path) -> 
     accelerate_pipeline(pipe, table)
     expected = run_pipeline("sd", pipe, noise, SCALE)
     pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, trust_remote_code=True)
     loaded.set_progress_bar_config(disable=True)
     assert table_to_dict(table) == loaded.scheduler.config["tables"][0]
     with pytest.raises(ValueError, match=r"takes the conditional output .* use solvers.accelerate_pipeline"):

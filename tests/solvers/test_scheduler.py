@@ -1,6 +1,8 @@
 """TableScheduler in real pipelines: what a pipeline computes with it is what `sample` computes."""
 
+import inspect
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
 )
 
@@ -26,6 +31,7 @@ from solvers import (
     TableScheduler,
     export_solver,
     load_solver,
+    named_solver,
     row_noise,
     sample,
     sample_trace,
@@ -329,6 +335,170 @@ def test_image_to_image_starts_later_with_a_one_step_solver_only():
         image_pipe(**arguments)
 
 
+def test_image_to_image_takes_a_later_table_where_the_first_cannot_start_later():
+    """As diffusers does, whose multistep schedulers begin anew at first order: the same images."""
+    pipe = tiny_pipeline("sd")
+    image_pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    image_pipe.set_progress_bar_config(disable=True)
+    own = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    arguments = {"prompt": ["a cat"], "image": torch.zeros(1, 3, 16, 16), "num_inference_steps": 6, "strength": 0.5}
+
+    def run_with(scheduler):
+        image_pipe.scheduler = scheduler
+        return image_pipe(**arguments, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+
+    expected, whole = run_with(own), tabulate(own, 6)
+    later = tabulate(own, None, set_timesteps={"timesteps": whole.timesteps[3:].long().tolist()})
+    scheduler = TableScheduler.from_solver(whole, later=later)
+    found = run_with(scheduler)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (scheduler.begin_index, scheduler.step_index) == (3, 6)
+    assert scheduler.available_steps == [6]
+    scheduler.set_timesteps(6)
+    assert scheduler.init_noise_sigma == whole.start_scale
+    assert scheduler.sigmas.tolist() == TableScheduler.from_solver(whole).sigmas.tolist()
+    with pytest.raises(ValueError, match="cannot start at row 4"):
+        scheduler.set_begin_index(4)
+
+
+def test_a_later_start_needs_no_noise_from_before():
+    table = solver(EulerAncestralDiscreteScheduler, 3)
+    TableScheduler.from_solver(table).set_begin_index(1)
+    again = table.noise_coef.clone()
+    again[1, 0] = 0.5  # as SA-Solver's corrector
+    with pytest.raises(ValueError, match="cannot start at row 1"):
+        TableScheduler.from_solver(replace(table, noise_coef=again)).set_begin_index(1)
+
+
+ORIGINALS = {
+    "sd": DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+    "zero-snr": DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
+    "betas": DDPMScheduler(trained_betas=[1e-4, 1e-3, 5e-3, 2e-2], num_train_timesteps=4),
+    "cogvideo": CogVideoXDDIMScheduler(snr_shift_scale=1.0, prediction_type="v_prediction"),
+    "sd3": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flux": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.2),
+}
+FOLLOWERS = (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, CogVideoXDDIMScheduler)
+PAIRS = [(name, follower) for name in ("sd", "zero-snr", "betas", "cogvideo") for follower in FOLLOWERS]
+PAIRS += [(name, FlowMatchEulerDiscreteScheduler) for name in ("sd3", "flux")]
+
+
+def scheduler_after(original) -> TableScheduler:
+    """Ours in the place of a pipeline's scheduler, its numbers of no matter."""
+    schedule = NoiseSchedule.from_scheduler(original)
+    table = flow_solver(4) if schedule.kind == "flow" else solver(steps=4, prediction_type=schedule.prediction_type)
+    info = {"schedule": schedule.to_dict(), "guidance_scale": 1.0}
+    return TableScheduler.for_pipeline(replace(table, info=info), original)
+
+
+@pytest.mark.parametrize(("name", "follower"), PAIRS)
+def test_the_next_scheduler_has_the_schedule_of_the_one_before(tmp_path, name, follower):
+    """zai-org/CogVideo #454 lost the SNR shift; so did every class that came after ours."""
+    original = ORIGINALS[name]
+    ours = scheduler_after(original)
+    ours.save_pretrained(tmp_path / "ours")
+    original.save_pretrained(tmp_path / "original")
+    wanted = (follower.from_config(original.config), follower.from_pretrained(tmp_path / "original"))
+    found = (follower.from_config(ours.config), follower.from_pretrained(tmp_path / "ours"))
+    for expected, follows in zip(wanted, found):
+        keys = inspect.signature(follower).parameters
+        assert {key: follows.config[key] for key in keys} == {key: expected.config[key] for key in keys}
+    again = TableScheduler.from_config(found[0].config)
+    assert again.config["tables"] == ours.config["tables"]
+
+
+def test_a_schedule_without_a_pipeline_is_told_too():
+    schedule = NoiseSchedule.scaled_linear(beta_start=2e-4, prediction_type="v_prediction")
+    table = solver(steps=4, prediction_type="v_prediction")
+    follows = EulerDiscreteScheduler.from_config(TableScheduler.from_solver(table, schedule=schedule).config)
+    assert (follows.config["beta_start"], follows.config["beta_schedule"]) == (2e-4, "scaled_linear")
+    assert follows.config["prediction_type"] == "v_prediction"
+    flow = TableScheduler.from_solver(flow_solver(4), schedule=NoiseSchedule.flow(shift=2.5, shift_terminal=0.1))
+    follows = FlowMatchEulerDiscreteScheduler.from_config(flow.config)
+    assert (follows.config["shift"], follows.config["shift_terminal"]) == (2.5, 0.1)
+    continuous = TableScheduler.from_solver(table, schedule=NoiseSchedule.continuous_vp(prediction_type="v_prediction"))
+    assert "beta_min" not in continuous.config
+
+
+def test_another_scheduler_says_briefly_what_it_does_not_take(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    DDIMScheduler.from_config(TableScheduler.from_solver([solver(steps=4), solver(steps=6)]).config)
+    assert "'tables': <tables of [4, 6] steps>" in caplog.text
+    assert len(caplog.text) < 1000
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_training_numbers_are_those_of_the_original(name):
+    ours, original = scheduler_after(ORIGINALS[name]), ORIGINALS[name]
+    numbers = ("alphas_cumprod", "betas", "alphas", "sigma_min", "sigma_max")
+    for number in numbers:
+        assert hasattr(ours, number) == hasattr(original, number)
+        if hasattr(original, number):
+            assert torch.equal(torch.as_tensor(getattr(ours, number)), torch.as_tensor(getattr(original, number)))
+    assert hasattr(ours, "alphas_cumprod") == (name not in ("sd3", "flux"))
+    kinds = {kind.__name__ for kind in ours.compatibles}
+    assert ("FlowMatchEulerDiscreteScheduler" in kinds) == (name in ("sd3", "flux"))
+    assert ("UniPCMultistepScheduler" in kinds) == (name not in ("sd3", "flux"))
+
+
+def test_without_a_schedule_there_are_no_training_numbers():
+    bare = TableScheduler.from_solver(solver(steps=4))
+    with pytest.raises(AttributeError, match="'TableScheduler' object has no attribute 'alphas_cumprod'"):
+        _ = bare.alphas_cumprod
+
+
+def test_flow_pipelines_scale_noise():
+    """bcmi/Light-A-Video #16: pipelines of flows call `scale_noise`."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own.set_timesteps(4)
+    ours = TableScheduler.from_solver(tabulate(own, 4), schedule=NoiseSchedule.flow(shift=3.0))
+    data, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    for row, timestep in enumerate(own.timesteps):
+        own.set_begin_index(row)
+        expected = own.scale_noise(data, timestep[None], noise)
+        assert torch.allclose(ours.scale_noise(data, timestep[None], noise), expected, atol=1e-6)
+    between = ours.scale_noise(data, torch.tensor([250.0, 125.0]), noise)
+    weight = torch.tensor([0.25, 0.125]).reshape(2, 1, 1)
+    assert torch.allclose(between, (1 - weight) * data + weight * noise, atol=1e-6)
+    assert torch.equal(ours.get_velocity(data, noise, own.timesteps[:1]), noise - data)
+
+
+def test_velocities_are_those_of_diffusers():
+    original = ORIGINALS["sd"]
+    training = DDPMScheduler.from_config(original.config)
+    data, noise, timesteps = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([17, 801])
+    for scheduler in (ours := scheduler_after(original), StandaloneScheduler.from_config(ours.config)):
+        expected = training.get_velocity(data, noise, timesteps)
+        assert torch.allclose(scheduler.get_velocity(data, noise, timesteps), expected, atol=1e-6)
+        assert torch.allclose(scheduler.add_noise(data, noise, timesteps), training.add_noise(data, noise, timesteps))
+
+
+def test_noise_is_added_at_the_right_one_of_repeated_timesteps():
+    """Solvers of second order tell the network one timestep at two nodes."""
+    table = replace(solver(steps=4), timesteps=torch.tensor([900.0, 600, 600, 300], dtype=torch.float64))
+    for kind in (TableScheduler, StandaloneScheduler):
+        scheduler = kind.from_config(TableScheduler.from_solver(table, schedule=VP).config)
+        data, noise = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+        for done, row in enumerate((1, 1, 2, 1)):  # the first from the current row on; else the first
+            found = scheduler.add_noise(data, noise, torch.tensor([600.0]))
+            assert torch.allclose(found, table.alpha[row] * data + table.sigma[row] * noise, rtol=0, atol=1e-12), done
+            scheduler.step(noise, 0, noise)
+        both = scheduler.add_noise(data.repeat(2, 1), noise.repeat(2, 1), torch.tensor([300.0, 900.0]))
+        for one, row in zip(both, (3, 0)):
+            assert torch.allclose(one, (table.alpha[row] * data + table.sigma[row] * noise)[0], rtol=0, atol=1e-12)
+
+
+def test_a_flow_is_shifted_once():
+    """huggingface/diffusers #13243: `set_timesteps` of its flow scheduler shifts what is shifted already."""
+    trained = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    once = named_solver("euler:1000", NoiseSchedule.from_scheduler(trained))
+    assert torch.allclose(once.sigma[:-1].float(), trained.sigmas, atol=1e-6)
+    ours = TableScheduler.from_solver(once, schedule=NoiseSchedule.flow(shift=3.0))
+    assert (ours.sigma_min, ours.sigma_max) == (trained.sigma_min, trained.sigma_max)
+    follows = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    assert torch.equal(follows.sigmas, trained.sigmas)
+
+
 def test_one_step_pixart_reads_the_image():
     pipe = tiny_pipeline("pixart")
     pipe.scheduler = Recorder.from_solver(pipeline_table(pipe, "pixart", 1))
@@ -453,21 +623,29 @@ def test_a_start_scale_reaches_pipelines_that_ignore_it(tmp_path):
         TableScheduler.for_pipeline(artifact(tmp_path, tiny_pipeline("sd3"), scaled), tiny_pipeline("sd3"))
 
 
-def test_a_saved_pipeline_loads_after_import_and_with_the_documented_line(tmp_path):
+def test_a_saved_pipeline_brings_its_scheduler_along(tmp_path):
+    """By plain trust; without, by the documented line; and saved again by who loaded it."""
     pipe = tiny_pipeline("dit")
-    table = pipeline_table(pipe, "dit", 3)
-    pipe.scheduler = TableScheduler.from_solver(table)
+    pipe.scheduler = TableScheduler.from_solver([pipeline_table(pipe, "dit", steps) for steps in (3, 5)])
     arguments = call_arguments("dit", PROMPTS, 3.0, 3)
     expected = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
-    pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["solvers", "TableScheduler"]
-    scheduler = TableScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    for options in ({}, {"scheduler": scheduler}):
-        loaded = DiffusionPipeline.from_pretrained(tmp_path, **options)
-        loaded.set_progress_bar_config(disable=True)
-        assert isinstance(loaded.scheduler, TableScheduler)
-        found = loaded(**arguments, generator=torch.Generator().manual_seed(0)).images
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(loaded.scheduler).__module__.startswith("diffusers_modules")
+    loaded.save_pretrained(tmp_path / "again")
+    scheduler = TableScheduler.from_pretrained(tmp_path / "saved", subfolder="scheduler")
+    ways = [
+        loaded,
+        DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True),
+        DiffusionPipeline.from_pretrained(tmp_path / "saved", scheduler=scheduler),
+    ]
+    for way in ways:
+        way.set_progress_bar_config(disable=True)
+        assert way.scheduler.available_steps == [3, 5]
+        found = way(**arguments, generator=torch.Generator().manual_seed(0)).images
         assert (torch.as_tensor(found) - torch.as_tensor(expected)).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path / "saved")
 
 
 FRESH = """
@@ -475,35 +653,31 @@ import sys
 import torch
 from diffusers import DiffusionPipeline
 
-def generate(folder, **options):
-    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+images = []
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     source = torch.Generator().manual_seed(0)
-    return pipe([1, 2], guidance_scale=3.0, num_inference_steps=3, generator=source, output_type="pt").images
-
-exported, saved = sys.argv[1:]
-images = [generate(exported, trust_remote_code=True)]
+    images.append(pipe([1, 2], guidance_scale=3.0, num_inference_steps=3, generator=source, output_type="pt").images)
 assert "solvers" not in sys.modules
-import solvers
-images.append(generate(saved))
-from solvers import TableScheduler
-images.append(generate(saved, scheduler=TableScheduler.from_pretrained(saved, subfolder="scheduler")))
 torch.save(images, "images.pt")
 """
 
 
 @pytest.mark.slow
-def test_saved_pipelines_load_in_a_fresh_process_by_three_routes(tmp_path):
+def test_saved_pipelines_load_in_a_fresh_process_without_this_project(tmp_path):
     pipe = tiny_pipeline("dit")
     path = artifact(tmp_path, pipe, pipeline_table(pipe, "dit", 3))
     pipe.save_pretrained(tmp_path / "exported")
     export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "exported")
     pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
     pipe.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
     (tmp_path / "fresh.py").write_text(FRESH)
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
-    command = [sys.executable, "fresh.py", "exported", "saved"]
+    command = [sys.executable, "fresh.py", "exported", "saved", "again"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     pipe.scheduler = TableScheduler.from_solver(load_solver(path))
