@@ -48,7 +48,7 @@ class PipelineTrajectories(TeacherTrajectories):
                 "for a model with an adapter use data.teacher.TeacherTrajectories"
             )
         self.num_inference_steps = num_inference_steps
-        self.seeds = range(first_seed, first_seed + (num_trajectories or len(self.denoiser.prompts)))
+        self.seeds = range(first_seed, first_seed + (num_trajectories or len(self.denoiser.entries)))
         self.folder, self.shard_size = folder, shard_size
 
     def setup(self, stage: str) -> None:

@@ -13,11 +13,14 @@ def class_labels(denoiser: Any, seeds: Sequence[int]) -> Any:
     """The condition that belongs to each seed, so that conditions, like noises, are addressed by the seed.
 
     Args:
-        denoiser: with `num_classes`: labels; with `conditions` (prompt embeddings): its entries.
+        denoiser: with `num_classes`: labels; with `conditions` (prompt embeddings): its entries; with `condition_of`:
+            what that says.
         seeds: integers, one per sample.
     Returns:
         int64 (len(seeds),), seed % num_classes; or entry seed % length of `conditions`; or None when unconditional.
     """
+    if hasattr(denoiser, "condition_of"):
+        return denoiser.condition_of(list(seeds))
     seeds = torch.as_tensor(list(seeds), dtype=torch.int64)
     num_classes = getattr(denoiser, "num_classes", None)
     if num_classes:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.diffusers_base import NETWORKS, read_schedule
+from denoisers.diffusers_base import read_schedule
+from denoisers.pipeline_arguments import batch_of, described, entries_of
 from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
-from solvers.identity import weight_hash
+from solvers.identity import hash_modules
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import pipeline_guidance
 from solvers.table import SolverTable
@@ -28,41 +29,44 @@ class PipelineDenoiser(nn.Module):
     two evaluations of the network (the first is of the pipeline's own noise, see `Injector`) and no decoding; it has no
     gradients. Guidance that changes from step to step is evaluated as in the second of two steps.
 
+    A condition is int64 (batch, 2): which prompt, and the seed of the generator that the pipeline draws from (its start
+    noise, and in some pipelines a part of the condition, such as an encoded picture).
+
     Args:
         pipe: the pipeline; its scheduler is only read, and replaced while it runs.
-        prompts: what `condition` indexes.
+        prompts: a list of prompts; or of mappings of arguments, such as {"prompt": "a cat", "image": picture}; None for
+            a pipeline without prompts.
         prompt_argument: the argument of the pipeline's call that takes a list of prompts (DiT: class_labels).
         batch_size: prompts in one call.
         call: further arguments of every call, such as guidance_scale, height, num_frames; the denoiser's own
             `guidance_scale` is what that means here, see `pipeline_guidance`.
     Raises:
-        ValueError: no prompts, or arguments the pipeline does not take.
+        ValueError: an empty list of prompts, or arguments the pipeline does not take.
     """
 
     def __init__(
         self,
         pipe: Any,
-        prompts: Sequence[Any],
+        prompts: Sequence[Any] | None = None,
         *,
         prompt_argument: str = "prompt",
         batch_size: int = 1,
         **call: Any,
     ) -> None:
         super().__init__()
-        if isinstance(prompts, str) or not len(prompts):
-            raise ValueError(f"prompts is {prompts!r}: give a list of at least one prompt")
+        self.entries = entries_of(prompts, prompt_argument)
         known = inspect.signature(type(pipe).__call__).parameters
-        unknown = sorted({prompt_argument, "num_inference_steps", *call} - known.keys())
+        unknown = sorted({"num_inference_steps", *self.entries[0], *call} - known.keys())
         if unknown:
-            allowed = ", ".join(known)
+            allowed = ", ".join(name for name in known if name != "self")
             raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: its arguments are {allowed}")
-        self.pipe, self.prompts, self.prompt_argument = pipe, list(prompts), prompt_argument
-        self.batch_size, self.call = batch_size, call
+        self.pipe, self.batch_size, self.call = pipe, batch_size, call
+        self.counts_samples = not self.entries[0] and "batch_size" in known
         defaults = {name: parameter.default for name, parameter in known.items()}
-        self.guidance_scale = pipeline_guidance(pipe, defaults | call)
+        self.guidance_scale = pipeline_guidance(pipe, defaults | call | self.entries[0])
         self.name = type(pipe).__name__
-        self.conditions = torch.arange(len(self.prompts))
-        self.settings = {"prompts": self.prompts, "prompt_argument": prompt_argument, **call}
+        self.settings = {"prompts": described(self.entries), "call": described(call)}
+        self._probes: dict[int, Recording] = {}
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -76,21 +80,36 @@ class PipelineDenoiser(nn.Module):
 
     @cached_property
     def weight_hash(self) -> str:
-        """SHA-256 of the network's weights (of an unknown pipeline: its largest module); computed when asked for."""
+        """SHA-256 of the weights of all modules that the pipeline calls in a step, at its first or at its last one.
+
+        Text encoders and autoencoders are not among them. Computed when asked for, by two evaluations.
+        """
         modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
-        largest = max(modules, key=lambda name: sum(value.numel() for value in modules[name].parameters()))
-        return weight_hash(modules[next((name for name in NETWORKS if name in modules), largest)])
+        first, last = self._probe(PROBE_STEPS).timesteps[[0, -1]]
+        called = self._called(modules, first) | self._called(modules, last)
+        return hash_modules({name: module for name, module in modules.items() if name in called or not called})
 
     def table(self, num_inference_steps: int) -> SolverTable:
         """The pipeline's own scheduler as a table, with all arguments the pipeline gives it.
 
         Raises:
-            ValueError: a scheduler that is not linear, see `solvers.tabulate`.
+            ValueError: a scheduler that is not linear, see `solvers.tabulate`, or one that draws noise at its steps.
         """
         probe = self._probe(num_inference_steps)
         arguments = {key: value for key, value in probe.set_timesteps.items() if value is not None}
         steps = arguments.pop("num_inference_steps", None)
-        return tabulate(self.pipe.scheduler, steps, set_timesteps=arguments, step=probe.step)
+        table = tabulate(self.pipe.scheduler, steps, set_timesteps=arguments, step=probe.step)
+        if table.is_stochastic:
+            raise ValueError(
+                f"the {type(self.pipe.scheduler).__name__} of {self.name} draws fresh noise at its steps, which its "
+                "runs do not show: give the pipeline a deterministic scheduler first, such as "
+                f"pipe.scheduler = {_deterministic(table)}.from_config(pipe.scheduler.config)"
+            )
+        return table
+
+    def condition_of(self, seeds: Sequence[int]) -> Tensor:
+        """The condition that belongs to each seed: prompt seed % len(prompts), and the seed itself; (len(seeds), 2)."""
+        return torch.tensor([(seed % len(self.entries), seed) for seed in seeds], dtype=torch.int64).reshape(-1, 2)
 
     def to(self, *args: Any, **kwargs: Any) -> "PipelineDenoiser":
         """Move the pipeline."""
@@ -104,7 +123,7 @@ class PipelineDenoiser(nn.Module):
         Args:
             x: (batch, *sample_shape), as the network sees it.
             timestep: scalar or (batch,).
-            condition: int64 (batch,), indices of prompts.
+            condition: int64 (batch, 2), prompts and seeds; see `condition_of`.
         """
         timestep, output = timestep.detach().expand(len(x)), torch.empty_like(x)
         for value in timestep.unique():
@@ -112,22 +131,20 @@ class PipelineDenoiser(nn.Module):
                 output[rows] = self._evaluate(x[rows], value, condition[rows.to(condition.device)]).to(x)
         return output
 
-    def record(self, num_inference_steps: int, seeds: Sequence[int], condition: Tensor) -> tuple[Tensor, Tensor]:
+    def record(self, num_inference_steps: int, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Run the pipeline as it is, and keep everything its scheduler sees.
 
         Args:
             num_inference_steps: as the pipeline takes it.
-            seeds: one per sample, of the pipeline's generators.
-            condition: int64 (batch,), indices of prompts; at most `batch_size`.
+            condition: int64 (batch, 2), prompts and seeds; at most `batch_size`.
         Returns:
             (states (batch, M+1, *shape), outputs (batch, M, *shape)), as the network saw and said them.
         Raises:
             ValueError: the pipeline did not make all steps of its scheduler.
         """
         recording = Recording(len(condition))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         scheduler = Recorder(copy.deepcopy(self.pipe.scheduler), recording=recording)
-        self._run(scheduler, num_inference_steps, condition, generators)
+        self._run(scheduler, num_inference_steps, condition)
         if len(recording.states) != len(recording.outputs) + 1:
             raise ValueError(
                 f"{self.name} stopped after {len(recording.outputs)} of {len(scheduler.timesteps)} steps: record whole "
@@ -135,24 +152,53 @@ class PipelineDenoiser(nn.Module):
             )
         return torch.stack(recording.states, 1), torch.stack(recording.outputs, 1)
 
-    def _evaluate(self, x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, timestep: Tensor, condition: Tensor, **watch: Any) -> Tensor:
         outputs: list[Tensor] = []
         scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler = Injector(scheduler, state=x, timestep=timestep, outputs=outputs)
-        self._run(scheduler, 2, condition, [torch.Generator().manual_seed(0) for _ in condition])
+        scheduler = Injector(scheduler, state=x, timestep=timestep, outputs=outputs, **watch)
+        self._run(scheduler, 2, condition)
+        if not outputs or outputs[0] is None:
+            raise ValueError(
+                f"{self.name} stopped after {len(outputs)} of 2 steps: record whole runs, from pure noise to the end"
+            )
         return outputs[0]
+
+    def _called(self, modules: dict[str, nn.Module], timestep: Tensor) -> set[str]:
+        """Names of the modules that the pipeline calls between two steps."""
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in modules.items()
+        ]
+        try:
+            state = self._probe(PROBE_STEPS).states[0]
+            self._evaluate(state, timestep, self.condition_of([0]), begin=called.clear)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return called
 
     def _probe(self, num_inference_steps: int) -> Recording:
         """A call that ends at its first step: how the pipeline addresses its scheduler."""
-        recording = Recording(1, limit=1)
-        scheduler = Recorder(copy.deepcopy(self.pipe.scheduler), recording=recording)
-        self._run(scheduler, num_inference_steps, self.conditions[:1], [torch.Generator().manual_seed(0)])
-        return recording
+        if num_inference_steps not in self._probes:
+            recording = Recording(1, limit=1)
+            scheduler = Recorder(copy.deepcopy(self.pipe.scheduler), recording=recording)
+            self._run(scheduler, num_inference_steps, self.condition_of([0]))
+            self._probes[num_inference_steps] = recording
+        return self._probes[num_inference_steps]
 
-    def _run(self, scheduler: Any, steps: int, condition: Tensor, generators: list[torch.Generator]) -> None:
-        """One generator stays outside a list, which not every pipeline takes."""
-        prompts = [self.prompts[index] for index in condition.tolist()]
-        generator = generators if len(generators) > 1 else generators[0]
+    def _run(self, scheduler: Any, steps: int, condition: Tensor) -> None:
+        """One generator stays outside a list, which not every pipeline takes, and so does what is no prompt."""
+        indices, seeds = condition.unbind(1)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        arguments = batch_of([self.entries[index] for index in indices.tolist()])
+        if len(condition) == 1 and len(arguments) > 1:
+            arguments = {name: value for name, (value,) in arguments.items()}
+        if self.counts_samples:
+            arguments["batch_size"] = len(condition)
+        arguments |= {"num_inference_steps": steps, "generator": generators if len(seeds) > 1 else generators[0]}
         with scheduler_replaced(self.pipe, scheduler), torch.no_grad():
-            arguments = {self.prompt_argument: prompts, "num_inference_steps": steps, "generator": generator}
             self.pipe(**arguments, **self.call)
+
+
+def _deterministic(table: SolverTable) -> str:
+    return "FlowMatchEulerDiscreteScheduler" if table.prediction_type == "flow_prediction" else "DDIMScheduler"

@@ -23,6 +23,7 @@ class Denoiser(Protocol):
     | `guidance_scale` | guidance already inside the outputs, 1.0 (none) when absent |
     | `num_classes` | the condition is an int64 label (batch,) in 0 .. num_classes - 1 |
     | `conditions` | conditions to choose from by seed, see `class_labels` |
+    | `condition_of(seeds)` | the conditions that belong to seeds, where it is neither |
     | `null_condition(condition)` | the condition of the unconditional evaluation, of the structure of `condition` |
     | `set_guidance(scale)` | tells a guidance-distilled network its scale, instead of a second evaluation |
     | `decode(states)` | images (batch, 3, height, width) in [-1, 1] of a latent model's states |

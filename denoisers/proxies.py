@@ -27,6 +27,7 @@ class Recording:
         batch: number of prompts.
         limit: steps after which the call ends; None for all.
         set_timesteps: arguments of `set_timesteps`, without device.
+        timesteps: those that the scheduler then has.
         step: further arguments of `step`, without generator.
         states: the states the network saw, (batch, *shape) each; after a whole run also the final one.
         outputs: the outputs `step` was given, guidance included, (batch, *shape) each.
@@ -35,6 +36,7 @@ class Recording:
     batch: int
     limit: int | None = None
     set_timesteps: dict[str, Any] = field(default_factory=dict)
+    timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
     step: dict[str, Any] = field(default_factory=dict)
     states: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -60,12 +62,18 @@ class Recorder(Proxy):
             self.recording.set_timesteps = {key: value for key, value in arguments.items() if key != "device"}
             self.recording.states, self.recording.outputs = [], []
             self.inner.set_timesteps(*args, **kwargs)
+            self.recording.timesteps = torch.as_tensor(self.inner.timesteps)
 
         return wrapped
 
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """As the inner one; the sample itself where that has none, for pipelines that compare the scheduler's type."""
+        has_own = hasattr(self.inner, "scale_model_input")
+        return self.inner.scale_model_input(sample, timestep) if has_own else sample
+
     @property
     def step(self) -> Callable:
-        """As the inner one, with the same signature."""
+        """As the inner one, with the same signature; what is kept are copies, which pipelines do not write over."""
 
         @functools.wraps(self.inner.step)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -73,12 +81,12 @@ class Recorder(Proxy):
             output, timestep, sample = (arguments.pop(name) for name in ("model_output", "timestep", "sample"))
             run.step = {key: value for key, value in arguments.items() if key not in ("generator", "return_dict")}
             run.states.append(one_of_doubled(sample, run.batch) * _scale(self.inner, timestep, sample))
-            run.outputs.append(one_of_doubled(drop_learned_variance(output, sample), run.batch))
+            run.outputs.append(one_of_doubled(drop_learned_variance(output, sample), run.batch).clone())
             if len(run.outputs) == run.limit:
                 raise Finished
             result = self.inner.step(*args, **kwargs)
             if len(run.outputs) == len(self.inner.timesteps):
-                run.states.append(one_of_doubled(result[0], run.batch))
+                run.states.append(one_of_doubled(result[0], run.batch).clone())
                 raise Finished
             return result
 
@@ -96,11 +104,13 @@ class Injector(Proxy):
         state: (batch, *shape), as the network sees it.
         timestep: scalar.
         outputs: a list that receives the output, (batch, *shape).
+        begin: called when the first step is made.
     """
 
     state: Tensor
     timestep: Tensor
     outputs: list[Tensor | None]
+    begin: Callable[[], Any] = staticmethod(lambda: None)
     order = 1
     init_noise_sigma = 1.0
     num_inference_steps = 2
@@ -108,7 +118,8 @@ class Injector(Proxy):
     @property
     def timesteps(self) -> Tensor:
         """The timestep twice, as integers where it is one and the inner scheduler's are."""
-        dtype = torch.as_tensor(self.inner.timesteps).dtype
+        own = self.inner.timesteps
+        dtype = torch.int64 if own is None else torch.as_tensor(own).dtype  # PNDM has none before set_timesteps
         if not dtype.is_floating_point and float(self.timestep) % 1:
             dtype = torch.float32
         return self.timestep.to(dtype).repeat(2)
@@ -135,6 +146,7 @@ class Injector(Proxy):
                 self.outputs[0] = output
                 raise Finished
             self.outputs.append(None)
+            self.begin()
             state = self.state.to(sample).repeat(len(sample) // batch, *[1] * (sample.ndim - 1))
             return SchedulerOutput(prev_sample=state) if arguments.get("return_dict", True) else (state, state)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from solvers import strict_json
@@ -135,9 +136,17 @@ def weight_hash(module: nn.Module) -> str:
     """SHA-256 of all weights in float32 with their names and shapes, independent of the file that held them.
 
     They are those the module computes with: a compiled one has the hash of what was compiled, and one with adapters,
-    such as LoRA, that of the weights with the active ones fused into them.
+    such as LoRA, that of the weights with the active ones fused into them; the strength of image prompts counts.
     """
     return hash_weights(_plain_weights(module))
+
+
+def hash_modules(modules: Mapping[str, nn.Module]) -> str:
+    """The `weight_hash` of one module, whatever its name; of several, SHA-256 of their names and hashes."""
+    hashes = {name: weight_hash(module) for name, module in sorted(modules.items())}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in hashes.items()).encode()).hexdigest()
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -156,6 +165,8 @@ def _plain_weights(module: nn.Module) -> dict[str, Tensor]:
         if hasattr(layer, "base_layer") and hasattr(layer, "merged_adapters"):
             weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
             weights |= {f"{name}.{key}": value for key, value in _fused(layer).state_dict().items()}
+        if hasattr(layer, "to_k_ip"):  # the attention of an image prompt
+            weights[f"{name}.scale"] = torch.tensor(layer.scale, dtype=torch.float64).flatten()
     return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 

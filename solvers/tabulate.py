@@ -1,6 +1,7 @@
 """Any linear diffusers scheduler as a solver table, read off by feeding it unit vectors."""
 
 import copy
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,7 @@ def tabulate(
         ValueError: a scheduler without the usual interface or a known prediction type, a non-linear setting
             (clipping, thresholding, learned variance), or more than one noise drawn in a step.
     """
+    _check_step(scheduler)
     arguments = dict(set_timesteps or {})
     if num_inference_steps is not None:
         arguments["num_inference_steps"] = num_inference_steps
@@ -195,12 +197,23 @@ def _check_linear(table: SolverTable, run: Callable[..., _Run], name: str) -> No
             )
 
 
+def _check_step(scheduler: Any) -> None:
+    """Refuse a scheduler that a pipeline must tell more than output, timestep and sample."""
+    parameters = inspect.signature(getattr(scheduler, "step", None) or (lambda: None)).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if more := set(needed) - {"model_output", "timestep", "sample"}:
+        raise ValueError(
+            f"the pipeline has to tell {type(scheduler).__name__} its {' and '.join(sorted(more))} at each step, which "
+            "no table knows: give the pipeline another scheduler of the same schedule first"
+        )
+
+
 def _prediction_type(scheduler: Any) -> str:
     name = type(scheduler).__name__
     if not all(hasattr(scheduler, attribute) for attribute in ("set_timesteps", "step", "config")):
         raise ValueError(f"{name} is no diffusers scheduler: it needs config, set_timesteps and step")
     found = "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type")
-    if found not in PREDICTION_TYPES:
+    if not isinstance(found, str) or found not in PREDICTION_TYPES:
         hint = "; solvers.ipndm builds iPNDM" if name == "IPNDMScheduler" else ""
         raise ValueError(
             f"{name} has prediction type {found!r}: a table needs one of {', '.join(PREDICTION_TYPES)}{hint}"

@@ -71,7 +71,7 @@ def test_recorded_trajectories_are_the_sampler_s(kind: str, tmp_path: Path) -> N
     found = cache.load()
     assert found.states.shape[:2] == (3, cache.table.nfe + 1)
     denoiser = with_guidance(from_pipeline(pipe, 16, 16), 3.0)
-    condition = condition_of(kind, pipe, [PROMPTS[i] for i in found.condition.tolist()])
+    condition = condition_of(kind, pipe, [PROMPTS[i] for i in found.condition[:, 0].tolist()])
     trace = sample_trace(denoiser, cache.table, found.states[:, 0] / cache.table.start_scale, condition)
     scale = float(found.states.abs().max())
     assert float((torch.stack(trace.states, 1) - found.states).abs().max()) < 1e-5 * scale
@@ -88,7 +88,7 @@ def test_pipeline_as_a_denoiser_equals_its_adapter(kind: str) -> None:
     denoiser, adapter = PipelineDenoiser(pipe, prompts, batch_size=2, **call), from_pipeline(pipe, 16, 16)
     assert (denoiser.sample_shape, denoiser.schedule) == (adapter.sample_shape, adapter.schedule)
     x, indices = start_noise([0, 1, 2], adapter.sample_shape), class_labels(denoiser, [1, 2, 3])
-    condition = condition_of(kind, pipe, [PROMPTS[i] for i in indices.tolist()])
+    condition = condition_of(kind, pipe, [PROMPTS[i] for i in indices[:, 0].tolist()])
     guided = with_guidance(adapter, 3.0)
     for timestep in (torch.tensor(700.0), torch.tensor([500.25, 20.0, 500.25])):
         expected = guided(x, timestep, condition)
@@ -292,14 +292,14 @@ def test_recording_errors(tmp_path: Path) -> None:
         record_trajectories(pipe, PROMPTS, tmp_path, 4, hight=16)
     own = pipe.scheduler
     with pytest.raises(ValueError, match="steps 2 samples for 1 prompts"):
-        PipelineDenoiser(pipe, PROMPTS, num_images_per_prompt=2).record(4, [0], torch.tensor([0]))
+        PipelineDenoiser(pipe, PROMPTS, num_images_per_prompt=2).record(4, torch.tensor([[0, 0]]))
     assert pipe.scheduler is own
     pipe.scheduler = DDIMScheduler(clip_sample=True)
     with pytest.raises(ValueError, match="not linear"):
         record_trajectories(pipe, PROMPTS, tmp_path, 4, height=16, width=16)
     partial = StableDiffusionImg2ImgPipeline(**tiny_pipeline("sd").components, requires_safety_checker=False)
     partial.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="stopped after 2 of 4 steps"):
+    with pytest.raises(ValueError, match="stopped after 1 of 2 steps: record whole runs"):
         record_trajectories(
             partial, PROMPTS, tmp_path, 4, image=torch.zeros(1, 3, 16, 16), strength=0.5, progress=False
         )
