@@ -166,6 +166,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None = None,
     ) -> None:
         """Choose the table and forget the last run.
 
@@ -174,6 +175,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             device: where `timesteps` and `sigmas` go.
             sigmas, timesteps: pipelines pass them; they must be evenly spaced from 1 or the table's own.
             mu: the pipeline's dynamic shift, compared with the schedule's shift.
+            original_inference_steps: LCM pipelines pass it on; it asks for steps of its own.
         Raises:
             ValueError: a number of steps without a table, or sigmas, timesteps, mu or guidance of the calling pipeline
                 that the table was not made for.
@@ -188,6 +190,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 "pass one of these"
             )
         self._select(count, device)
+        if original_inference_steps is not None:
+            raise ValueError(
+                f"original_inference_steps is {original_inference_steps}: this solver has its own steps; leave it out"
+            )
         self._check_steps(sigmas, timesteps, mu)
         self._check_guidance()
 
@@ -244,6 +250,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        eta: float | None = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> TableSchedulerOutput | tuple[Tensor, ...]:
         """The next state. States accumulate in float32 or better, whatever the pipeline's dtype.
 
@@ -253,9 +261,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             sample: the state the network received, (batch, *shape).
             generator: source of fresh noises when the scheduler has no seed.
             return_dict: False returns a tuple.
+            eta, use_clipped_model_output: DDIM's; only what switches them off is taken.
         Raises:
             ValueError: more steps than rows, outputs missing, or samples that the weights do not act on.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError(f"eta is {eta}: this solver's noises stand in its table; call the pipeline without eta")
         row, rows = self._row, self._plan.rows
         if row >= len(rows):
             raise ValueError(f"all {len(self.timesteps)} steps are done: call set_timesteps before the next run")

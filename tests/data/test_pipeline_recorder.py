@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -35,6 +38,7 @@ from solvers import (
     sample_trace,
     save_solver,
     start_noise,
+    tabulate,
 )
 from solvers.identity import identify
 from solvers.standalone.table_scheduler import pipeline_guidance
@@ -119,7 +123,12 @@ def test_other_schedulers_are_recorded(kind: str, scheduler: Any, rows: int, tmp
 
 
 class Sounds(DiffusionPipeline):
-    """A pipeline nobody has heard of: sounds (batch, channels, length), one number as the prompt, its own guidance."""
+    """A pipeline nobody has heard of: sounds (batch, channels, length), one number as the prompt, its own guidance.
+
+    From the second step on, `blend` is added to a part of the state, as inpainting does, and `rise` to the guidance.
+    """
+
+    blend = rise = 0.0
 
     def __init__(self, network: nn.Module, scheduler: Any) -> None:
         super().__init__()
@@ -129,11 +138,12 @@ class Sounds(DiffusionPipeline):
     def __call__(self, pitch: list[float], num_inference_steps: int = 50, generator: Any = None, push: float = 2.0):
         sounds = randn_tensor((len(pitch), 2, 30), generator=generator, device=torch.device("cpu"))
         self.scheduler.set_timesteps(num_inference_steps)
-        for timestep in self.scheduler.timesteps:
+        for step, timestep in enumerate(self.scheduler.timesteps):
             told = torch.tensor(pitch)[:, None, None]
             told = told * (1 + timestep / 1000)
-            output = torch.tanh(self.network(sounds) + push * told)
+            output = torch.tanh(self.network(sounds) + (push + self.rise * (step > 1)) * told)
             sounds = self.scheduler.step(model_output=output, timestep=timestep, sample=sounds).prev_sample
+            sounds[..., :10] += self.blend * (step > 0)
         return sounds
 
 
@@ -329,3 +339,62 @@ def test_predict_records_a_pipeline(tmp_path: Path) -> None:
     assert torch.equal(found.load().states, expected.load().states)
     teachers = [cache.manifest["teacher"] for cache in (found, expected)]
     assert teachers[0] == teachers[1]
+
+
+def test_what_recordings_do_not_show_is_refused(tmp_path: Path) -> None:
+    """Noise of a stochastic scheduler, and states that the pipeline changes between steps."""
+    pipe, call = sounds(), {"prompt_argument": "pitch", "progress": False}
+    pipe.scheduler = DDPMScheduler(clip_sample=False)
+    with pytest.raises(
+        ValueError, match=r"DDPMScheduler of Sounds draws fresh noise at its steps.*DDIMScheduler\.from"
+    ):
+        record_trajectories(pipe, [0.5], tmp_path, 4, **call)
+    pipe.scheduler = FlowMatchLCMScheduler()
+    with pytest.raises(ValueError, match=r"draws fresh noise.*FlowMatchEulerDiscreteScheduler\.from_config"):
+        record_trajectories(pipe, [0.5], tmp_path, 4, **call)
+    pipe.scheduler, pipe.blend = DDIMScheduler(clip_sample=False), 0.3
+    with pytest.raises(ValueError, match=r"changes its state between the steps of its scheduler \(step 1 is off by"):
+        record_trajectories(pipe, [0.5], tmp_path, 4, **call)
+    pipe.blend, pipe.rise = 0.0, 0.5
+    with pytest.raises(
+        ValueError, match=r"called again at the state of step 2 of its run, gives another output \(off by"
+    ):
+        record_trajectories(pipe, [0.5], tmp_path, 4, **call)
+    assert not list(tmp_path.glob("*.tar"))
+
+
+class Drawing(Sounds):
+    """Draws a part of the condition from the generator, and writes its state in place."""
+
+    def __call__(self, pitch, num_inference_steps=50, generator=None, push=2.0):
+        sounds, drawn = (randn_tensor((len(pitch), 2, 30), generator=generator) for _ in range(2))
+        self.scheduler.set_timesteps(num_inference_steps)
+        for timestep in self.scheduler.timesteps:
+            output = torch.tanh(self.network(sounds) + push * drawn)
+            sounds[...] = self.scheduler.step(model_output=output, timestep=timestep, sample=sounds).prev_sample
+        return sounds
+
+
+def test_conditioning_drawn_from_the_generator_is_drawn_again(tmp_path: Path) -> None:
+    """As encoded pictures of inpainting and control: the seed is a part of the condition."""
+    pipe = Drawing(sounds().network, DDIMScheduler(clip_sample=False))
+    call: dict[str, Any] = {"prompt_argument": "pitch", "progress": False, "batch_size": 2}
+    cache = record_trajectories(pipe, [0.5, 0.7], tmp_path, 4, num_trajectories=3, **call)
+    assert_runs_of_its_table(cache)
+    found = cache.load()
+    assert found.condition.tolist() == [[0, 2**31], [1, 2**31 + 1], [0, 2**31 + 2]]
+    outputs = PipelineDenoiser(pipe, [0.5, 0.7], prompt_argument="pitch")(
+        found.states[:, 2], cache.table.timesteps[2], found.condition
+    )
+    torch.testing.assert_close(outputs, found.outputs[:, 2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_scheduler_that_needs_its_own_past_is_refused(tmp_path: Path) -> None:
+    pipe = sounds()
+    pipe.scheduler = CogVideoXDPMScheduler()
+    with pytest.raises(TypeError, match="missing"):
+        pipe([0.5])  # CogVideoX's own pipelines tell it, others cannot
+    with pytest.raises(
+        ValueError, match="has to tell CogVideoXDPMScheduler its old_pred_original_sample and timestep_b"
+    ):
+        tabulate(pipe.scheduler, 4)

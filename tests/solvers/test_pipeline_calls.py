@@ -4,12 +4,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MochiPipeline,
+    StableDiffusion3Pipeline,
+)
 
 from solvers import TableScheduler, sample, tabulate
 from tests.analytic import two_point_denoiser
 from tests.solvers.test_scheduler import PROMPTS, VP, artifact, flow_solver, pipeline_table, solver
-from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline
+from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline, tiny_unet
 
 
 def test_a_mu_that_the_scheduler_ignores_is_ignored(tmp_path):
@@ -64,3 +70,20 @@ def test_guidance_other_than_the_table_s_is_refused_at_the_call(kind, tmp_path):
         pipe(**call_arguments(kind, PROMPTS, 7.5, 4))
     pipe.scheduler = TableScheduler.from_solver(path, allow_mismatch=["shift", "guidance scale"])
     assert pipe(**call_arguments(kind, PROMPTS, 7.5, 4)).images is not None
+
+
+def test_arguments_of_other_schedulers():
+    """DDIMPipeline passes eta to `step` and LCM's pipelines original_inference_steps, whichever scheduler they have."""
+    pipe = DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
+    generators = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(3)]
+    expected = pipe(**arguments, generator=generators[0]).images
+    table = tabulate(pipe.scheduler, 4)
+    pipe.scheduler = TableScheduler.for_pipeline(table, pipe, allow_mismatch="noise schedule")
+    assert abs(pipe(**arguments, generator=generators[1]).images - expected).max() < 1e-5
+    with pytest.raises(ValueError, match=r"eta is 0\.5: this solver's noises stand in its table"):
+        pipe(**arguments, eta=0.5, generator=generators[2])
+    pipe.scheduler.set_timesteps(4, original_inference_steps=None)
+    with pytest.raises(ValueError, match="original_inference_steps is 50: this solver has its own steps"):
+        pipe.scheduler.set_timesteps(4, original_inference_steps=50)
