@@ -28,6 +28,7 @@ from solvers import identity
 from solvers.artifact import load_folder, load_solver
 from solvers.errors import SolverError
 from solvers.identity import DenoiserIdentity, lifted_checks
+from solvers.online import hub
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import STEP_CHECKS, pipeline_guidance
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
@@ -114,6 +115,15 @@ class TableScheduler(StandaloneScheduler):
         scheduler.check_pipeline(pipe, guidance_scale, allow_mismatch=lifted)
         scheduler._keep(_config(original))
         return scheduler
+
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
+        """As diffusers' schedulers do; `solvers.push_to_hub` uploads artifacts with figures and pictures.
+
+        Raises:
+            SolverError: a Hub that cannot be reached.
+        """
+        with hub(options.get("token")):
+            return super().push_to_hub(repo_id, commit_message, **options)
 
     def _keep(self, original: dict[str, Any]) -> None:
         """Take over a scheduler's config but what is told here already; its defaults stay defaults."""
