@@ -117,12 +117,14 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
-        """The schedule a diffusers scheduler (or its config) describes.
+        """The schedule a diffusers scheduler (or its config) describes; of a TableScheduler that of its tables.
 
         Raises:
             ValueError: a beta schedule this class does not know, or parameters out of range.
         """
         config = dict(getattr(scheduler, "config", scheduler))
+        if "tables" in config and config["schedule"] is not None:
+            return cls.from_dict(config["schedule"])
         name = str(config.get("_class_name") or type(scheduler).__name__)
         steps = int(config.get("num_train_timesteps", 1000))
         if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):

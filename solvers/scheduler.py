@@ -160,7 +160,7 @@ class TableScheduler(StandaloneScheduler):
         if self.config["schedule"] is None:
             unknown = ["its schedule is not known: load it from an artifact, or pass schedule= to from_solver"]
             return [] if "noise schedule" in lifted else unknown
-        schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), _schedule_of(original)
+        schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), NoiseSchedule.from_scheduler(original)
         if _config(original).get("use_dynamic_shifting"):  # set_timesteps compares the shift with the mu of each call
             found = replace(found, parameters=found.parameters | {"shift": schedule.parameters.get("shift")})
         scales = [scale for scale in (self.config["guidance_scale"], guidance_scale) if scale is not None] or [1.0]
@@ -249,12 +249,6 @@ def _inapplicable(original: Any, pipeline_class: type | None) -> list[str]:
 
 def _config(scheduler: Any) -> dict[str, Any]:
     return dict(getattr(scheduler, "config", scheduler))
-
-
-def _schedule_of(scheduler: Any) -> NoiseSchedule:
-    config = _config(scheduler)
-    known = config.get("schedule") if "tables" in config else None
-    return NoiseSchedule.from_scheduler(scheduler) if known is None else NoiseSchedule.from_dict(known)
 
 
 def _mentions(pipeline_class: type | None, name: str) -> bool:
