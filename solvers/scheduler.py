@@ -221,7 +221,7 @@ def _num_train_timesteps(schedule: dict[str, Any] | None) -> int:
         return 1000
     parameters = schedule["parameters"]
     steps = parameters.get("num_train_timesteps") or len(parameters.get("trained_betas", ()))
-    return int(steps or parameters["timestep_scale"])
+    return int(steps or parameters.get("timestep_scale", 1000))
 
 
 def _parts(pipe: Any) -> tuple[Any, type | None]:
