@@ -298,7 +298,7 @@ class TwoDraws(diffusers.DDPMScheduler):
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
         (lambda: diffusers.IPNDMScheduler(), "solvers.ipndm builds iPNDM"),
         (lambda: diffusers.SCMScheduler(), "prediction type 'trigflow'"),
-        (lambda: diffusers.CogVideoXDPMScheduler(clip_sample=False), "has to tell CogVideoXDPMScheduler its old_pred_original_sample"),
+        (lambda: diffusers.CogVideoXDPMScheduler(clip_sample=False), "has to tell CogVideoXDPMScheduler its old"),
         (lambda: diffusers.UniPCMultistepScheduler(solver_type="bh1"), "not finite with these settings"),
         (lambda: TwoDraws(clip_sample=False), "draws more than one noise"),
         (lambda: torch.nn.Identity(), "Identity is no diffusers scheduler"),
