@@ -40,6 +40,11 @@ class StoredTrajectories:
     def __getitem__(self, part: slice) -> Trajectories:
         return gather(self.places[part], lambda place: place[0], self._read).to(self.device)
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One per sample."""
+        return tuple(self.caches[cache].seeds[number] for cache, number in self.places)
+
     def choose(self, indices: Sequence[int]) -> "StoredTrajectories":
         """Some of them, in any order."""
         return replace(self, places=[self.places[index] for index in indices])

@@ -115,10 +115,10 @@ class TeacherData(SharedData):
         """The first samples that are learned from, in memory."""
         return self.source.batch(range(self.source.num_fitted)[:limit], ())[:]
 
-    def held_out(self) -> Trajectories:
-        """The samples held out, in memory."""
+    def held_out(self) -> Batch:
+        """The samples held out; whole trajectories are in memory when a part of them is asked for."""
         first = self.source.num_fitted
-        return self.source.batch(range(first, first + self.source.num_held), ())[:]
+        return self.source.batch(range(first, first + self.source.num_held), ())
 
     def seed_ranges(self) -> list[Sequence[int]]:
         """Half-open ranges of all seeds used so far: those of the folders, then those drawn."""

@@ -141,12 +141,12 @@ def _strip(entry: Entry, names: Mapping[str, str]) -> dict[str, Any]:
         "label": label(row, names),
         "evaluations": row["nfe"],
         "rmse": "" if row["is_reference"] else f"{row['rmse']:.3g}",
-        "picture": _png(images),
+        "picture": png_address(images),
         "count": len(images),
     }
 
 
-def _png(images: Tensor) -> str:
+def png_address(images: Tensor) -> str:
     """A data address of the images in one row; the browser enlarges them."""
     content = io.BytesIO()
     Image.fromarray(image_grid(images, len(images), scale=1)).save(content, "png")

@@ -13,17 +13,38 @@ from solvers import SolverTable
 from solvers.calls import CONDITIONAL
 from solvers.files import atomic_write
 
+FRAMES = 4  # of a video that are shown
+LONGEST, LOWEST = 256, 8  # pixels of a table
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(n, channels, height, width) in [-1, 1] -> (n, height, width, 3) bytes; values outside are cut off.
+    """Samples of any shape as pictures (n, height, width, 3) of bytes; values outside [-1, 1] are cut off.
 
-    One channel becomes grey; of latents with four or more channels the first three are shown; packed latents (n,
-    tokens, channels) are shown as a grey table.
+    One channel becomes grey; of four or more (latents) the first three are shown. Of a video (n, channels, frames,
+    height, width) a few frames stand side by side; packed latents (n, tokens, channels), sound (n, channels, samples)
+    and vectors (n, length) are grey tables, long ones averaged to fit.
     """
-    images = images.detach().float().cpu()
-    images = images.unsqueeze(1) if images.ndim == 3 else images
-    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
-    return rearrange(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
+    pixels = _as_planes(images.detach().float().cpu())
+    pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else _three(pixels)
+    return rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
+
+
+def _as_planes(samples: Tensor) -> Tensor:
+    """(n, channels, height, width) of samples of any shape."""
+    if samples.ndim == 5:
+        chosen = torch.linspace(0, samples.shape[2] - 1, min(FRAMES, samples.shape[2])).round().long()
+        return rearrange(samples[:, :, chosen], "n c f h w -> n c h (f w)")
+    if samples.ndim == 4:
+        return samples
+    table = samples.reshape(len(samples), 1, *([1] * (samples.ndim < 3)), *samples.shape[1:])
+    height, width = (min(length, LONGEST) for length in table.shape[-2:])
+    table = torch.nn.functional.adaptive_avg_pool2d(table, (height, width))
+    return table.repeat_interleave(-(-LOWEST // height), dim=2)
+
+
+def _three(pixels: Tensor) -> Tensor:
+    """Three channels; of two the second stands for the third, too."""
+    return pixels[:, [0, 1, 1]] if pixels.shape[1] == 2 else pixels[:, :3]
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 2) -> np.ndarray:

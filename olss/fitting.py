@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.shards import Trajectories, seed_ranges
+from data.sources import Batch
 from denoisers import Counted, Evaluations, calls_per_row, unguided
 from olss.columns import Columns
 from olss.fit import Factor
@@ -242,10 +243,11 @@ class Solvers(Fitting):
         """The denoiser, counted for one budget."""
         return Counted(self.denoiser, self.spent[calls])
 
-    def _held(self) -> tuple[Trajectories, Trajectories]:
-        """The trajectories held out that choose, and those that report."""
+    def _held(self) -> tuple[Batch, Batch]:
+        """The trajectories held out that choose, and those that report; in memory when a part is asked for."""
         held = self.run.data.held_out().to(self.run.device)
-        return held[: len(held) // 2], held[len(held) // 2 :]
+        numbers = range(len(held))
+        return held.choose(numbers[: len(held) // 2]), held.choose(numbers[len(held) // 2 :])
 
     def _kept(self, calls: int) -> Fit:
         return self.fits[calls, self.kept[calls]]
@@ -284,7 +286,7 @@ class Solvers(Fitting):
             f"{found['rmse']:.4f}, median {found['median']:.4f}, worst {found['worst']:.4f}"
         )
 
-    def _errors(self, calls: int, fit: Fit, held: Trajectories) -> Tensor:
+    def _errors(self, calls: int, fit: Fit, held: Batch) -> Tensor:
         """Mean squared difference of each image to the teacher's, (held,), by the shared sampler; processes share."""
         table, found = fit.table(self.teacher), torch.zeros(len(held), dtype=torch.float64)
         for first in range(self.run.rank * 32, len(held), self.run.world_size * 32):

@@ -12,7 +12,8 @@ LAYERS = [
     ["parataa", "data", "evaluation"],
     ["training"],
     ["base", "olss", "slam", "solver_search", "timestep_tuner"],
-    ["train", "sample", "demo"],
+    ["learn"],
+    ["train", "sample"],
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 METHODS = set(LAYERS[4])
@@ -31,7 +32,7 @@ def imported(path: Path) -> set[str]:
 
 def files(package: str) -> list[Path]:
     single = ROOT / f"{package}.py"
-    return [single] if single.exists() else sorted((ROOT / package).rglob("*.py"))
+    return [*[single] * single.exists(), *sorted((ROOT / package).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("package", LEVEL)
