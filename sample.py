@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from evaluation.args import CompareArgs
 from training.arguments import OneLineErrors, guarded
+from training.signals import stop
 
 LISTS = ("--solvers", "--labels", "--metrics")  # values follow with spaces between them
 
@@ -142,6 +143,7 @@ def export(
     print(f"written: {export_solver(solver, to, output)}")
 
 
+KEPT = {"compare": "what was sampled stays; run the same command again to go on"}  # by a signal
 COMMANDS = {"generate": generate, "compare": compare, "inspect": inspect, "export": export}
 
 
@@ -292,7 +294,12 @@ def main(args: Sequence[str] | None = None) -> None:
             part.add_function_arguments(command, as_group=False, as_positional=command in (inspect, export))
         subcommands.add_subcommand(name, part, help=summary)
     values = parser.parse_args(_lists_joined(sys.argv[1:] if args is None else args))
-    guarded(COMMANDS[values.command], **values[values.command].as_dict())
+    guarded(_run, values.command, values[values.command].as_dict())
+
+
+def _run(name: str, options: dict[str, Any]) -> None:
+    stop.kept = lambda: KEPT.get(name, "nothing was written")
+    COMMANDS[name](**options)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from training.arguments import fail
+from training.arguments import fail, guarded
 
 SUBCOMMANDS = {
     "fit": "train a network, or learn a solver, and write what it leaves behind",
@@ -26,6 +26,10 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if not given[0].startswith("-") and given[0] not in SUBCOMMANDS:
         fail(f"unknown subcommand {given[0]!r}: use one of {', '.join(SUBCOMMANDS)} (see --help)")
+    guarded(_run, args)
+
+
+def _run(args: Sequence[str] | None) -> None:
     from training.cli import run
 
     run(args)

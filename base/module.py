@@ -98,7 +98,7 @@ class BaseModel(NetworkModule):
             return (position * (schedule.t_max + 1)).floor()
         if self.time_sampling == "logit_normal":
             position = torch.special.ndtri(position.clamp(1e-6, 1 - 1e-6)).sigmoid()
-        return position * schedule.t_max
+        return schedule.t_min + position * (schedule.t_max - schedule.t_min)
 
     @property
     def trained(self) -> nn.Module:

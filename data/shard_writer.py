@@ -99,11 +99,16 @@ class ShardWriter(ABC):
             self._pool = None
         self._finish()
 
+    def abandon(self) -> None:
+        """Wait for the last shard, and leave the rest to another run."""
+        if self._pool:
+            self._pool.shutdown()
+
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        (self.abandon if kind else self.close)()
 
     def free_bytes(self) -> int:
         """What the disk has left."""

@@ -106,6 +106,13 @@ class StoreTrajectories(lightning.Callback):
         """Wait for the last shard and complete the manifest."""
         pl_module.writer.close()
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: TeacherTrajectories, exception: BaseException
+    ) -> None:
+        """Wait for the last shard."""
+        if hasattr(pl_module, "writer"):
+            pl_module.writer.abandon()
+
 
 class TrajectoryShards(lightning.LightningDataModule):
     """The shards each process has to make.

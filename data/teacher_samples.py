@@ -123,6 +123,8 @@ class SampleWriter(SeedShards):
     def close(self) -> None:
         """Nothing is left to do: every shard is written at once."""
 
+    abandon = close
+
 
 def _png(image: Tensor) -> bytes:
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()

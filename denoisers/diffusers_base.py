@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from denoisers.decoding import decode
 from solvers.calls import drop_learned_variance
 from solvers.conditions import map_condition
 from solvers.identity import weight_hash
@@ -94,6 +95,7 @@ class DiffusersDenoiser(nn.Module):
     """
 
     network: Any
+    upcasts_decoder = False  # whether its pipeline does
     default_size: int | None = None
     image_tokens: int | None = None
     source: "Source | None" = None
@@ -137,13 +139,9 @@ class DiffusersDenoiser(nn.Module):
         """Give the denoiser `decode(states) -> images`; the autoencoder is no part of its weights."""
         self.__dict__["decode"] = partial(self._decode, autoencoder.eval().requires_grad_(False))
 
-    @torch.no_grad()
     def _decode(self, autoencoder: nn.Module, states: Tensor) -> Tensor:
-        """(batch, *sample_shape) -> (batch, 3, height, width) in [-1, 1], one image at a time for memory."""
-        config, latents = autoencoder.config, self.latents(states).to(autoencoder.device, autoencoder.dtype)
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        images = [autoencoder.decode(one, return_dict=False)[0] for one in latents.split(1)]
-        return torch.cat(images).to(states.device, states.dtype)
+        """(batch, *sample_shape) -> (batch, 3, height, width) in [-1, 1]."""
+        return decode(autoencoder, self.latents(states), self.upcasts_decoder)
 
     def latents(self, states: Tensor) -> Tensor:
         """States as (batch, channels, height, width)."""

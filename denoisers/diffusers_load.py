@@ -30,6 +30,7 @@ def load_diffusers(
     variant: str | None = None,
     encode: dict[str, Any] | None = None,
     decoder: bool = False,
+    tiling: bool = False,
     device: str | torch.device = "cpu",
 ) -> DiffusersDenoiser:
     """Load the network and schedule of a diffusers folder; text encoders do not stay in memory.
@@ -46,6 +47,7 @@ def load_diffusers(
         variant: of the weight files, such as fp16.
         encode: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
         decoder: also load the autoencoder, for `denoiser.decode(states) -> images`.
+        tiling: decode large images tile by tile, with little memory and faint seams.
         device: where prompts are encoded and images decoded; the network stays on the CPU.
     Raises:
         ValueError: an unknown family or dtype, missing files, or a hub name that cannot be reached.
@@ -58,7 +60,8 @@ def load_diffusers(
     scheduler = read_config(DDIMScheduler, root, "scheduler")
     name = Path(str(path)).name
     denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
-    options: dict[str, Any] = {"height": height, "width": width, "dtype": dtype, "encode": encode, "decoder": decoder}
+    options: dict[str, Any] = {"height": height, "width": width, "dtype": dtype, "encode": encode}
+    options |= {"decoder": decoder, "tiling": tiling}
     if prompts is not None:
         prompts = read_prompts(prompts)
         options |= {"prompts": prompts, "negative_prompt": negative_prompt}
@@ -67,7 +70,10 @@ def load_diffusers(
         denoiser.conditions = condition_to(conditions, "cpu")
     denoiser.source = Source(root, variant, {key: value for key, value in options.items() if value})
     if decoder:
-        denoiser.set_decoder(AutoencoderKL.from_pretrained(root, subfolder="vae", **weights).to(device))
+        autoencoder = AutoencoderKL.from_pretrained(root, subfolder="vae", **weights).to(device)
+        if tiling:
+            autoencoder.enable_tiling()
+        denoiser.set_decoder(autoencoder)
     return denoiser
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
+from denoisers.decoding import to_latents
 from denoisers.diffusers_base import Size, Source
 from denoisers.diffusers_load import locate, read_config, text_pipeline
 from denoisers.diffusers_models import vae_scale
@@ -56,9 +57,8 @@ class Encoders(nn.Module):
 
         The mean of the autoencoder's distribution, shifted and scaled as its network takes it.
         """
-        config = self.parts["vae"].config
-        mean = self.parts["vae"].encode(images).latent_dist.mode()
-        return (mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        autoencoder = self.parts["vae"]
+        return to_latents(autoencoder.encode(images).latent_dist.mode(), autoencoder.config)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition of prompts, in the names of the network's arguments, without the null prompt."""

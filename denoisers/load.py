@@ -23,6 +23,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("height", "width", "num_heads", "input_size", "batch_size"), (int,)),
     **dict.fromkeys(("encode", "call"), (dict,)),
     "decoder": (bool,),
+    "tiling": (bool,),
     "prompts": (str, list),
 }
 _CPU = torch.device("cpu")

@@ -33,6 +33,11 @@ class PromptUNet(PromptDenoiser):
         return widths
 
     @property
+    def upcasts_decoder(self) -> bool:  # type: ignore[override]
+        """The pipeline of XL does."""
+        return self.network.config.addition_embed_type == "text_time"
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """Blocks of the U-Net, from the input to the output."""
         return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]

@@ -40,9 +40,12 @@ def teacher_points(schedule: NoiseSchedule, num_points: int = 50) -> Points:
     start before, the first at 0.
 
     Raises:
-        ValueError: num_points outside 1 to the number of timesteps; epsilon outputs at a start without data.
+        ValueError: num_points outside 1 to the number of timesteps; epsilon outputs at a start without data; EDM, whose
+            consistency function is another.
     Source: arXiv 2404.13903, section 4; the timesteps are those of arXiv 2310.04378.
     """
+    if schedule.kind == "edm":
+        raise ValueError("SLAM has no lines for EDM schedules: distil a VP or flow model")
     most = int(schedule.t_max) + 1 if schedule.kind == "discrete_vp" else 1000
     if not 1 <= num_points <= most:
         raise ValueError(f"teacher_points is {num_points}: this schedule has room for 1 to {most}")

@@ -31,8 +31,8 @@ class PaperParameters:
     theta = 0 is Euler (flow) or DDIM (VP) with even steps. Any prediction type: v and d are written in outputs.
 
     Args:
-        schedule: the denoiser's; time is the timestep over `timestep_scale` (flow, continuous VP) or over the number
-            of training timesteps (discrete VP).
+        schedule: the denoiser's; `NoiseSchedule.at_time` says what a time is: the timestep over `timestep_scale` (flow,
+            continuous VP) or over the number of training timesteps (discrete VP).
         nfe: network evaluations N.
         start, end: first and last time; default 1 and 0 (flow), 0.999 and 0.001 (VP).
         finish: `data`: the last state is the image, (alpha, sigma) = (1, 0); `end`: it is the node of `end`, as in
@@ -146,7 +146,7 @@ class PaperParameters:
         start, end = self._times
         passed = torch.cat([torch.zeros(1, dtype=torch.float64), steps.softmax(0).cumsum(0)[:-1]])
         time = torch.cat([start + (end - start) * passed, torch.tensor([end], dtype=torch.float64)])
-        timesteps = (time * _timestep_scale(self.schedule)).clamp(self.schedule.t_min, self.schedule.t_max)
+        timesteps = self.schedule.at_time(time)
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         if self.finish == "data":
             alpha = torch.cat([alpha[:-1], torch.ones(1, dtype=torch.float64)])
@@ -263,8 +263,3 @@ class FreeParameters:
 def _add(start: Tensor, mask: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     change = torch.zeros_like(start).index_put(mask.nonzero(as_tuple=True), values * scale[mask])
     return start + change
-
-
-def _timestep_scale(schedule: NoiseSchedule) -> float:
-    """Timesteps per unit of time."""
-    return schedule.t_max + 1 if schedule.kind == "discrete_vp" else schedule.t_max

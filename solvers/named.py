@@ -16,6 +16,7 @@ from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 
 _SPACED = re.compile(r"(\w+)(?:@(\w+))?:(\d+)")
+_IPNDM_SPACINGS = {"edm": ("karras", "exponential")}
 _ROUNDED = 0.02  # timesteps that published noise levels, of five digits, are off whole ones
 _LISTED = re.compile(r"(\w+)@(sigma)?\[([^\[\]]*)\]")
 
@@ -23,11 +24,11 @@ _LISTED = re.compile(r"(\w+)@(sigma)?\[([^\[\]]*)\]")
 def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     """The table that a text stands for: `name:steps`, `name@spacing:steps`, or `name@[...]` with the steps themselves.
 
-    Trailing spacing unless stated, final alpha 1 where the scheduler has that choice, no clipping, and as many steps as
-    give at most `steps` network evaluations. Everything but `ipndm` is a tabulated diffusers scheduler, so its end
-    noise level and timestep rounding are those of diffusers (see `table.sigma[-1]`). `ddim` is DPM-Solver++ of order
-    1, which is the same step; diffusers' DDIMScheduler steps back by T // n whatever the spacing, and so leaves the
-    timesteps it tells the network unless n divides T and the spacing is trailing or leading.
+    Trailing spacing (EDM: karras) unless stated, final alpha 1 where the scheduler has that choice, no clipping, and as
+    many steps as give at most `steps` network evaluations. Everything but `ipndm` is a tabulated diffusers scheduler,
+    so its end noise level and timestep rounding are those of diffusers (see `table.sigma[-1]`). `ddim` is DPM-Solver++
+    of order 1, which is the same step; diffusers' DDIMScheduler steps back by T // n whatever the spacing, and so
+    leaves the timesteps it tells the network unless n divides T and the spacing is trailing or leading.
 
     A list is that of a distilled model, from the noise on and without the image: timesteps in the schedule's units,
     `euler@[1000,937.5,833.3,625]`, or noise levels, `euler@sigma[14.6,6.5,2.9,1.1]`: sigma / alpha, for a flow sigma;
@@ -93,6 +94,8 @@ def baseline_names(schedule: NoiseSchedule) -> list[str]:
         return [f"{name}@{spacing}" for name in names for spacing in ("linspace", "trailing")]
     if schedule.kind == "flow":
         return ["euler", "ipndm", "unipc", "dpmpp", "heun", "heun@linspace"]
+    if schedule.kind == "edm":
+        return ["euler", "dpmpp", "dpmpp3m", "ipndm"]
     return ["ipndm@linspace", "ipndm@trailing"]
 
 
@@ -100,10 +103,10 @@ def default_solver(schedule: NoiseSchedule, steps: int = 100) -> str:
     """The teacher, and the reference of comparisons, where none is named: DDIM, or what stands for it.
 
     Args:
-        schedule: Euler is the same step for a flow schedule; a continuous VP one has iPNDM alone.
+        schedule: Euler is the same step for a flow schedule and EDM; a continuous VP one has iPNDM alone.
         steps: of the solver.
     """
-    name = {"flow": "euler", "continuous_vp": "ipndm"}.get(schedule.kind, "ddim")
+    name = {"flow": "euler", "edm": "euler", "continuous_vp": "ipndm"}.get(schedule.kind, "ddim")
     return f"{name}:{steps}"
 
 
@@ -115,8 +118,11 @@ def _parsed(text: str, schedule: NoiseSchedule) -> tuple[str, str, int]:
             f"{text!r} is no solver: write name:steps, name@spacing:steps, name@[timesteps] or name@sigma[noise "
             f"levels] with a name of {known}"
         )
-    name, spacing, steps = _known(match[1], schedule), match[2] or "trailing", int(match[3])
-    allowed = ("trailing", "linspace") if name == "ipndm" else entries(schedule)[name].spacings
+    name, steps = _known(match[1], schedule), int(match[3])
+    allowed = _IPNDM_SPACINGS.get(schedule.kind, ("trailing", "linspace"))
+    if name != "ipndm":
+        allowed = entries(schedule)[name].spacings
+    spacing = match[2] or allowed[0]
     if spacing not in allowed:
         raise ValueError(f"{name} has no spacing {spacing!r}: use one of {', '.join(allowed)}")
     most = int(schedule.t_max) + 1 if schedule.kind == "discrete_vp" else 1000
@@ -174,8 +180,11 @@ def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> Tensor:
         if spacing == "linspace":
             return line(total - 1, 0, n + 1)[:-1].round()
         return (total - torch.arange(n, dtype=torch.float64) * (total / n)).round() - 1
+    if schedule.kind == "edm":
+        ends = schedule.at_time(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+        return schedule.at_time(line(1, 0, n)) if spacing == "karras" else line(*ends, n)
     sigma = line(1, 1e-3, n) if spacing == "linspace" else line(1, 1 / n, n)
     if schedule.kind == "flow":
         shift = schedule.parameters["shift"]
         sigma = stretched(shift * sigma / (1 + (shift - 1) * sigma), schedule.parameters.get("shift_terminal"))
-    return sigma * schedule.parameters["timestep_scale"]
+    return schedule.at_time(sigma)

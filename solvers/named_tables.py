@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.parameters import training_betas
+from solvers.prediction import velocity_scale
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
 from solvers.tabulate import tabulate
@@ -78,11 +79,17 @@ _FLOW = {
     "dpmpp": Named("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, ("trailing",)),
     "unipc": Named("UniPCMultistepScheduler", {"use_flow_sigmas": True}, ("trailing",)),
 }
+_EDM_SPACINGS = ("karras", "exponential")
+_EDM = {
+    "euler": Named("EDMEulerScheduler", spacings=_EDM_SPACINGS),
+    "dpmpp": Named("EDMDPMSolverMultistepScheduler", spacings=_EDM_SPACINGS),
+    "dpmpp3m": Named("EDMDPMSolverMultistepScheduler", {"solver_order": 3}, _EDM_SPACINGS),
+}
 
 
 def entries(schedule: NoiseSchedule) -> dict[str, Named]:
     """The named schedulers of a schedule."""
-    return {"discrete_vp": _VP, "flow": _FLOW}.get(schedule.kind, {})
+    return {"discrete_vp": _VP, "flow": _FLOW, "edm": _EDM}.get(schedule.kind, {})
 
 
 def spaced_table(entry: Named, schedule: NoiseSchedule, steps: int, spacing: str) -> SolverTable:
@@ -94,7 +101,7 @@ def spaced_table(entry: Named, schedule: NoiseSchedule, steps: int, spacing: str
     n = _num_steps(entry, schedule, steps, spacing)
     if n < 1:
         raise ValueError(f"too few steps: it needs at least {entry.fewest}")
-    build = _spaced_flow if schedule.kind == "flow" else _spaced_vp
+    build = {"flow": _spaced_flow, "edm": _spaced_edm}.get(schedule.kind, _spaced_vp)
     return build(entry, schedule, n, spacing)
 
 
@@ -104,19 +111,28 @@ def listed_table(entry: Named, schedule: NoiseSchedule, timesteps: Tensor) -> So
     Raises:
         ValueError: a scheduler that takes no list, or whose states would lie elsewhere (whole timesteps only).
     """
-    is_flow = schedule.kind == "flow"
-    scheduler = _flow_scheduler(entry, {}, 1.0) if is_flow else _vp_scheduler(entry, schedule, "trailing")
-    taken = inspect.signature(scheduler.set_timesteps).parameters
-    name, values = ("sigmas", timesteps / schedule.t_max) if is_flow else ("timesteps", timesteps)
-    if name not in taken:
+    scheduler, name, values = _list_taker(entry, schedule, timesteps)
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{entry.scheduler} takes no list of steps: use euler or ipndm")
-    table = tabulate(scheduler, None, set_timesteps={name: values.numpy()})
+    table = tabulate(scheduler, None, set_timesteps={name: values})
     found = schedule.timestep(table.alpha[:-1], table.sigma[:-1])
     off = (found[:, None] - timesteps).abs() / (schedule.t_max - schedule.t_min)
     if float(torch.cat([off.amin(0), off.amin(1)]).max()) > _OFF:
         at = ", ".join(f"{value:.2f}" for value in found.tolist())
         raise ValueError(f"{entry.scheduler} takes whole timesteps only and would be at {at}: use euler or ipndm")
     return replace(table, timesteps=timesteps[off.argmin(1)])
+
+
+def _list_taker(entry: Named, schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Any, str, Any]:
+    """A scheduler, and the name and value of the argument that puts its steps at `timesteps`."""
+    if schedule.kind == "flow":
+        return _flow_scheduler(entry, {}, 1.0), "sigmas", (timesteps / schedule.t_max).numpy()
+    if schedule.kind == "discrete_vp":
+        return _vp_scheduler(entry, schedule, "trailing"), "timesteps", timesteps.numpy()
+    scheduler = _edm_scheduler(entry, schedule, "karras")
+    low, high = (schedule.parameters[name] ** (1 / schedule.parameters["rho"]) for name in ("sigma_min", "sigma_max"))
+    place = ((4 * timesteps / schedule.parameters["rho"]).exp() - high) / (low - high)  # what it takes for sigmas
+    return scheduler, "sigmas", place
 
 
 def _num_steps(entry: Named, schedule: NoiseSchedule, steps: int, spacing: str) -> int:
@@ -169,6 +185,20 @@ def _flow_scheduler(entry: Named, terminal: dict[str, Any], shift: float) -> Any
     if entry.config.get("use_flow_sigmas"):
         return _scheduler(entry, entry.config | {"prediction_type": "flow_prediction", "flow_shift": shift} | terminal)
     return _scheduler(entry, {"shift": shift} | terminal)
+
+
+def _spaced_edm(entry: Named, schedule: NoiseSchedule, n: int, spacing: str) -> SolverTable:
+    return tabulate(_edm_scheduler(entry, schedule, spacing), n)
+
+
+def _edm_scheduler(entry: Named, schedule: NoiseSchedule, spacing: str) -> Any:
+    scale = velocity_scale(schedule.prediction_type)
+    if scale is None or abs(scale) != schedule.parameters["sigma_data"]:
+        raise ValueError(
+            f"it has prediction type {schedule.prediction_type!r}, and diffusers needs EDM's own: use ipndm"
+        )
+    own = {"prediction_type": "epsilon" if scale > 0 else "v_prediction", "sigma_schedule": spacing}
+    return _scheduler(entry, schedule.parameters | entry.config | own)
 
 
 def _scheduler(entry: Named, config: dict[str, Any]) -> Any:

@@ -13,12 +13,13 @@ _COMMON = {"rescale_betas_zero_snr", "snr_shift_scale"}
 _REQUIRED = {
     "continuous_vp": {"beta_min", "beta_max", "timestep_scale"},
     "flow": {"shift", "timestep_scale"},
+    "edm": {"sigma_min", "sigma_max", "sigma_data", "rho"},
     "trained_betas": {"trained_betas"},
     "linear": {"beta_schedule", "num_train_timesteps", "beta_start", "beta_end"},
     "scaled_linear": {"beta_schedule", "num_train_timesteps", "beta_start", "beta_end"},
     "squaredcos_cap_v2": {"beta_schedule", "num_train_timesteps"},
 }
-_OPTIONAL = {"flow": {"shift_terminal"}, "continuous_vp": set()}
+_OPTIONAL = {"flow": {"shift_terminal"}, "continuous_vp": set(), "edm": set()}
 
 
 def check_parameters(kind: str, parameters: Mapping[str, Any]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.parameters import check_parameters, training_betas
-from solvers.prediction import check_prediction_type
-
-KINDS = ("discrete_vp", "continuous_vp", "flow")
+from solvers.kinds import KINDS, Kind
+from solvers.parameters import check_parameters
+from solvers.prediction import check_prediction_type, edm_prediction, velocity_scale
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,12 @@ class NoiseSchedule:
     """How much data and noise a state holds at a timestep: x = alpha * data + sigma * noise.
 
     Timesteps are in the checkpoint's own units, may be fractional, and grow with the noise:
-    0 .. T-1 for a discrete VP schedule, 0 .. scale for the continuous ones (flow: timestep = scale * sigma).
+    0 .. T-1 for a discrete VP schedule, 0 .. scale for the continuous ones (flow: timestep = scale * sigma), and
+    log(sigma / alpha) / 4 for EDM.
 
     Args:
-        kind: `discrete_vp`, `continuous_vp` or `flow`; use the constructors `linear`, `scaled_linear`, `cosine`,
-            `from_betas`, `continuous_vp`, `flow` and `from_scheduler` rather than this one.
+        kind: `discrete_vp`, `continuous_vp`, `flow` or `edm`; use the constructors `linear`, `scaled_linear`,
+            `cosine`, `from_betas`, `continuous_vp`, `flow`, `edm` and `from_scheduler` rather than this one.
         prediction_type: what the network's output is, by diffusers' names.
         parameters: the numbers that define the schedule; JSON types only.
     Raises:
@@ -41,8 +41,12 @@ class NoiseSchedule:
             raise ValueError(f"unknown schedule kind {self.kind!r}: use one of {', '.join(KINDS)}")
         check_prediction_type(self.prediction_type)
         check_parameters(self.kind, self.parameters)
-        if self.kind == "discrete_vp":
-            _ = self._angles
+        scale = velocity_scale(self.prediction_type)
+        if scale is not None and self.prediction_type != "v_prediction":
+            data = self.parameters.get("sigma_data")
+            if abs(scale) != data:
+                raise ValueError(f"{self.prediction_type} is for EDM with sigma_data {abs(scale)}, found {data}")
+        _ = self._map
 
     @classmethod
     def linear(
@@ -116,18 +120,44 @@ class NoiseSchedule:
         return cls("flow", prediction_type, {"shift": shift, "timestep_scale": timestep_scale, **terminal})
 
     @classmethod
+    def edm(
+        cls,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+        prediction_type: str | None = None,
+    ) -> "NoiseSchedule":
+        """x = data + s noise, s in [sigma_min, sigma_max], with EDM's preconditioning (arXiv 2206.00364).
+
+        A state is what the network receives, c_in x, so that its node is (c_in, s c_in), c_in = 1 / sqrt(s^2 +
+        sigma_data^2); a timestep is c_noise = log(s) / 4; an output is the network's own F, in data = c_skip x +
+        c_out F (see `solvers.prediction.edm_prediction`). The image has the node (1, 0). `rho` belongs to the spacing
+        of steps alone.
+        """
+        numbers = {"sigma_min": sigma_min, "sigma_max": sigma_max, "sigma_data": sigma_data, "rho": rho}
+        parameters = {name: float(value) for name, value in numbers.items()}
+        return cls("edm", prediction_type or edm_prediction(sigma_data), parameters)
+
+    @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
-        """The schedule a diffusers scheduler (or its config) describes.
+        """The schedule a diffusers scheduler (or its config) describes; of a TableScheduler that of its tables.
 
         Raises:
             ValueError: a beta schedule this class does not know, or parameters out of range.
         """
         config = dict(getattr(scheduler, "config", scheduler))
+        if "tables" in config and config["schedule"] is not None:
+            return cls.from_dict(config["schedule"])
         name = str(config.get("_class_name") or type(scheduler).__name__)
         steps = int(config.get("num_train_timesteps", 1000))
         if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
             shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
             return cls.flow(shift, float(steps), shift_terminal=config.get("shift_terminal") or None)
+        if name.startswith("EDM"):
+            numbers = {name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho") if name in config}
+            sign = -1 if config.get("prediction_type") == "v_prediction" else 1
+            return cls.edm(**numbers, prediction_type=edm_prediction(sign * numbers.get("sigma_data", 0.5)))
         if config.get("trained_betas") is not None:
             parameters: dict[str, Any] = {"trained_betas": [float(beta) for beta in config["trained_betas"]]}
         else:
@@ -151,14 +181,12 @@ class NoiseSchedule:
     @property
     def t_min(self) -> float:
         """Smallest timestep the network was trained on."""
-        return 0.0
+        return self._map.t_min
 
     @property
     def t_max(self) -> float:
         """Largest timestep the network was trained on."""
-        if self.kind == "discrete_vp":
-            return float(len(self._angles) - 1)
-        return float(self.parameters["timestep_scale"])
+        return self._map.t_max
 
     def alpha_sigma(self, timestep: Tensor | float) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) in float64, of the shape of `timestep`, at timesteps inside [t_min, t_max].
@@ -173,32 +201,20 @@ class NoiseSchedule:
         if not bool(((timestep >= self.t_min) & (timestep <= self.t_max)).all()):
             found = timestep.detach().flatten().tolist()
             raise ValueError(f"timesteps {found} leave the schedule's range [{self.t_min}, {self.t_max}]")
-        if self.kind == "flow":
-            sigma = timestep / self.parameters["timestep_scale"]
-            return 1 - sigma, sigma
-        if self.kind == "continuous_vp":
-            log_alpha = self._log_alpha(timestep / self.parameters["timestep_scale"])
-            return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
-        angles = self._angles.to(timestep.device)
-        lower = timestep.detach().floor().clamp(max=len(angles) - 2).long()
-        angle = torch.lerp(angles[lower], angles[lower + 1], timestep - lower)
-        return angle.cos(), angle.sin()
+        return self._map.node(timestep)
 
     def timestep(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The timestep, float64, whose node has the ratio sigma / alpha; nodes beyond the ends get the ends."""
         alpha, sigma = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(sigma, dtype=torch.float64)
-        angle = torch.atan2(sigma, alpha)
-        if self.kind == "flow":
-            return self.parameters["timestep_scale"] * sigma / (alpha + sigma)
-        if self.kind == "continuous_vp":
-            low, high = self.parameters["beta_min"], self.parameters["beta_max"]
-            log_alpha = angle.cos().log()
-            time = -4 * log_alpha / (low + (low**2 - 4 * (high - low) * log_alpha).sqrt())
-            return self.parameters["timestep_scale"] * time.clamp(0, 1)
-        angles = self._angles
-        upper = torch.searchsorted(angles, angle.contiguous()).clamp(1, len(angles) - 1)
-        gap = angles[upper] - angles[upper - 1]
-        return (upper - 1 + (angle - angles[upper - 1]) / gap).clamp(0, len(angles) - 1)
+        return self._map.timestep(alpha, sigma)
+
+    def at_time(self, time: Tensor) -> Tensor:
+        """The timestep at a time in [0, 1], 1 being pure noise, of the shape of `time`.
+
+        Times that are evenly spaced are the kind's evenly spaced steps: in the timestep (without a flow's shift), of
+        EDM in (sigma / alpha)^(1 / rho).
+        """
+        return self._map.at_time(time)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; `from_dict` gives an equal schedule."""
@@ -214,14 +230,6 @@ class NoiseSchedule:
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _log_alpha(self, time: Tensor) -> Tensor:
-        low, high = self.parameters["beta_min"], self.parameters["beta_max"]
-        return -(high - low) * time**2 / 4 - low * time / 2
-
     @cached_property
-    def _angles(self) -> Tensor:
-        """atan2(sigma, alpha) at every training timestep, float64, strictly increasing."""
-        alpha = (1 - training_betas(self.parameters)).cumprod(0).sqrt()
-        if self.parameters.get("rescale_betas_zero_snr"):
-            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        return torch.atan2((1 - alpha**2).sqrt(), alpha)
+    def _map(self) -> Kind:
+        return KINDS[self.kind](self.parameters)

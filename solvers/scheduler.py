@@ -28,6 +28,7 @@ from solvers import identity
 from solvers.artifact import load_folder, load_solver
 from solvers.errors import SolverError
 from solvers.identity import DenoiserIdentity, lifted_checks
+from solvers.online import hub
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import STEP_CHECKS, pipeline_guidance
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
@@ -115,6 +116,15 @@ class TableScheduler(StandaloneScheduler):
         scheduler._keep(_config(original))
         return scheduler
 
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
+        """As diffusers' schedulers do; `solvers.push_to_hub` uploads artifacts with figures and pictures.
+
+        Raises:
+            SolverError: a Hub that cannot be reached.
+        """
+        with hub(options.get("token")):
+            return super().push_to_hub(repo_id, commit_message, **options)
+
     def _keep(self, original: dict[str, Any]) -> None:
         """Take over a scheduler's config but what is told here already; its defaults stay defaults."""
         own = inspect.signature(type(self).__init__).parameters
@@ -150,7 +160,7 @@ class TableScheduler(StandaloneScheduler):
         if self.config["schedule"] is None:
             unknown = ["its schedule is not known: load it from an artifact, or pass schedule= to from_solver"]
             return [] if "noise schedule" in lifted else unknown
-        schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), _schedule_of(original)
+        schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), NoiseSchedule.from_scheduler(original)
         if _config(original).get("use_dynamic_shifting"):  # set_timesteps compares the shift with the mu of each call
             found = replace(found, parameters=found.parameters | {"shift": schedule.parameters.get("shift")})
         scales = [scale for scale in (self.config["guidance_scale"], guidance_scale) if scale is not None] or [1.0]
@@ -211,7 +221,7 @@ def _num_train_timesteps(schedule: dict[str, Any] | None) -> int:
         return 1000
     parameters = schedule["parameters"]
     steps = parameters.get("num_train_timesteps") or len(parameters.get("trained_betas", ()))
-    return int(steps or parameters["timestep_scale"])
+    return int(steps or parameters.get("timestep_scale", 1000))
 
 
 def _parts(pipe: Any) -> tuple[Any, type | None]:
@@ -239,12 +249,6 @@ def _inapplicable(original: Any, pipeline_class: type | None) -> list[str]:
 
 def _config(scheduler: Any) -> dict[str, Any]:
     return dict(getattr(scheduler, "config", scheduler))
-
-
-def _schedule_of(scheduler: Any) -> NoiseSchedule:
-    config = _config(scheduler)
-    known = config.get("schedule") if "tables" in config else None
-    return NoiseSchedule.from_scheduler(scheduler) if known is None else NoiseSchedule.from_dict(known)
 
 
 def _mentions(pipeline_class: type | None, name: str) -> bool:

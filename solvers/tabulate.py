@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.prediction import PREDICTION_TYPES
+from solvers.prediction import PREDICTION_TYPES, edm_prediction
 from solvers.table import SolverTable
 from solvers.views import propagate
 
@@ -218,11 +218,8 @@ def _prediction_type(scheduler: Any) -> str:
         raise ValueError(
             f"{name} has prediction type {found!r}: a table needs one of {', '.join(PREDICTION_TYPES)}{hint}"
         )
-    if hasattr(scheduler, "precondition_outputs") and found == "epsilon":
-        raise ValueError(
-            f"{name} means minus the velocity by prediction type 'epsilon': set prediction_type='v_prediction' "
-            "and negate the network's output"
-        )
+    if hasattr(scheduler, "precondition_outputs"):  # EDM: its two types are one output with two signs
+        return edm_prediction(scheduler.config.sigma_data * (-1 if found == "v_prediction" else 1))
     return found
 
 
@@ -249,7 +246,7 @@ def _first_node(scheduler: Any) -> tuple[Tensor, Tensor]:
         sigma = torch.as_tensor(scheduler.sigmas).double().flatten()[0]
         if _is_flow(scheduler) or scheduler.config.get("use_flow_sigmas"):
             return 1 - sigma, sigma
-        ratio = sigma / scheduler.config.get("sigma_data", 1.0)  # EDM measures data in units of sigma_data
-        return torch.rsqrt(1 + ratio**2), ratio * torch.rsqrt(1 + ratio**2)
+        alpha = torch.rsqrt(scheduler.config.get("sigma_data", 1.0) ** 2 + sigma**2)
+        return alpha, sigma * alpha
     power = scheduler.alphas_cumprod[int(scheduler.timesteps[0])].double()
     return power.sqrt(), (1 - power).sqrt()

@@ -12,9 +12,9 @@ from solvers import SolverTable
 class Ratios:
     """The base table, told other timesteps; everything else of it stays.
 
-        tau[i] = clamp(ratio[i] * t[i], t_min, t_max)
+        tau[i] = clamp(t_min + ratio[i] * (t[i] - t_min), t_min, t_max)
 
-    Ratio 1 is the base table bit for bit. A timestep of 0 stays 0, whatever its ratio.
+    Ratio 1 is the base table (bit for bit where t_min is 0). A timestep of t_min stays there, whatever its ratio.
 
     Args:
         base: the solver to tune, N rows.
@@ -61,7 +61,8 @@ class Ratios:
         The value is clamped, the gradient is not, so that a ratio at its bound can come back.
         """
         original = self.base.timesteps.detach()
-        told = ratio * original[: self.size]
+        low = self.bounds[0]
+        told = low + ratio * (original[: self.size] - low)
         inside = told.detach().clamp(*self.bounds) + (told - told.detach())
         return torch.cat([inside, original[self.size :]])
 
@@ -71,8 +72,8 @@ class Ratios:
 
     def project(self, ratio: Tensor) -> Tensor:
         """`ratio` moved to where the clamp does nothing."""
-        original = self.base.timesteps.detach()[: self.size]
-        moves = original != 0
-        safe = torch.where(moves, original, 1.0)
-        low, high = (bound / safe for bound in self.bounds)
-        return torch.where(moves, ratio.clamp(torch.minimum(low, high), torch.maximum(low, high)), ratio)
+        low, high = self.bounds
+        span = self.base.timesteps.detach()[: self.size] - low
+        moves = span > 0
+        highest = (high - low) / torch.where(moves, span, 1.0)
+        return torch.where(moves, ratio.clamp_min(0.0).minimum(highest), ratio)

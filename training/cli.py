@@ -7,9 +7,11 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from training.arguments import OneLineErrors, guarded
+from training.arguments import OneLineErrors
 from training.run_id import forget_run
+from training.safe_points import SafePoints
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -34,7 +36,11 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             auto_configure_optimizers=False,
-            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs"},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "default_root_dir": "runs",
+                "callbacks": [SafePoints()],
+            },
         )
 
     def before_instantiate_classes(self) -> None:
@@ -54,12 +60,17 @@ class CLI(LightningCLI):
 
 
 def run(args: Sequence[str] | None = None) -> CLI:
-    """Run the command line; what a user can cause ends in one line and exit code 2.
+    """Run the command line.
 
     Args:
         args: the arguments; default: those of the process.
+    Raises:
+        ValueError: what a user can cause, in one line.
     """
-    return guarded(_cli, args)
+    try:
+        return CLI(args)
+    except (ValueError, MisconfigurationException) as error:
+        raise ValueError(concise(str(error))) from error
 
 
 def concise(message: str) -> str:
@@ -71,13 +82,6 @@ def concise(message: str) -> str:
     errors = [" ".join(error.split()) for error in re.split(r"(?m)^- ", dedent(listed.strip("\n"))) if error.strip()]
     causes = [error for error in errors if not error.startswith(("Expected a ", "Not a valid subclass"))]
     return head + (causes[0] if causes else f"{'; '.join(errors)}; found {value.partition('Given value:')[2].strip()}")
-
-
-def _cli(args: Sequence[str] | None) -> CLI:
-    try:
-        return CLI(args)
-    except ValueError as error:
-        raise ValueError(concise(str(error))) from error
 
 
 def _run_folders(logger: Any) -> Iterator[str]:

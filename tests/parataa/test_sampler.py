@@ -13,7 +13,8 @@ from tests.analytic import gaussian_denoiser
 from tests.parataa.problems import SHAPE, euler_table, mixing_denoiser, relative
 
 VP, FLOW = NoiseSchedule.linear(beta_end=0.01), NoiseSchedule.flow()  # alpha[0] = 0.08: rounding grows less
-NAMED = [(VP, name) for name in solver_names(VP)] + [(FLOW, name) for name in solver_names(FLOW)]
+EDM = NoiseSchedule.edm(sigma_max=10.0)
+NAMED = [(schedule, name) for schedule in (VP, FLOW, EDM) for name in solver_names(schedule)]
 IDS = [f"{schedule.kind}-{name}" for schedule, name in NAMED]
 SEEDS = [3, 1, 4]
 PRECISIONS = [(torch.float32, 1e-7, 1e-5), (torch.float64, 1e-12, 1e-10)]

@@ -28,7 +28,60 @@ def uploads(monkeypatch):
         "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)
     )
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
     return calls
+
+
+def test_figures_pictures_and_the_licence_of_the_base_are_in_the_card(tmp_path, uploads, monkeypatch):
+    def info(self, name):
+        return SimpleNamespace(card_data=SimpleNamespace(license={"me/base": "openrail++"}[name]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.md").write_text("# Comparison\n\n| solver | RMSE |\n|---|---:|\n| unipc:2 | 0.5 |\n")
+    save(tmp_path)
+    with pytest.raises(SolverError, match=r"report is no report of `sample.py compare` \(no comparison.png\)"):
+        push_to_hub(tmp_path, "me/solvers", report=report)
+    assert uploads == []
+    (report / "comparison.png").write_bytes(b"picture")
+    push_to_hub(tmp_path, "me/solvers", report=report, base_model="me/base")
+    assert uploads[0]["allow_patterns"] == ["README.md", "comparison.png", "olss-2.json"]
+    assert (tmp_path / "comparison.png").read_bytes() == b"picture"
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\nbase_model: me/base\nlicense: openrail++\ntags:\n")
+    assert "| unipc:2 | 0.5 |" in card
+    assert "](comparison.png)" in card
+    assert "# Comparison" not in card
+    push_to_hub(tmp_path, "me/solvers", license="mit")
+    assert "license: mit" in (tmp_path / "README.md").read_text()
+
+
+def test_a_hub_that_is_not_there_is_one_line(tmp_path, uploads, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(SolverError, match=r"^nothing was uploaded, there is no token: log in with `hf auth login`"):
+        push_to_hub(tmp_path, "me/solvers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SolverError, match=r"^nothing was uploaded, offline mode is on: unset HF_HUB_OFFLINE$"):
+        push_to_hub(tmp_path, "me/solvers", token="secret")
+    assert not (tmp_path / "README.md").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for error in (ConnectionError("no\nroute"), httpx_error("no\nroute")):
+
+        def refuse(self, repo_id, error=error, **_):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+        with pytest.raises(SolverError, match=r"^the Hub does not take it \(no route\): check connection"):
+            push_to_hub(tmp_path, "me/solvers", token="secret")
+
+
+def httpx_error(text):
+    from huggingface_hub.errors import HTTPError
+
+    return HTTPError(text)
 
 
 def test_artifacts_student_and_card_are_uploaded_and_nothing_else(tmp_path, uploads):

@@ -21,6 +21,7 @@ from tests.analytic import gaussian_denoiser, gaussian_solution
 
 VP = NoiseSchedule.linear()
 FLOW = NoiseSchedule.flow()
+EDM = NoiseSchedule.edm()
 
 # rows that a number of steps gives; everything else has as many rows as steps
 FEWER = {
@@ -31,7 +32,7 @@ TOO_FEW = {("pndm", 6): 13, ("pndm", 7): 13}
 ENDS_ABOVE_ZERO = {"deis", "sa", "tcd"}  # at the schedule's smallest noise level
 
 
-@pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
+@pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
 @pytest.mark.parametrize("steps", [6, 7, 16])
 def test_every_name_keeps_to_its_steps_and_ends_at_the_image(schedule, steps):
     for name in solver_names(schedule):
@@ -47,7 +48,9 @@ def test_every_name_keeps_to_its_steps_and_ends_at_the_image(schedule, steps):
         assert table.prediction_type == schedule.prediction_type
 
 
-@pytest.mark.parametrize("schedule", [VP, FLOW, NoiseSchedule.continuous_vp()], ids=["vp", "flow", "continuous"])
+@pytest.mark.parametrize(
+    "schedule", [VP, FLOW, NoiseSchedule.continuous_vp(), EDM], ids=["vp", "flow", "continuous", "edm"]
+)
 def test_baselines_are_names(schedule):
     names = baseline_names(schedule)
     assert len(set(names)) == len(names)
@@ -60,6 +63,7 @@ def test_baselines_are_names(schedule):
         (VP, "ddim:100"),
         (FLOW, "euler:100"),
         (NoiseSchedule.continuous_vp(), "ipndm:100"),
+        (EDM, "euler:100"),
     ],
     ids=lambda value: getattr(value, "kind", value),
 )
@@ -271,6 +275,7 @@ LISTS = [
     *[(name, VP, "[999,759,500,259]") for name in ("euler", "lcm", "tcd", "ddpm", "ddim", "dpmpp", "dpmpp3m", "heun")],
     ("ipndm", VP, "[999,749.5,500.25,1.5]"),
     *[(name, FLOW, "[1000,937.5,833.3,625]") for name in ("euler", "lcm", "unipc", "ipndm")],
+    *[(name, EDM, "[1.0955,0.5,0,-1.5]") for name in ("euler", "ipndm")],
 ]
 
 
@@ -323,6 +328,9 @@ def test_a_list_of_noise_levels_is_one_of_timesteps(levels, timesteps, schedule)
         ("euler@sigma[200,1]", VP, r"noise levels \[200.0, 1.0\] leave the schedule's range \[0.01, 157.4\]"),
         ("euler@[]", FLOW, "is no list of steps"),
         ("euler@[1,b]", FLOW, "is no list of steps"),
+        ("dpmpp@[1,0]", EDM, "takes no list of steps"),
+        ("euler@sigma[90,1]", EDM, r"leave the schedule's range \[0.002, 80\]"),
+        ("euler:4", NoiseSchedule.edm(prediction_type="sample"), "diffusers needs EDM's own: use ipndm"),
         ("magic@[1]", FLOW, "unknown solver 'magic'"),
     ],
 )

@@ -16,6 +16,7 @@ STEPS = 4000  # training steps, so that halved step sizes stay whole numbers of 
 BETAS = {"num_train_timesteps": STEPS, "beta_start": 0.1 / STEPS, "beta_end": 20 / STEPS}
 SCHEDULE = NoiseSchedule.linear(0.1 / STEPS, 20 / STEPS, STEPS)
 FLOW = NoiseSchedule.flow()
+EDM = NoiseSchedule.edm()
 MEAN, STD = 0.3, 0.6
 
 
@@ -58,6 +59,9 @@ ORDERS = {
     "flow euler": (flow("euler"), 1, 1, 0),
     "flow ipndm": (flow("ipndm"), 2, 1, 0),
     "flow dpmpp": (flow("dpmpp"), 2, 1, 0),
+    "edm euler": (lambda n: named_solver(f"euler:{n}", EDM), 1, 1, 0),
+    "edm dpmpp": (lambda n: named_solver(f"dpmpp:{n}", EDM), 2, 1, 0),
+    "edm ipndm": (lambda n: named_solver(f"ipndm:{n}", EDM), 2, 1, 0),
     "flow heun": (lambda n: named_solver(f"heun:{2 * n - 1}", FLOW), 2, 2, 0),
 }
 

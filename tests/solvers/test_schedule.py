@@ -20,6 +20,7 @@ SCHEDULES = {
     "continuous": NoiseSchedule.continuous_vp(),
     "flow": NoiseSchedule.flow(shift=3.0),
     "flow-unit": NoiseSchedule.flow(timestep_scale=1.0),
+    "edm": NoiseSchedule.edm(),
 }
 
 
@@ -175,7 +176,7 @@ def test_beyond_the_ends_is_the_end():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: NoiseSchedule("edm", "epsilon", {}), "unknown schedule kind 'edm': use one of discrete_vp"),
+        (lambda: NoiseSchedule("vesde", "epsilon", {}), "unknown schedule kind 'vesde': use one of discrete_vp"),
         (lambda: NoiseSchedule.linear(prediction_type="score"), "unknown prediction type 'score'"),
         (lambda: NoiseSchedule.from_betas([0.1, 1.5]), r"betas must be at least two numbers in \(0, 1\]"),
         (lambda: NoiseSchedule.from_betas([0.1]), "at least two numbers"),

@@ -533,6 +533,7 @@ def test_push_to_hub_uploads_the_config(monkeypatch):
 
     def upload(self, folder, repo_id, **options):
         uploaded[repo_id] = json.loads(Path(folder, "scheduler_config.json").read_text())
+        assert Path(folder, "solvers.py").is_file()
         return "done"
 
     monkeypatch.setattr(
@@ -542,7 +543,12 @@ def test_push_to_hub_uploads_the_config(monkeypatch):
     monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
     monkeypatch.setattr(TableScheduler, "_upload_folder", upload)
     table = solver(steps=4)
-    assert TableScheduler.from_solver(table).push_to_hub("me/solver") == "done"
+    scheduler = TableScheduler.from_solver(table)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SolverError, match="nothing was uploaded, offline mode is on"):
+        scheduler.push_to_hub("me/solver")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert scheduler.push_to_hub("me/solver", token="secret") == "done"
     assert uploaded["me/solver"]["tables"][0]["timesteps"] == table.timesteps.tolist()
 
 

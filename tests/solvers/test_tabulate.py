@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from solvers import SolverTable, sample, tabulate
+from solvers import NoiseSchedule, SolverTable, sample, tabulate
 
 EXACT, SINGLE = 1e-12, 3e-5  # the second where diffusers rounds samples or coefficients to float32
 DISCRETE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -78,8 +78,11 @@ CASES = {
         SINGLE,
     ),
     "dpm-single": ("DPMSolverSinglestep", {"lower_order_final": True}, 7, 7, SINGLE),
-    "edm-euler": ("EDMEuler", {"prediction_type": "v_prediction"}, 7, 7, SINGLE),
-    "edm-dpm": ("EDMDPMSolverMultistep", {"prediction_type": "v_prediction"}, 7, 7, SINGLE),
+    "edm-euler": ("EDMEuler", {}, 7, 7, SINGLE),
+    "edm-euler-v": ("EDMEuler", {"prediction_type": "v_prediction", "sigma_data": 0.8}, 7, 7, SINGLE),
+    "edm-euler-exponential": ("EDMEuler", {"sigma_schedule": "exponential", "sigma_data": 1.0}, 7, 7, SINGLE),
+    "edm-dpm": ("EDMDPMSolverMultistep", {}, 7, 7, SINGLE),
+    "edm-dpm-3-v": ("EDMDPMSolverMultistep", {"solver_order": 3, "prediction_type": "v_prediction"}, 7, 7, SINGLE),
     "unipc": ("UniPCMultistep", {}, 7, 7, SINGLE),
     "unipc-3-bh1": (
         "UniPCMultistep",
@@ -214,7 +217,11 @@ def test_nodes_of_flow_and_edm_schedulers():
     assert torch.allclose(flow.alpha + flow.sigma, torch.ones(6).double(), atol=1e-7)
     assert torch.allclose(flow.timesteps, 1000 * flow.sigma[:-1], atol=1e-3)
     edm = tabulate(make("edm-euler"), 5)
-    assert float(edm.alpha[-1]) == pytest.approx(0.5, abs=1e-6)  # data in units of sigma_data, the image in its own
+    alpha, sigma = NoiseSchedule.edm().alpha_sigma(edm.timesteps)
+    torch.testing.assert_close(edm.alpha, torch.cat([alpha, torch.ones(1).double()]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(edm.sigma, torch.cat([sigma, torch.zeros(1).double()]), rtol=1e-6, atol=1e-6)
+    assert edm.prediction_type == "edm:0.5"
+    assert tabulate(make("edm-euler-v"), 5).prediction_type == "edm:-0.8"
 
 
 def test_nodes_are_not_taken_from_the_timesteps():
@@ -291,8 +298,7 @@ class TwoDraws(diffusers.DDPMScheduler):
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
         (lambda: diffusers.IPNDMScheduler(), "solvers.ipndm builds iPNDM"),
         (lambda: diffusers.SCMScheduler(), "prediction type 'trigflow'"),
-        (lambda: diffusers.EDMEulerScheduler(), "set prediction_type='v_prediction'"),
-        (lambda: diffusers.CogVideoXDPMScheduler(clip_sample=False), "step cannot be tabulated"),
+        (lambda: diffusers.CogVideoXDPMScheduler(clip_sample=False), "has to tell CogVideoXDPMScheduler its old"),
         (lambda: diffusers.UniPCMultistepScheduler(solver_type="bh1"), "not finite with these settings"),
         (lambda: TwoDraws(clip_sample=False), "draws more than one noise"),
         (lambda: torch.nn.Identity(), "Identity is no diffusers scheduler"),
