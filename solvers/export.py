@@ -99,8 +99,6 @@ def _install(files: dict[str, str], pipeline: Path) -> None:
 
 
 def _comfyui(tables: list[SolverTable], output: Path) -> Path:
-    for table in tables:
-        table.require_plain("a ComfyUI sampler")
     solvers = {_name(table): comfyui_numbers(table) for table in tables}
     _write(output / "solvers.json", strict_json.dumps(solvers))
     _write(output / "__init__.py", (SOURCES / "comfyui_nodes.py").read_text(encoding="utf-8"))
@@ -164,7 +162,7 @@ def _schedule(table: SolverTable) -> NoiseSchedule:
 
 
 def _name(table: SolverTable) -> str:
-    return f"{table.info.get('method', 'table')}-{table.nfe}"
+    return f"{table.info.get('method', 'table')}-{table.num_rows}"
 
 
 def _summary(tables: list[SolverTable]) -> str:
@@ -213,7 +211,9 @@ _COMFYUI_README = """# A learned diffusion solver for ComfyUI
 
 Copy this folder to `ComfyUI/custom_nodes/{folder}` and restart. The node "Learned solver" (in
 sampling/custom_sampling/samplers) gives a SAMPLER and its SIGMAS: connect both to SamplerCustom or
-SamplerCustomAdvanced, with the cfg the solver was made for and a full denoise. ComfyUI rounds the timesteps of models
-with a discrete schedule to whole numbers; a solver whose timesteps are fractional then differs slightly from the
-original. Put no patch on the model's sampling (shift, rescaling) other than those the solver was made with.
+SamplerCustomAdvanced, with the cfg the solver was made for and a full denoise. A solver that makes its own
+unconditional calls has guidance inside: the node "Learned solver with guidance" (in sampling/custom_sampling/guiders)
+takes the model and both conditions and gives a GUIDER too, for SamplerCustomAdvanced. A model of another kind or noise
+schedule is refused. Under an inpaint mask the kept area ends as it was. ComfyUI rounds the timesteps of models with a
+discrete schedule to whole numbers; a solver whose timesteps are fractional then differs slightly from the original.
 """

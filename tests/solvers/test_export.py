@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +27,6 @@ from solvers import (
     start_noise,
     tabulate,
 )
-from solvers.prediction import per_sample, to_data
 from tests.analytic import two_point_denoiser
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
@@ -122,17 +118,10 @@ def test_numpy_file_makes_calls_and_weighs_bands(tmp_path, edges):
     assert np.abs(solver.sample(model, noise.numpy()) - wanted.numpy()).max() < 1e-12
 
 
-@pytest.mark.parametrize(("target", "kind"), [("diffusers", "calls"), ("comfyui", "calls"), ("comfyui", "bands")])
-def test_targets_that_see_one_output_a_row_refuse_more(tmp_path, target, kind):
-    table = learned_table("epsilon")
-    if kind == "calls":
-        table = table.guided(2.0)
-    else:
-        space = Bands((), 3)
-        weights = {name: space.embed(getattr(table, name)) for name in ("state_coef", "output_coef", "noise_coef")}
-        table = replace(table, space=space, **weights, state_support=None, output_support=None)
-    with pytest.raises(SolverError, match=r"cannot run this solver, which has (network calls of its own|weights per)"):
-        export_solver(artifact(tmp_path, table), target, tmp_path / "out")
+def test_a_scheduler_alone_runs_no_calls_of_the_solvers_own(tmp_path):
+    table = learned_table("epsilon").guided(2.0)
+    with pytest.raises(SolverError, match="cannot run this solver, which has network calls of its own"):
+        export_solver(artifact(tmp_path, table), "diffusers", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -143,78 +132,6 @@ def test_numpy_file_needs_nothing_but_numpy(tmp_path):
     assert imports == ["import numpy as np"]
     with pytest.raises(ValueError, match=r"pass step_noise of shape \(4, 2, 3\)"):
         load_module(path, "mine").sample(lambda x, t: x, np.zeros((2, 3)))
-
-
-class ComfyModel:
-    """ComfyUI's model: takes x at noise level sigma, returns the denoised image; wraps one denoiser."""
-
-    def __init__(self, denoiser, sigma_max: float) -> None:
-        self.denoiser, self.flow = denoiser, denoiser.schedule.kind == "flow"
-        self.inner_model = SimpleNamespace(
-            inner_model=SimpleNamespace(model_sampling=SimpleNamespace(sigma_max=sigma_max))
-        )
-        self.seen = []
-
-    def __call__(self, x, sigma, **extra_args):
-        assert sigma.shape == (len(x),)
-        self.seen.append(extra_args)
-        sigma = sigma.double()
-        alpha, sigma = (
-            (1 - sigma, sigma) if self.flow else (torch.rsqrt(1 + sigma**2), sigma * torch.rsqrt(1 + sigma**2))
-        )
-        state = x if self.flow else per_sample(alpha, x) * x
-        timestep = self.denoiser.schedule.timestep(alpha, sigma)
-        return to_data(self.denoiser.schedule.prediction_type, state, self.denoiser(state, timestep), alpha, sigma)
-
-
-@pytest.fixture
-def comfy(monkeypatch):
-    """ComfyUI's `comfy.samplers`, of which the node uses KSAMPLER alone."""
-    samplers = types.ModuleType("comfy.samplers")
-    samplers.KSAMPLER = lambda function, extra_options=None, inpaint_options=None: SimpleNamespace(function=function)
-    monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
-    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
-
-
-@pytest.mark.parametrize("at_maximum", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_comfyui_node_equals_sample(tmp_path, comfy, kind, at_maximum):
-    table = learned_table(kind, stochastic=kind != "sample", start_scale=0.9 if kind == "epsilon" else 1.0)
-    denoiser = two_point_denoiser(schedule_of(kind))
-    folder = export_solver(artifact(tmp_path, table), "comfyui", tmp_path / "learned")
-    module = load_module(folder / "__init__.py", "learned")
-    node = module.NODE_CLASS_MAPPINGS["LearnedSolver"]
-    assert node.INPUT_TYPES() == {"required": {"solver": (["olss-4"],)}}
-    assert node.RETURN_TYPES == ("SAMPLER", "SIGMAS")
-    sampler, sigmas = getattr(node(), node.FUNCTION)("olss-4")
-    first = float(sigmas[0])
-    ratio = table.sigma[0] / (table.alpha[0] + table.sigma[0] if kind == "flow_prediction" else table.alpha[0])
-    assert first == pytest.approx(float(ratio), rel=1e-6)
-    assert float(sigmas[-1]) == 0
-    model = ComfyModel(denoiser, sigma_max=first if at_maximum else 2 * first)
-    noise = start_noise([7, 8], (3, 4), torch.float64)
-    scale = (1 + first**2) ** 0.5 if at_maximum and kind != "flow_prediction" else first  # as ComfyUI scales noise
-    steps = []
-    extra_args = {"model_options": {}, "seed": 7}
-    found = sampler.function(model, noise * scale, sigmas, extra_args=extra_args, callback=steps.append, disable=True)
-    expected = sample(denoiser, table, noise, seeds=[7, 8])
-    assert (found - expected).abs().max() < 1e-6 * max(1, expected.abs().max())
-    assert [step["i"] for step in steps] == [0, 1, 2, 3]
-    assert {"x", "sigma", "sigma_hat", "denoised"} <= steps[0].keys()
-    assert model.seen == [extra_args] * 4
-    with pytest.raises(ValueError, match="connect the SIGMAS of the same node"):
-        sampler.function(model, noise, sigmas[1:])
-
-
-def test_comfyui_folder_holds_several_solvers_and_needs_nothing_else(tmp_path, comfy):
-    paths = [artifact(tmp_path, learned_table("epsilon", n), name=f"{n}.json") for n in (3, 5)]
-    folder = export_solver(paths, "comfyui", tmp_path / "learned")
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "__init__.py", "solvers.json"]
-    source = (folder / "__init__.py").read_text()
-    assert "solvers." not in source.replace("solvers.json", "")
-    module = load_module(folder / "__init__.py", "several")
-    assert list(module.SOLVERS) == ["olss-3", "olss-5"]
-    assert len(module.LearnedSolver().build("olss-5")[1]) == 6
 
 
 def test_what_comfyui_cannot_run_is_refused(tmp_path):
