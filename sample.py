@@ -62,7 +62,7 @@ def generate(
         trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
     """
     from denoisers import network_calls
-    from denoisers.generate import as_images
+    from denoisers.generate import as_images, check_finite
     from denoisers.generate import generate as run
     from evaluation.pictures import save_grid
 
@@ -76,6 +76,7 @@ def generate(
         begin = time.perf_counter()
         images = run(model, table, seeds, batch_size=batch_size, labels=labels, sampler=chosen, progress="sampling")
         seconds = time.perf_counter() - begin
+    check_finite(images, seeds)
     if _is_first_process():
         _write_samples(folder / "samples.npz", images)
         save_grid(as_images(model, images), folder / "grid.png")

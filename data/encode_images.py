@@ -109,7 +109,7 @@ class EncodeImages(lightning.LightningModule):
     def _shown(self, batches: Any, source: Path) -> Any:
         """The batches of a shard with a count of its pictures, below the trainer's bar of shards."""
         hidden = self.global_rank != 0 or self.trainer.progress_bar_callback is None
-        with tqdm(desc=source.name, unit=" pictures", position=1, leave=False, disable=hidden) as bar:
+        with tqdm(desc=source.name, unit=" pictures", position=1, leave=False, disable=hidden or None) as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch.keys))

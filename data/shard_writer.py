@@ -5,12 +5,13 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from data.manifest import MANIFEST_NAME, read_record
 from data.shards import check_shard, record_path
-from solvers.files import atomic_write
+from solvers.files import atomic_write, claimed
 
 
 class SeedShards:
@@ -29,7 +30,46 @@ class SeedShards:
         return self.seeds[shard * self.shard_size : (shard + 1) * self.shard_size]
 
 
-class ShardWriter(ABC):
+class FolderWriter(ABC):
+    """What writes shards to a folder, alone.
+
+    Args:
+        folder: created if missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._claim = ExitStack()
+
+    @property
+    @abstractmethod
+    def num_shards(self) -> int:
+        """Number of shards of all processes together."""
+
+    def path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.folder / f"shard-{shard:05d}.tar"
+
+    def claim(self) -> None:
+        """Keep other runs from the folder, until `self._claim` is closed.
+
+        Raises:
+            ValueError: another run writes to it.
+        """
+        self._claim.close()
+        self._claim.enter_context(claimed(self.folder))
+
+    def check_complete(self) -> None:
+        """Raise ValueError where shards are missing, after all processes have written theirs."""
+        missing = sum(not self.path(shard).exists() for shard in range(self.num_shards))
+        if missing:
+            raise ValueError(
+                f"{missing} of {self.num_shards} shards are missing in {self.folder}, because another process of this "
+                "run has ended: run the same command again, it makes only those"
+            )
+
+
+class ShardWriter(FolderWriter):
     """Writes shards in the background while the network works on the next one; use it as a context.
 
     Each shard is a .tar with a JSON record beside it, which comes first, so a shard that exists is complete. A subclass
@@ -42,24 +82,15 @@ class ShardWriter(ABC):
     again = "generate the trajectories again"  # what to do about a damaged shard
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self._pool: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
-
-    @property
-    @abstractmethod
-    def num_shards(self) -> int:
-        """Number of shards of all processes together."""
-
-    def path(self, shard: int) -> Path:
-        """File of a shard."""
-        return self.folder / f"shard-{shard:05d}.tar"
 
     @abstractmethod
     def manifest(self, shards: dict[str, Any]) -> dict[str, Any]:
         """The manifest, with the record of every shard by its name; none while shards are missing."""
 
-    def announce(self, rank: int, todo: Sequence[int]) -> None:  # noqa: B027 - optional
+    def announce(self, rank: int, todo: Sequence[int]) -> None:
         """Say what this process has to make, before anything is written."""
 
     @abstractmethod
@@ -70,8 +101,10 @@ class ShardWriter(ABC):
         """Check what is there, announce what will be written, and return this process's shards to make.
 
         Raises:
-            ValueError: a shard that exists is corrupt, or the disk is too small.
+            ValueError: a shard that exists is corrupt, the disk is too small, or another run writes to the folder.
         """
+        if rank == 0:
+            self.claim()
         mine = range(rank, self.num_shards, world_size)
         todo = [shard for shard in mine if not self._is_done(shard)]
         for shard in mine:
@@ -98,11 +131,13 @@ class ShardWriter(ABC):
             self._pool.shutdown()
             self._pool = None
         self._finish()
+        self._claim.close()
 
     def abandon(self) -> None:
         """Wait for the last shard, and leave the rest to another run."""
         if self._pool:
             self._pool.shutdown()
+        self._claim.close()
 
     def __enter__(self) -> Any:
         return self

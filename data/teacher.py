@@ -103,8 +103,10 @@ class StoreTrajectories(lightning.Callback):
             pl_module.writer.write(batch, trajectories)
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: TeacherTrajectories) -> None:
-        """Wait for the last shard and complete the manifest."""
+        """Wait for the last shard and complete the manifest; all processes must have made theirs."""
         pl_module.writer.close()
+        trainer.strategy.barrier("shards are written")
+        pl_module.writer.check_complete()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: TeacherTrajectories, exception: BaseException

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from data.image_shards import MANIFEST_NAME
 from data.manifest import describe_teacher, read_record
-from data.shard_writer import SeedShards
+from data.shard_writer import FolderWriter, SeedShards
 from data.shards import add_member, seed_ranges
 from data.teacher import TeacherTrajectories
 from data.trajectories import FIRST_SEED
 from denoisers import class_labels, condition_to
+from denoisers.generate import check_finite
 from solvers import sample, start_noise
 from solvers.files import atomic_write
 
@@ -75,7 +76,7 @@ class TeacherSamples(TeacherTrajectories):
         return [(samples, condition.tolist() if is_class else [0] * len(seeds))]
 
 
-class SampleWriter(SeedShards):
+class SampleWriter(SeedShards, FolderWriter):
     """Writes shards of samples, each whole or not at all, and `samples.json`, which says where they come from.
 
     Args:
@@ -93,7 +94,8 @@ class SampleWriter(SeedShards):
     ) -> None:
         if not seeds or shard_size < 1:
             raise ValueError(f"{len(seeds)} samples in shards of {shard_size}: both must be at least 1")
-        self.folder, self.seeds, self.shard_size = Path(folder), list(seeds), shard_size
+        super().__init__(folder)
+        self.seeds, self.shard_size = list(seeds), shard_size
         ranges = seed_ranges(self.seeds)
         record = {"solver": solver, "teacher": teacher, "seeds": ranges, "shard_size": shard_size}
         path = self.folder / MANIFEST_NAME
@@ -104,7 +106,9 @@ class SampleWriter(SeedShards):
             temporary.write_text(json.dumps(record) + "\n")
 
     def prepare(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """This process's shards that are still to be made."""
+        """This process's shards that are still to be made; ValueError where another run is at work in the folder."""
+        if rank == 0:
+            self.claim()
         return [shard for shard in range(rank, self.num_shards, world_size) if not self.path(shard).exists()]
 
     def path(self, shard: int) -> Path:
@@ -112,8 +116,13 @@ class SampleWriter(SeedShards):
         return self.folder / f"samples-{shard:05d}.tar"
 
     def write(self, shard: int, made: tuple[Tensor, list[int]]) -> None:
-        """Write a shard."""
+        """Write a shard.
+
+        Raises:
+            ValueError: a sample that is not finite.
+        """
         samples, labels = made
+        check_finite(samples, self.shard_seeds(shard))
         kind, encode = ("png", _png) if samples.shape[1] in (1, 3) else ("npy", _npy)
         with atomic_write(self.path(shard)) as temporary, tarfile.open(temporary, "w") as archive:
             for seed, value, label in zip(self.shard_seeds(shard), samples.float().cpu(), labels):
@@ -121,7 +130,8 @@ class SampleWriter(SeedShards):
                 add_member(archive, f"{seed:010d}.cls", str(label).encode())
 
     def close(self) -> None:
-        """Nothing is left to do: every shard is written at once."""
+        """Let others write to the folder: every shard was written at once."""
+        self._claim.close()
 
     abandon = close
 

@@ -67,7 +67,7 @@ def generate_trajectories(
     """
     writer = TrajectoryWriter(folder, describe_teacher(denoiser, table, dtype), seeds, shard_size)
     todo = writer.prepare(rank, world_size)
-    shards = tqdm(todo, desc="trajectories", unit="shard", disable=not progress)
+    shards = tqdm(todo, desc="trajectories", unit="shard", disable=not progress or None)
     with writer:
         for shard in shards:
             writer.write(shard, run_teacher(denoiser, table, writer.shard_seeds(shard), dtype, condition, device))

@@ -10,6 +10,7 @@ import torch
 from data.manifest import FORMAT_VERSION, check_same
 from data.shard_writer import SeedShards, ShardWriter
 from data.shards import Trajectories, seed_ranges, write_shard
+from denoisers.generate import check_finite
 
 
 class TrajectoryWriter(SeedShards, ShardWriter):
@@ -44,8 +45,14 @@ class TrajectoryWriter(SeedShards, ShardWriter):
         check_same(self.folder, self.manifest({}))
 
     def write(self, shard: int, value: Trajectories) -> None:
-        """Queue a shard, on the CPU; waits for the one before, so that at most two are in memory."""
-        super().write(shard, value.to("cpu"))
+        """Queue a shard, on the CPU; waits for the one before, so that at most two are in memory.
+
+        Raises:
+            ValueError: a trajectory that is not finite.
+        """
+        value = value.to("cpu")
+        check_finite(value.states, value.seeds)
+        super().write(shard, value)
 
     def store(self, shard: int, value: Trajectories) -> None:
         """Write a shard and its record."""

@@ -41,7 +41,7 @@ def generate(
     if not seeds:
         raise ValueError("no images to generate: num_samples is 0, give at least 1")
     batches = list(_batches(denoiser, seeds, labels, batch_size))
-    with tqdm(total=len(seeds) * table.num_rows, desc=progress, unit="row", disable=progress is None) as bar:
+    with tqdm(total=len(seeds) * table.num_rows, desc=progress, unit="row", disable=progress is None or None) as bar:
         images = []
         for batch, condition in batches:
             noise = start_noise(batch, denoiser.sample_shape).to(device_of(denoiser))
@@ -49,6 +49,23 @@ def generate(
                 step = lambda row, state: bar.update(len(state))  # noqa: E731
                 images.append(sampler(denoiser, table, noise, condition, seeds=batch, callback=step).float().cpu())
     return torch.cat(images)
+
+
+def check_finite(states: Tensor, seeds: Sequence[int]) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        states: (len(seeds), ...).
+        seeds: of the samples.
+    Raises:
+        ValueError: names the first sample that has one.
+    """
+    bad = (~torch.isfinite(states)).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(seeds)} samples hold NaN or infinity, the first has seed {seeds[bad[0]]}: nothing of "
+            "them was written; check the weights, or use a wider number format (float32, or bf16 for float16)"
+        )
 
 
 def as_images(denoiser: Any, states: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Comparison:
 
     def sample(self, rank: int = 0, world_size: int = 1) -> None:
         """Compute this process's missing blocks, the reference of a block before the solvers that need it."""
-        with tqdm(total=self._rows(rank, world_size), desc="comparing", unit="row", disable=rank > 0) as bar:
+        with tqdm(total=self._rows(rank, world_size), desc="comparing", unit="row", disable=rank > 0 or None) as bar:
             for group in self.groups:
                 reference = self._reference(group)
                 for block in self.blocks[rank::world_size]:
@@ -156,7 +156,8 @@ class Comparison:
     def entries(self) -> list[Entry]:
         """All rows, measured: per group the reference, then its contenders."""
         entries = []
-        bar = tqdm(total=sum(1 + len(group.contenders) for group in self.groups), desc="measuring", unit="solver")
+        total = sum(1 + len(group.contenders) for group in self.groups)
+        bar = tqdm(total=total, desc="measuring", unit="solver", disable=None)
         with bar:
             for group in self.groups:
                 target = self._read(group.reference)

@@ -92,7 +92,7 @@ def compute_statistics(
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"reference images are {images.dtype}: give uint8 pictures")
-    bar = tqdm(images.split(batch_size), desc="data statistics", unit="batch")
+    bar = tqdm(images.split(batch_size), desc="data statistics", unit="batch", disable=None)
     device = device_of(extractor)
     features = torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in bar])
     chosen = torch.linspace(0, len(features) - 1, min(SUBSET, len(features))).round().long()

@@ -74,7 +74,11 @@ def solve(
         prior: (basis, targets), what the penalty draws to; default zero.
     Returns:
         Solution; its error is without the penalty.
+    Raises:
+        ValueError: columns that are not finite.
     """
+    if not bool(torch.isfinite(factor.r).all()):
+        raise ValueError("trajectories or outputs of the network hold NaN or infinity: there is nothing to fit to them")
     rows = max(factor.num_rows, 1)
     scale = rows**-0.5
     matrix, wanted = (factor.r[:, list(columns)].cpu() * scale for columns in (basis, targets))

@@ -84,7 +84,7 @@ class PlanSearch:
         known = self._run(near, size, None) if near and todo else None
         found = torch.zeros(len(todo), dtype=torch.float64)
         mine = range(self.rank, len(todo), self.world_size)
-        for index in tqdm(mine, "plans of calls", disable=not self.progress or not todo, leave=False):
+        for index in tqdm(mine, "plans of calls", disable=not self.progress or not todo or None, leave=False):
             run = self._run(todo[index], size, known)
             found[index] = end_errors(self.chosen[:size], run.fit, run.parts[-1]).sqrt().mean()
         self.scored |= {(plan, size): score for plan, score in zip(todo, self.share(found).tolist())}

@@ -233,7 +233,11 @@ def lm_step(
         project: moves a theta inside its bounds.
         damping: relative to the diagonal of the matrix (Marquardt's scaling).
         tries: steps tried before theta is returned as it was.
+    Returns:
+        The step; where the equations are not finite none, and a loss that is not.
     """
+    if not bool(torch.isfinite(equations.matrix).all() and torch.isfinite(equations.gradient).all()):
+        return StepResult(theta, damping, float("nan"), False)
     diagonal = torch.diag(equations.matrix)
     scale = diagonal.clamp_min(float(diagonal.max()) * 1e-10)
     for _ in range(tries):

@@ -5,11 +5,14 @@ from collections.abc import Iterator, Sequence
 from textwrap import dedent
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from training.arguments import OneLineErrors
+from training.progress import progress
+from training.quiet import be_quiet
 from training.run_id import forget_run
 from training.safe_points import SafePoints
 
@@ -36,11 +39,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             auto_configure_optimizers=False,
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "default_root_dir": "runs",
-                "callbacks": [SafePoints()],
-            },
+            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs"},
         )
 
     def before_instantiate_classes(self) -> None:
@@ -49,6 +48,15 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and not config.get("ckpt_path"):
             for folder in _run_folders(config.trainer.get("logger")):
                 forget_run(folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With callbacks of our own: where it may be stopped, and what it shows."""
+        given = self.config_init[self.subcommand].trainer
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        has_bar = given.enable_progress_bar is False or any(isinstance(one, ProgressBar) for one in callbacks)
+        self.trainer_defaults["callbacks"] = [SafePoints(), *([] if has_bar else [progress()])]
+        be_quiet()
+        return super().instantiate_trainer(**kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

@@ -1,6 +1,7 @@
 """Where a trainer can be stopped without a loss: after a batch, its state saved."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from solvers.files import claimed
 from training.signals import GRACE, stop
 
 KEPT = {
@@ -22,12 +24,26 @@ class SafePoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """From here on there is something to save; the processes that Lightning starts are running."""
-        self._step, self._saved = trainer.global_step, ""
+        self._step, self._saved, self._claims = trainer.global_step, "", ExitStack()
         stop.grace = GRACE if stage in ("fit", "predict") else 0.0
         stop.kept = lambda: self._kept_of_fit(trainer) if stage == "fit" else KEPT[stage]
         started = getattr(trainer.strategy.launcher, "procs", [])
         stop.children = list(started)
         started.clear()  # Lightning's own observer would kill this process without a word
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep other runs from the folder of the checkpoints."""
+        callback = trainer.checkpoint_callback
+        if trainer.is_global_zero and isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            self._claims.enter_context(claimed(callback.dirpath))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Others may write to the folder."""
+        self._claims.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See `teardown`."""
+        self._claims.close()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning has set its handlers, which send messages to other processes in the middle of anything."""

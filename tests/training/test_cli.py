@@ -1,8 +1,10 @@
 """The training command line: configs, one-line errors, resume arguments, W&B run ids."""
 
 import ast
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,3 +179,20 @@ def test_run_id_is_kept_until_forgotten(tmp_path):
     assert Path(logger.save_dir) == tmp_path
     forget_run(tmp_path)
     assert run_id(tmp_path) != first
+
+
+def test_logs_hold_what_concerns_the_user(tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr("training.progress.EVERY", 0.0)
+    main(fit(tmp_path, "--trainer.enable_progress_bar", "true"))
+    shown = capsys.readouterr()
+    assert not re.search(r"Tip|TPU|LeafSpec|eval mode|max_epochs|Epoch|-2|\r", shown.out + shown.err)
+    assert re.search(r"^step 2 of 2, train/loss [\d.]+$", shown.err, re.MULTILINE)
+    assert not [str(one.message) for one in recwarn.list if "LeafSpec" in str(one.message)]
+
+
+def test_the_bar_counts_to_no_limit():
+    from training.progress import Bar
+
+    bar = Bar()
+    bar._trainer = SimpleNamespace(max_epochs=-1, sanity_checking=False)
+    assert bar._get_train_description(3).strip() == "Epoch 3"

@@ -1,5 +1,7 @@
 """`train.py` and signals: a fit leaves a checkpoint that goes on as if nothing had been, prediction its shards."""
 
+import errno
+import os
 import signal
 from pathlib import Path
 
@@ -9,7 +11,11 @@ import yaml
 
 from base.module import BaseModel
 from data.teacher import TeacherTrajectories
+from data.trajectories import TrajectoryCache
+from data.trajectory_writer import TrajectoryWriter
+from denoisers.dit import DiT
 from solver_search.objective import Objective
+from solvers.files import claimed
 from tests.training.test_cli import fit
 from train import main
 from training import safe_points
@@ -91,10 +97,64 @@ def predict(folder: Path, denoiser: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def digits(tmp_path) -> Path:
-    main(fit(tmp_path))
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    main(fit(folder))
+    return folder / "out"
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """The line that `train.py` ends with after an error."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_outputs_that_are_no_numbers_are_not_stored(tmp_path, digits, monkeypatch, capsys):
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) / 0)
+    line = refused(predict(tmp_path, digits), capsys)
+    assert line.startswith("error: 2 of 2 samples hold NaN or infinity, the first has seed ")
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_more(tmp_path, digits, monkeypatch, capsys, number):
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith("1.tar"):
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        line = refused(predict(tmp_path, digits), capsys)
+    assert line == f"error: {tmp_path / 'shard-00001.tar'}: {os.strerror(number)}"
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    main(predict(tmp_path, digits))
+    assert TrajectoryCache(tmp_path).load().states.isfinite().all()
+
+
+def test_two_predictions_into_one_folder(tmp_path, digits, capsys):
+    with claimed(tmp_path):
+        assert f"another process writes to {tmp_path}" in refused(predict(tmp_path, digits), capsys)
+    main(predict(tmp_path, digits))
+
+
+def test_two_fits_into_one_folder(tmp_path, capsys):
+    with claimed(tmp_path):
+        assert f"another process writes to {tmp_path}" in refused(fit(tmp_path), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_shards_of_another_process_are_an_error(tmp_path, digits, monkeypatch, capsys):
+    monkeypatch.setattr(TrajectoryWriter, "prepare", lambda self, *_: [0])  # another process was to make the others
+    assert "error: 2 of 3 shards are missing in" in refused(predict(tmp_path, digits), capsys)
 
 
 def test_prediction_keeps_its_shards_and_goes_on(tmp_path, digits, monkeypatch, capsys):
