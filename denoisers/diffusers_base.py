@@ -1,6 +1,8 @@
 """What all diffusers networks have in common as denoisers: schedule, size, dtype, decoding."""
 
+import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +17,10 @@ from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
 NETWORKS = ("transformer", "unet")  # components of pipelines
+BESIDE = (  # beginnings of the names of components without which outputs are the same
+    *("vae", "vqvae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor", "image_processor"),
+    *("safety_checker", "scheduler"),
+)
 
 
 def read_schedule(scheduler: Any, image_tokens: int | None = None, mu: float | None = None) -> NoiseSchedule:
@@ -45,6 +51,22 @@ def _shift_exponent(config: dict[str, Any], image_tokens: int) -> float:
     shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
     return image_tokens * slope + (shifts[0] - slope * tokens[0])
+
+
+def check_components(name: str, components: Iterable[str]) -> None:
+    """Refuse a pipeline in which more than one network makes outputs, such as a control network.
+
+    Args:
+        name: what it is called.
+        components: names of all that it has.
+    Raises:
+        ValueError: a network beside the transformer or U-Net; it is named.
+    """
+    if more := [part for part in components if part not in NETWORKS and not part.startswith(BESIDE)]:
+        raise ValueError(
+            f"{name} has a {more[0]}, without which its outputs are others: use the whole pipeline, by "
+            "`family: pipeline` in a denoiser.yaml, or data.record_trajectories"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,7 @@ class DiffusersDenoiser(nn.Module):
 
     network: Any
     upcasts_decoder = False  # whether its pipeline does
+    guidance_scale: float = 1.0  # that a distilled network is told
     default_size: int | None = None
     image_tokens: int | None = None
     source: "Source | None" = None
@@ -122,6 +145,18 @@ class DiffusersDenoiser(nn.Module):
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one state."""
         return (self.network.config.in_channels, self.size.height, self.size.width)
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the network is distilled from a guided one, and told the scale."""
+        config = self.network.config
+        return bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim"))
+
+    def told(self, guidance_scale: float) -> Any:
+        """The same network, told a guidance scale; this denoiser stays as it is."""
+        other = copy.copy(self)
+        other.guidance_scale = float(guidance_scale)
+        return other
 
     @cached_property
     def weight_hash(self) -> str:

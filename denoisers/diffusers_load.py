@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from torch import nn
 
-from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, Source
+from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, Source, check_components
 from denoisers.diffusers_models import FAMILIES, from_network, vae_scale
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
@@ -128,6 +128,8 @@ def locate(path: str | Path, any_network: bool = False) -> tuple[str, str | None
             "download it first"
         ) from error
     component = next((name for name in NETWORKS if index.get(name)), None)
+    if not any_network:
+        check_components(str(path), [name for name, value in index.items() if isinstance(value, list) and value[0]])
     if component is None and not any_network:
         raise ValueError(f"{path} is a {index.get('_class_name')} without transformer or unet: wrap its network")
     return str(path), component

@@ -74,15 +74,14 @@ class AutocastDenoiser(DenoiserWrapper):
 def with_guidance(denoiser: nn.Module, guidance_scale: Guidance = 1.0) -> nn.Module:
     """`denoiser` itself at the scale it has, which is 1 unless it is guided; else a GuidedDenoiser.
 
-    A guidance-distilled network, which has `set_guidance(scale)`, is told the scale instead: one evaluation at any.
+    A guidance-distilled network (`is_told_guidance`) is told the scale instead, in a denoiser of its own: one
+    evaluation at any.
 
     Raises:
         ValueError: a denoiser that is guided already, with another scale.
     """
-    set_guidance = getattr(denoiser, "set_guidance", None)
-    if set_guidance is not None and not isinstance(guidance_scale, Sequence):
-        set_guidance(guidance_scale)
-        return denoiser
+    if getattr(denoiser, "is_told_guidance", False) and not isinstance(guidance_scale, Sequence):
+        return denoiser.told(guidance_scale)
     own = own_guidance(denoiser)
     if guidance_range(own) == guidance_range(guidance_scale):
         return denoiser

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -55,6 +55,7 @@ class PipelineDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.entries = entries_of(prompts, prompt_argument)
+        self.are_arguments = prompts is not None and isinstance(prompts[0], Mapping)
         known = inspect.signature(type(pipe).__call__).parameters
         unknown = sorted({"num_inference_steps", *self.entries[0], *call} - known.keys())
         if unknown:
@@ -187,12 +188,11 @@ class PipelineDenoiser(nn.Module):
         return self._probes[num_inference_steps]
 
     def _run(self, scheduler: Any, steps: int, condition: Tensor) -> None:
-        """One generator stays outside a list, which not every pipeline takes, and so does what is no prompt."""
+        """One generator stays outside a list, which not every pipeline takes, and so do arguments of one sample."""
         indices, seeds = condition.unbind(1)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        arguments = batch_of([self.entries[index] for index in indices.tolist()])
-        if len(condition) == 1 and len(arguments) > 1:
-            arguments = {name: value for name, (value,) in arguments.items()}
+        entries = [self.entries[index] for index in indices.tolist()]
+        arguments = dict(entries[0]) if len(entries) == 1 and self.are_arguments else batch_of(entries)
         if self.counts_samples:
             arguments["batch_size"] = len(condition)
         arguments |= {"num_inference_steps": steps, "generator": generators if len(seeds) > 1 else generators[0]}

@@ -19,7 +19,8 @@ EMBEDDING_WIDTH = 256
 class PromptUNet(PromptDenoiser):
     """`UNet2DConditionModel`: Stable Diffusion 1.x and 2.x, and XL with its pooled text and size conditions.
 
-    One with LCM's guidance embedding (`time_cond_proj_dim`) is taken for a student of SLAM, see `gamma_sinusoids`.
+    One with LCM's guidance embedding (`time_cond_proj_dim`) is told its guidance scale or, as a student of SLAM, gamma:
+    see `gamma_sinusoids`.
     """
 
     @property
@@ -43,11 +44,12 @@ class PromptUNet(PromptDenoiser):
         return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, gamma: Tensor | None = None) -> Tensor:
-        """The network's output at a state, (batch, *sample_shape); gamma (batch,) is for students, None means 1."""
+        """The network's output at a state, (batch, *sample_shape); gamma (batch,) is for students; None: the scale."""
         self._check_condition(condition)
         width = self.network.config.time_cond_proj_dim
         if width is not None:
-            gamma = torch.ones(len(x), device=x.device) if gamma is None else gamma
+            told = 1 - (self.guidance_scale - 1) / 10
+            gamma = torch.full((len(x),), told, device=x.device) if gamma is None else gamma
             condition = condition | {"timestep_cond": gamma_sinusoids(gamma, width)}
         return super().forward(x, timestep, condition)
 

@@ -25,7 +25,7 @@ class Denoiser(Protocol):
     | `conditions` | conditions to choose from by seed, see `class_labels` |
     | `condition_of(seeds)` | the conditions that belong to seeds, where it is neither |
     | `null_condition(condition)` | the condition of the unconditional evaluation, of the structure of `condition` |
-    | `set_guidance(scale)` | tells a guidance-distilled network its scale, instead of a second evaluation |
+    | `is_told_guidance`, `told(scale)` | a guidance-distilled network, and the denoiser in which it is told a scale |
     | `decode(states)` | images (batch, 3, height, width) in [-1, 1] of a latent model's states |
     | `needs_node` | also pass `node=(alpha, sigma)`, as thresholding requires |
     | `name`, `weight_hash` | what artifacts record about the network; by default the hash of a module's weights |
@@ -65,8 +65,13 @@ class DenoiserWrapper(nn.Module):
     def unguided(self) -> nn.Module:
         """The same around the network without guidance, for tables that make the calls of guidance themselves."""
         inner = getattr(self.denoiser, "unguided", self.denoiser)
-        if inner is self.denoiser:
-            return self
+        return self if inner is self.denoiser else self._around(inner)
+
+    def told(self, guidance_scale: float) -> nn.Module:
+        """The same around the network that is told a guidance scale."""
+        return self._around(self.denoiser.told(guidance_scale))
+
+    def _around(self, inner: nn.Module) -> nn.Module:
         outer = copy.copy(self)
         outer._modules = {**self._modules, "denoiser": inner}
         return outer

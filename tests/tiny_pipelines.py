@@ -50,7 +50,7 @@ def tiny_pipeline(kind: str, seed: int = 0) -> Any:
         pipe = _BUILDERS[kind]()
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
-                _randomise(module.eval().requires_grad_(False))
+                randomise(module.eval().requires_grad_(False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -218,7 +218,7 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _randomise(module: nn.Module) -> None:
+def randomise(module: nn.Module) -> None:
     """Fill zero-initialised layers, so that every input has an influence on the output."""
     for parameter in module.parameters():
         if parameter.ndim > 1 and not bool(parameter.any()):

@@ -1,0 +1,1 @@
+"""Solvers inside pipelines: one row for each pipeline class."""
