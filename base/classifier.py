@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from data.loader import seed_of
-from evaluation.classifier import Classifier, save_classifier
+from evaluation.classifier import CONFIG_NAME, Classifier, save_classifier
+from training.result import ResultModule, recorded, refuse_shorter
 
 
-class ClassifierModule(lightning.LightningModule):
+class ClassifierModule(ResultModule):
     """Cross entropy with label smoothing, random crops, one learning-rate cycle.
 
     Args:
@@ -39,13 +38,14 @@ class ClassifierModule(lightning.LightningModule):
         rise: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.network, self.output = network.to(memory_format=torch.channels_last), output
+        super().__init__(output)
+        self.network = network.to(memory_format=torch.channels_last)
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.label_smoothing, self.crop, self.rise, self.seed = label_smoothing, crop, rise, seed
 
     def on_fit_start(self) -> None:
         """Whiten the first layer on the first training images, unless a checkpoint brought it."""
+        super().on_fit_start()
         if self.trainer.ckpt_path is None:
             images, _ = self.trainer.datamodule.train_dataloader().dataset.__getitems__(list(range(2000)))
             self.network.fit_whitening(images.to(self.device))
@@ -85,14 +85,20 @@ class ClassifierModule(lightning.LightningModule):
         rise = max(1.0, self.rise * total)
         return min((step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))
 
-    @rank_zero_only
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Write the classifier folder."""
-        if self.output is not None:
+        self.check_output(self.global_step)
+        if self.destination is not None and self.global_rank == 0:
             names = ("train/loss", "val/accuracy", "val/accuracy_mirrored")
-            found = self.trainer.callback_metrics
-            record = {name: float(found[name]) for name in names if name in found}
-            save_classifier(self.network, self.output, {"steps": self.trainer.global_step, **record})
+            found = self.figures()
+            record = {name: found[name] for name in names if name in found}
+            save_classifier(self.network, self.destination, {"steps": self.trainer.global_step, **record})
+
+    def check_output(self, steps: float) -> None:
+        """By the steps of the optimiser."""
+        if self.destination is not None and not self.overwrite:
+            before = recorded(self.destination / CONFIG_NAME, "training", "steps")
+            refuse_shorter(self.destination, before, steps, "steps")
 
 
 def random_crop(images: Tensor, crop: int, generator: torch.Generator) -> Tensor:

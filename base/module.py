@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from denoisers.checkpoint import WEIGHTS_NAME, load_weights, save_denoiser
+from denoisers.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_weights, save_denoiser
 from denoisers.dit import DiT
 from solvers.named import default_solver, named_solver
 from solvers.prediction import per_sample, to_output
@@ -17,6 +17,7 @@ from solvers.table import SolverTable
 from training.arguments import check_choice
 from training.ema import averaged_network
 from training.network import AdamW, NetworkModule
+from training.result import recorded
 
 TIME_SAMPLING = ("uniform", "logit_normal")
 
@@ -120,9 +121,13 @@ class BaseModel(NetworkModule):
         """Write the checkpoint folder."""
         save_denoiser(self.result, folder, self._training_record())
 
+    def written_steps(self, folder: Path) -> float | None:
+        """Of the checkpoint folder."""
+        return recorded(folder / CONFIG_NAME, "training", "steps")
+
     def _training_record(self) -> dict[str, Any]:
         """What a reader of the checkpoint should know about its training."""
-        metrics = self.trainer.callback_metrics
+        figures = self.figures()
         return {
             "steps": self.trainer.global_step,
             "images": self.trainer.global_step * self._images_per_step(),
@@ -132,7 +137,7 @@ class BaseModel(NetworkModule):
             "time_sampling": self.time_sampling,
             "precision": str(self.trainer.precision),
             "init_from": Path(self.init_from).name if self.init_from else None,
-            **{name: float(metrics[name]) for name in ("train/loss", "val/loss") if name in metrics},
+            **{name: figures[name] for name in ("train/loss", "val/loss") if name in figures},
         }
 
     def _images_per_step(self) -> int:

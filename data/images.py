@@ -121,15 +121,15 @@ class ImageData(SharedData):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches; resumes at the exact batch."""
-        return self._loader(self._train, shuffle=True)
+        return self.training_loader(self._train, self._order(self._train, shuffle=True))
 
     def val_dataloader(self) -> ResumableLoader:
         """The first `val_images` validation images, in order."""
-        return self._loader(self._val, shuffle=False)
+        return ResumableLoader(self._val, self._order(self._val, shuffle=False))
 
-    def _loader(self, images: ImageArray, shuffle: bool) -> ResumableLoader:
-        sampler = EpochBatchSampler(len(images), self.batch_size, self.seed, *self.processes(), shuffle)
-        return ResumableLoader(images, sampler)
+    def _order(self, images: ImageArray, shuffle: bool) -> EpochBatchSampler:
+        rank, world_size = self.processes()
+        return EpochBatchSampler(len(images), self.batch_size * world_size, self.seed, rank, world_size, shuffle)
 
     def _load(self, train: bool) -> tuple[np.ndarray, np.ndarray, int]:
         """(images, labels, value of white)."""

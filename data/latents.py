@@ -72,8 +72,9 @@ class LatentData(SharedData):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches; resumes at the exact batch."""
         assert self.shards is not None
-        sampler = EpochBatchSampler(len(self.shards), self.batch_size, self.seed, *self.processes())
-        return ResumableLoader(_Samples(self.shards), sampler, self.num_workers)
+        rank, world_size = self.processes()
+        sampler = EpochBatchSampler(len(self.shards), self.batch_size * world_size, self.seed, rank, world_size)
+        return self.training_loader(_Samples(self.shards), sampler, self.num_workers)
 
 
 class _Samples(Dataset):

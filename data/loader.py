@@ -16,11 +16,47 @@ def seed_of(*parts: int | str) -> int:
 
 
 class SharedData(lightning.LightningDataModule):
-    """Data whose batches the trainer's processes share; modules about solver tables test those, not the data."""
+    """Data whose batches the trainer's processes share; modules about solver tables test those, not the data.
+
+    A checkpoint holds the place in the training batches, and a run that is resumed goes on there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader: ResumableLoader | None = None
+        self._place: dict[str, Any] | None = None
 
     def processes(self) -> tuple[int, int]:
         """(rank, world_size) of the trainer; (0, 1) without one."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def training_loader(
+        self, dataset: Dataset, sampler: "EpochBatchSampler", num_workers: int = 0
+    ) -> "ResumableLoader":
+        """Training batches, from the place of a checkpoint on; under `overfit_batches` every epoch has the same."""
+        limit: int | float = self.trainer.limit_train_batches if self.trainer else 1.0
+        length = min(len(sampler), limit) if isinstance(limit, int) else int(len(sampler) * limit)
+        repeats = bool(self.trainer and self.trainer.overfit_batches)
+        self._loader = ResumableLoader(dataset, sampler, num_workers, repeats, length)
+        if self._place is not None:
+            self._loader.load_state_dict(self._place)
+            self._place = None
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training batches."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there.
+
+        Raises:
+            ValueError: the batches are others than the checkpoint's.
+        """
+        if self._loader is None:
+            self._place = state
+        else:
+            self._loader.load_state_dict(state)
 
     def test_dataloader(self) -> list[str]:
         """The names of the module's tables, see `training.testing.TableModule`."""
@@ -31,20 +67,20 @@ class SharedData(lightning.LightningDataModule):
 class EpochBatchSampler(Sampler[list[int]]):
     """One rank's share of the batches of an epoch.
 
-    All ranks draw the same permutation and take turns in it, so no sample is seen twice in an epoch. With `shuffle`
-    the incomplete rest of an epoch is left out and every rank has equally many full batches; without, every sample
-    is visited once, in order, and the last batch may be smaller; ranks may then have one batch more than others.
+    All ranks draw the same permutation and cut it into the same batches; each takes its turn in every batch, so the
+    samples of a step do not depend on the number of ranks. With `shuffle` the incomplete rest of an epoch is left out;
+    without, every sample is visited once, in order, and the last batch may be smaller.
 
     Args:
         num_samples: size of the data set.
-        batch_size: samples per batch and rank.
+        batch_size: samples of a step, of all ranks together.
         seed: seed of the permutations.
         rank: this process, 0 <= rank < world_size.
         world_size: number of processes.
         shuffle: permute anew each epoch.
         even: without `shuffle`, end with an empty batch where others have one more.
     Raises:
-        ValueError: fewer samples than one batch for each rank (with `shuffle`).
+        ValueError: fewer samples than one batch, or a batch of fewer samples than ranks (with `shuffle`).
     """
 
     def __init__(
@@ -57,10 +93,10 @@ class EpochBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         even: bool = False,
     ) -> None:
-        if shuffle and num_samples < batch_size * world_size:
+        if shuffle and not world_size <= batch_size <= num_samples:
             raise ValueError(
-                f"{num_samples} samples do not fill one batch of {batch_size} on each of {world_size} processes: "
-                "lower batch_size"
+                f"{num_samples} samples, {batch_size} of them in a step of {world_size} processes: each process needs "
+                "at least one, and the samples must fill one step; change batch_size"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size, self.shuffle, self.even = rank, world_size, shuffle, even
@@ -68,14 +104,14 @@ class EpochBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         if self.shuffle:
-            return self.num_samples // (self.batch_size * self.world_size)
+            return self.num_samples // self.batch_size
         first = 0 if self.even else self.rank  # rank 0 has the largest share
-        return -(-len(range(first, self.num_samples, self.world_size)) // self.batch_size)
+        return -(-max(0, self.num_samples - first) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self._order()[self.rank :: self.world_size]
+        order = self._order()
         for batch in range(self.start, len(self)):
-            yield share[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size].tolist()
 
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
@@ -85,36 +121,64 @@ class EpochBatchSampler(Sampler[list[int]]):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that knows how many batches of which epoch were handed out, and goes on from there.
+    """A DataLoader that knows how many batches of which epoch were handed out.
 
-    It counts epochs itself: each complete pass moves to the next one, so neither `set_epoch` nor the trainer's own
-    count is needed. Batches that workers fetched ahead do not count.
+    Each pass is the next epoch, from its start, however far the last one came; only after `load_state_dict` a pass goes
+    on inside an epoch. Batches that workers fetched ahead do not count.
 
     Args:
         dataset: with `__getitems__(indices) -> batch`, so that a batch is made in one indexing operation.
         sampler: the order; its `epoch` and `start` belong to this loader.
         num_workers: processes that fetch ahead; 0 for data in memory.
+        repeats: every epoch has the batches of the first.
+        length: batches after which an epoch is over; default: all.
     """
 
-    def __init__(self, dataset: Dataset, sampler: EpochBatchSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: EpochBatchSampler,
+        num_workers: int = 0,
+        repeats: bool = False,
+        length: int | None = None,
+    ) -> None:
         super().__init__(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_as_is)
-        self.epoch, self.batches = 0, 0
+        self.epoch, self.batches, self.repeats = 0, 0, repeats
+        self.length = len(sampler) if length is None else length
+        self._next = (0, 0)  # epoch and batch that the next pass begins with
 
     def __iter__(self) -> Iterator[Any]:
-        if self.batches >= len(self):
-            self.epoch, self.batches = self.epoch + 1, 0
-        self.batch_sampler.epoch, self.batch_sampler.start = self.epoch, self.batches
+        self.epoch, self.batches = self._next
+        self._next = (self.epoch + 1, 0)
+        self.batch_sampler.epoch, self.batch_sampler.start = 0 if self.repeats else self.epoch, self.batches
         for batch in super().__iter__():
             self.batches += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and batches handed out in it."""
-        return {"epoch": self.epoch, "batches": self.batches}
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and batches handed out in it, and what says which batches these are."""
+        return {"epoch": self.epoch, "batches": self.batches, "order": self._settings}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batch that `state` was taken at."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that `state` was taken at.
+
+        Raises:
+            ValueError: the batches were others.
+        """
+        for name, value in self._settings.items():
+            if state["order"][name] != value:
+                raise ValueError(
+                    f"the checkpoint's data have {name} {state['order'][name]}, this training's {value}: resume with "
+                    "the same, or start anew"
+                )
         self.epoch, self.batches = state["epoch"], state["batches"]
+        is_over = self.batches >= self.length
+        self._next = (self.epoch + 1, 0) if is_over else (self.epoch, self.batches)
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        sampler: Any = self.batch_sampler
+        return {"num_samples": sampler.num_samples, "samples in a step": sampler.batch_size, "seed": sampler.seed}
 
 
 def _as_is(batch: Any) -> Any:

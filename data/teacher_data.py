@@ -24,15 +24,14 @@ class Wanted:
     Args:
         states: `path`, all states and outputs of the teacher; `ends`, its start noise and its image; `samples`, images
             with noises that have nothing to do with them.
-        batch_size: what a step sees by default, per process; None: everything.
-        in_order: every epoch has the same batches, in equal number on all processes (some may be empty).
-        validation: the samples held out are shown between the epochs.
+        batch_size: what a step sees by default; None: everything.
+        in_order: every epoch has the same batches, in equal number on all processes (some may be empty). What is
+            learned then comes from whole epochs, and `batch_size` is that of one process.
     """
 
     states: str
     batch_size: int | None = None
     in_order: bool = False
-    validation: bool = False
 
 
 class TeacherData(SharedData):
@@ -51,7 +50,8 @@ class TeacherData(SharedData):
         limit: learn from the first so many (of each cache), default all but those held out; of fresh ones, how many an
             epoch has.
         holdout: the last so many (of each cache) are never learned from; they judge what was found.
-        batch_size: samples a step sees, per process; default: what the method prefers.
+        batch_size: samples a step sees, of all processes together, so that their number changes no result; of each
+            process for a method that learns from whole epochs (OLSS). Default: what the method prefers.
         teacher: solver of fresh trajectories; default: ddim:100, or euler:100 for a flow schedule.
         first_seed: of fresh trajectories and noises; those held out come before it.
         seed: of the order.
@@ -85,7 +85,6 @@ class TeacherData(SharedData):
         self.images, self.shards, self.sizes = images, shards, (limit, holdout)
         self.batch_size, self.teacher, self.first_seed, self.seed = batch_size, teacher, first_seed, seed
         self.source: Source | None = None
-        self._loader: ResumableLoader | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Open the source for the method that is trained or tested."""
@@ -141,15 +140,10 @@ class TeacherData(SharedData):
         """This process's batches; fresh seeds and noises are others in every epoch."""
         size = self.source.num_fitted
         rank, world_size = self.processes()
-        batch_size = self.batch_size or self.wanted.batch_size or size // world_size
-        in_order = self.wanted.in_order
-        sampler = EpochBatchSampler(size, batch_size, self.seed, rank, world_size, not in_order, even=in_order)
-        self._loader = ResumableLoader(_Samples(self.source, 0, self.first_seed, size, sampler), sampler)
-        return self._loader
-
-    def val_dataloader(self) -> ResumableLoader | list:
-        """The batches held out, where the method asks for them between the epochs."""
-        return self.held_out_batches() if self.wanted.validation and self.source.num_held else []
+        in_order, batch_size = self.wanted.in_order, self.batch_size or self.wanted.batch_size or size
+        each = world_size if in_order else 1
+        sampler = EpochBatchSampler(size, batch_size * each, self.seed, rank, world_size, not in_order, even=in_order)
+        return self.training_loader(_Samples(self.source, 0, self.first_seed, size, sampler), sampler)
 
     def held_out_batches(self) -> ResumableLoader:
         """This process's share of the samples held out, always with the same noises."""

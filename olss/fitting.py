@@ -65,7 +65,7 @@ class Solvers(Fitting):
         self.kept: dict[int, str] = {}
         self.validation: dict[int, dict[str, Any]] = {}
         self.spent = {calls: Evaluations.of(self.denoiser) for calls in options.budgets}
-        self._store = OutputStore(run.folder / "solver-outputs")
+        self._store = OutputStore(run.folder / "solver-outputs", run, self.teacher)
         self._columns: dict[Key, Columns] = {}
 
     @property
@@ -232,10 +232,10 @@ class Solvers(Fitting):
         """State 0 and the outputs up to the next row; from disk as far as they are there."""
         fit, parts = self.fits[key], []
         for row in range(len(fit.weights) + 1):
-            outputs = self._store.load(trajectories.seeds, fit, row, trajectories.states.device)
+            outputs = self._store.load(trajectories, fit, row)
             if outputs is None:
                 outputs = next_outputs(self._network(key[0]), self.teacher, trajectories, fit, parts)
-                self._store.save(trajectories.seeds, fit, row, outputs)
+                self._store.save(trajectories, fit, row, outputs)
             take(fit, trajectories, parts, outputs)
         return parts
 
@@ -256,8 +256,9 @@ class Solvers(Fitting):
         """Figures of the newest rows, and of the solvers that are complete."""
         for (calls, kind), fit in self.fits.items():
             if fit.errors:
-                self.run.log({f"olss/{calls}-calls/{kind}/row_error": fit.errors[-1]}, bar=kind == "numbers")
-                self.run.log({f"olss/{calls}-calls/{kind}/condition": fit.conditions[-1]}, bar=False)
+                name, shown = f"olss/{calls}-calls/{kind}", kind == "numbers"
+                self.run.log({f"{name}/row_error": fit.errors[-1]}, bar=shown, of_epoch=True)
+                self.run.log({f"{name}/condition": fit.conditions[-1]}, bar=False, of_epoch=True)
         for calls in self.options.budgets:
             fits = {kind: fit for (budget, kind), fit in self.fits.items() if budget == calls}
             if calls not in self.kept and fits and all(fit.complete for fit in fits.values()):

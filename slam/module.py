@@ -20,6 +20,7 @@ from solvers.prediction import per_sample
 from training.ema import averaged_network
 from training.network import AdamW, NetworkModule
 from training.record import upload, upload_solver
+from training.result import recorded
 from training.testing import Evaluation, TableModule
 
 
@@ -114,7 +115,7 @@ class SLAM(NetworkModule, TableModule):
 
     def artifact_paths(self) -> dict[str, Path]:
         """slam-<steps>.json."""
-        return {f"slam-{count}": Path(self.output) / f"slam-{count}.json" for count in self.tables if self.output}
+        return {f"slam-{count}": self.destination / f"slam-{count}.json" for count in self.tables if self.destination}
 
     def used_seeds(self) -> Sequence[Sequence[int]]:
         """Those of data that the teacher made."""
@@ -122,9 +123,8 @@ class SLAM(NetworkModule, TableModule):
 
     def tables_to_test(self) -> list[str]:
         """Names of the tables; of a run that is not in memory, those of its artifacts, with the exported student."""
-        folder = Path(self.output or "") / STUDENT_NAME
-        if not self.images and self.output and folder.is_dir():
-            self._exported = load_denoiser(folder).to(self.device)
+        if not self.images and self.destination and (self.destination / STUDENT_NAME).is_dir():
+            self._exported = load_denoiser(self.destination / STUDENT_NAME).to(self.device)
         return super().tables_to_test()
 
     def configure_model(self) -> None:
@@ -171,22 +171,28 @@ class SLAM(NetworkModule, TableModule):
         if step % self.trainer.log_every_n_steps == 0:
             self.log("train/images_per_second", self.images / self.clock.seconds, prog_bar=True)
         every = self.exports.every
-        if self.output and every and step % every == 0 and step < self.trainer.estimated_stepping_batches:
-            self.write(Path(self.output) / (f"step-{step:06d}" if self.exports.keep else ""))
+        if self.destination and every and step % every == 0 and step < self.trainer.estimated_stepping_batches:
+            folder = self.destination / (f"step-{step:06d}" if self.exports.keep else "")
+            if self.overwrite or (self.written_steps(folder) or 0) <= step:  # else at the end, if it is longer then
+                self.write(folder)
 
     def write(self, folder: Path) -> None:
         """Write student/ and the artifacts; a collective operation."""
         export(self, folder)
         rank_zero_info(f"student of {self.global_step} steps, {self.images} images -> {folder}")
 
-    def on_train_end(self) -> None:
+    def written_steps(self, folder: Path) -> float | None:
+        """The most of all artifacts."""
+        found = [recorded(folder / f"slam-{count}.json", "fitted_on", "iterations") for count in self.tables]
+        return max((steps for steps in found if steps is not None), default=None)
+
+    def finish(self) -> None:
         """Write the output, and upload it."""
-        super().on_train_end()
+        super().finish()
         for path in self.artifact_paths().values():
             upload_solver(self.logger, path)
         if self.output and self.exports.upload_student:
-            folder = Path(self.output)
-            upload(self.logger, folder, f"student-{folder.resolve().name}", "model")
+            upload(self.logger, self.destination, f"student-{self.output.resolve().name}", "model")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was spent."""

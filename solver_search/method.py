@@ -1,7 +1,8 @@
 """Solver search as a method: one stage for each number of evaluations, and an artifact from each."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class SolverSearch(Method):
     def wanted(self) -> Wanted:
         """All in one batch; the teacher's path where states on it are compared."""
         needs_path = self.loss.path > 0 or self.start.needs_path
-        return Wanted("path" if needs_path else "ends", validation=True)
+        return Wanted("path" if needs_path else "ends")
 
     def begin(self, run: Run) -> "Search":
         """Before the first stage."""
@@ -133,12 +134,14 @@ class Search(Fitting):
                 "trajectories with more steps"
             )
         extractor = Features(options.extractor).to(run.device) if options.extractor else None
-        self.objective = Objective(run.denoiser, options.loss, extractor, options.compute, run.sum)
+        most = options.compute.curvature_samples
+        if most is not None and most < run.world_size:
+            raise ValueError(f"curvature_samples {most}: each of {run.world_size} processes needs one; raise it")
+        self.objective = Objective(run.denoiser, options.loss, extractor, options.compute, run.sum, self._share)
         self.judge = Objective(run.denoiser, options.loss, extractor, options.compute)
         self.stage: Stage | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.finished: dict[int, SolverTable] = {}
-        self._errors: list[Tensor] = []
 
     @property
     def done(self) -> bool:
@@ -174,32 +177,23 @@ class Search(Fitting):
             self._stop(stage, loss, before, found)
         stage.step += 1
         stage.done |= stage.step >= self.options.descent.steps
+        if stage.done:
+            self.end_epoch()
         calls = float(self.objective.evaluations.calls)
         self.run.log({"train/loss": loss, "train/rmse": loss**0.5, "nfe": float(stage.nfe), "evaluations": calls})
         log_table(self.run.logger, "table", stage.table, f"nfe {stage.nfe}, step {stage.step}")
 
-    def validate(self, batch: Batch | tuple[int, ...]) -> None:
-        """Loss and RMSE of the current table on held-out trajectories."""
-        if self.stage is None:
-            return
-        teacher, table = self._teacher(batch), self.stage.table
-        if not self._errors:
-            self._show(table, teacher)
-        loss = self.judge.value(self.stage.parameters, self.stage.theta, teacher)
-        rmse = self.judge.rmse(table, teacher)
-        self._errors.append(torch.tensor([loss, rmse**2, 1.0], dtype=torch.float64) * len(teacher))
-
-    def end_validation(self) -> None:
-        """Keep the best theta of the stage."""
-        if self.stage is None:
-            return
-        loss, rmse = self._judge(self.stage)
-        self.run.log({"val/rmse": rmse})
-        self.run.log({"val/loss": loss}, bar=False)
+    def end_epoch(self) -> None:
+        """Judge where the stage is now."""
+        found = self._judge()
+        if found:
+            self.run.log({"val/rmse": found[1]}, of_epoch=True)
+            self.run.log({"val/loss": found[0]}, bar=False, of_epoch=True)
 
     def finish(self) -> None:
         """Write the stage's best table."""
         if self.stage is not None and self.stage.step:
+            self._judge()
             self.finished[self.stage.nfe] = self.stage.best_table
             self.run.save(self._result(self.stage))
             self.stage = None
@@ -224,9 +218,9 @@ class Search(Fitting):
             self.optimizer.load_state_dict(state["optimizer"])
 
     def _teacher(self, batch: Batch | tuple[int, ...]) -> Batch:
-        """A batch as it is, or the trajectories of fresh seeds."""
+        """A batch as it is, or the trajectories of fresh seeds; on the device."""
         if not isinstance(batch, tuple):
-            return batch
+            return batch.to(self.run.device)
         self.objective.evaluations.forward += len(batch) * self.run.data.source.table.nfe
         return self.run.data.run_teacher(batch, self.run.device)
 
@@ -244,13 +238,22 @@ class Search(Fitting):
         self.run.say(f"nfe {nfe}: {stage.parameters.size} numbers, starting from {stage.start}")
         return stage
 
-    def _judge(self, stage: Stage) -> tuple[float, float]:
-        """Loss and RMSE of the stage on what `validate` has seen; the best so far is kept and saved."""
-        total = sum(self._errors, torch.zeros(3, dtype=torch.float64))
-        self._errors = []
+    @torch.no_grad()
+    def _judge(self) -> tuple[float, float] | None:
+        """Loss and RMSE of the stage on the trajectories held out, once a step; the best so far is kept and saved."""
+        stage = self.stage
+        if stage is None or stage.judged == stage.step or not self.run.data.source.num_held:
+            return None
+        stage.judged, total = stage.step, torch.zeros(3, dtype=torch.float64)
+        for number, batch in enumerate(self.run.data.held_out_batches()):
+            teacher, table = self._teacher(batch), stage.table
+            if not number:
+                self._show(table, teacher)
+            loss, rmse = self.judge.value(stage.parameters, stage.theta, teacher), self.judge.rmse(table, teacher)
+            total += torch.tensor([loss, rmse**2, 1.0], dtype=torch.float64) * len(teacher)
         loss, squared, count = self.run.sum(total).tolist()
-        loss, rmse = loss / max(count, 1), (squared / max(count, 1)) ** 0.5
-        if count and loss < stage.best_loss:
+        loss, rmse = loss / count, (squared / count) ** 0.5
+        if loss < stage.best_loss:
             stage.best_loss, stage.best_rmse, stage.best_theta = loss, rmse, stage.theta.clone()
             self.run.save(self._result(stage), is_final=False)
         return loss, rmse
@@ -260,12 +263,17 @@ class Search(Fitting):
         self.stage = stage
         if stage.table.has_branches:
             self.objective.evaluations.calls_each = 1  # its calls are counted one by one
-        if self.run.data.source.num_held:
-            for batch in self.run.data.held_out_batches():
-                self.validate(batch)
-            loss, rmse = self._judge(stage)
+        found = self._judge()
+        if found:
+            loss, rmse = found
+            if not math.isfinite(loss):
+                self._refuse_start(stage)
             self.run.say(f"nfe {stage.nfe}: the start has loss {loss:.3g} and RMSE {rmse:.4f} on held-out trajectories")
         return stage
+
+    def _share(self, count: int) -> int:
+        """How many of the first samples of a step are this process's."""
+        return len(range(self.run.rank, count, self.run.world_size))
 
     def _screened(self, stage: Stage, teacher: Batch) -> float:
         """Loss after a few steps of Levenberg-Marquardt."""
@@ -293,11 +301,20 @@ class Search(Fitting):
 
     def _stop(self, stage: Stage, loss: float, good: Tensor, found: Tensor) -> None:
         """End the run at a loss that is not finite, the last good table saved."""
+        if not stage.step:
+            self._refuse_start(stage)
         stage.theta = good
-        path = self.run.save(self._result(stage))
+        path = self.run.save(self._result(stage), is_final=False)
         raise ValueError(
             f"the loss is {loss} at step {stage.step} of {stage.nfe} evaluations, numbers {found.tolist()}: lower the "
             f"learning rate or start from another solver; the last good table is {path or 'in fitting.tables()'}"
+        )
+
+    def _refuse_start(self, stage: Stage) -> NoReturn:
+        """Nothing has been found yet."""
+        raise ValueError(
+            f"the loss of the start, {stage.start} of {stage.nfe} evaluations, is not finite: check the network and "
+            "its number format, and the trajectories"
         )
 
     def _show(self, table: SolverTable, teacher: Batch) -> None:

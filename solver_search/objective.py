@@ -20,7 +20,7 @@ from training.method import Parameters
 
 @dataclass(frozen=True)
 class Compute:
-    """How losses and derivatives are computed; nothing here changes what is looked for.
+    """How losses and derivatives are computed; a search may be resumed with other pieces.
 
     Args:
         micro_batch: samples that go through the network at once.
@@ -34,11 +34,11 @@ class Compute:
         ValueError: a number below 1, or an unknown precision.
     """
 
-    micro_batch: int = 32
-    tangent_chunk: int | None = 4
+    micro_batch: int = field(default=32, compare=False)
+    tangent_chunk: int | None = field(default=4, compare=False)
     tangent_precision: str = "float32"
     curvature_samples: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in ("micro_batch", "tangent_chunk", "curvature_samples")}
@@ -57,6 +57,7 @@ class Objective:
         extractor: images -> features, for the feature part of the loss.
         compute: in which pieces.
         reduce: sums a float64 tensor over all processes.
+        share: how many of the first so many samples of a step are this process's.
     Raises:
         ValueError: a feature loss without an extractor.
     """
@@ -66,6 +67,7 @@ class Objective:
     extractor: nn.Module | None = None
     compute: Compute = Compute()
     reduce: Callable[[Tensor], Tensor] = lambda value: value
+    share: Callable[[int], int] = lambda count: count
     evaluations: Evaluations = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,8 +132,9 @@ class Objective:
     ) -> tuple[StepResult, float]:
         """One Levenberg-Marquardt step on a batch, and the loss before it."""
         equations = self._quadratic(parameters, theta, teacher)
-        if not torch.isfinite(torch.tensor(equations.loss)):
-            return StepResult(theta, damping, equations.loss, False), equations.loss
+        values = equations.matrix.sum() + equations.gradient.sum() + equations.loss
+        if not bool(torch.isfinite(values)):
+            return StepResult(theta, damping, float("nan"), False), equations.loss
         step = lm_step(
             equations, theta, lambda trial: self.value(parameters, trial, teacher), parameters.project, damping
         )
@@ -139,9 +142,9 @@ class Objective:
 
     def _quadratic(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> NormalEquations:
         count = self.compute.curvature_samples
-        if count is None or count >= len(teacher):
+        if count is None or count >= int(self.reduce(torch.tensor(len(teacher), dtype=torch.float64))):
             return self.equations(parameters, theta, teacher)
-        matrix = self.equations(parameters, theta, teacher[:count]).matrix
+        matrix = self.equations(parameters, theta, teacher[: self.share(count)]).matrix
         loss, gradient = self.gradient(parameters, theta, teacher)
         return NormalEquations(matrix, gradient / 2, loss)
 

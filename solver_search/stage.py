@@ -24,6 +24,7 @@ class Stage:
         theta: the numbers, (size,) float64 on the CPU.
         damping: of Levenberg-Marquardt.
         step: optimiser steps taken.
+        judged: the step that was last judged on trajectories held out; -1 before the start was.
         done: whether the stage has ended.
         best_theta: with the lowest validation loss, None without validation.
         best_loss, best_rmse: on held-out trajectories.
@@ -35,6 +36,7 @@ class Stage:
     theta: Tensor
     damping: Damping = Damping()  # noqa: RUF009 - frozen
     step: int = 0
+    judged: int = -1
     done: bool = False
     best_theta: Tensor | None = None
     best_loss: float = float("inf")

@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ FULL = 2**16  # bytes: less than this is a full disk
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
+
+    What a process left that was killed while it wrote `path` is removed.
 
     Raises:
         OSError: `path` cannot be written, or the disk is full, whatever the library says that writes.
@@ -62,7 +66,8 @@ def sha256(path: str | Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    _sweep(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_prefix(path)}{os.getpid()}.", suffix=path.suffix)
     os.close(handle)
     return Path(name)
 
@@ -73,6 +78,29 @@ def _refusal(error: Exception, path: Path, temporary: Path | None) -> int | None
         is_own = temporary is None or error.filename in (None, str(temporary))
         return error.errno if is_own else None
     return errno.ENOSPC if shutil.disk_usage(path.parent).free < FULL else None
+
+def _prefix(path: Path) -> str:
+    """How names of partial files begin, before the process that writes them: by this machine's processes alone."""
+    return f".{path.name}.{platform.node()[:40]}."
+
+
+def _sweep(path: Path) -> None:
+    """Remove partial files of processes that are gone."""
+    prefix = _prefix(path)
+    for partial in path.parent.glob(f"{glob.escape(prefix)}*"):
+        process = partial.name.removeprefix(prefix).partition(".")[0]
+        if process.isdigit() and not _runs(int(process)):
+            partial.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _umask() -> int:

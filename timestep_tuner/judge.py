@@ -56,13 +56,13 @@ class Judge:
         return self._mean(run, objective.ratios.timesteps(ratio))
 
     def _mean(self, run: Callable[[Tensor, Trajectories], Tensor], timesteps: Tensor) -> list[float]:
-        """Mean of run(timesteps, examples) over the held-out samples of all processes."""
-        total: Tensor | float = 0.0
+        """Mean of run(timesteps, examples) over the held-out samples of all processes; each has some."""
+        total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
             for batch in self.run.data.held_out_batches():
                 losses = run(timesteps, batch.to(self.run.device)[:]).double().cpu()
                 total = total + torch.cat([losses, torch.ones(1, dtype=torch.float64)]) * len(batch)
-        total = self.run.sum(torch.as_tensor(total))
+        total = self.run.sum(total)
         return (total[:-1] / total[-1]).tolist()
 
     def keep(self, objective: Objective, stage: Stage, ratio: Tensor) -> Tensor:

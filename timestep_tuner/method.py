@@ -1,5 +1,6 @@
 """Timestep tuning as a method: the solvers of a list, one after the other, and an artifact of each."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,8 +131,11 @@ class Tuning(Fitting):
 
     def __init__(self, options: TimestepTuner, run: Run) -> None:
         self.options, self.run = options, run
-        if not run.data.source.num_held:
-            raise ValueError("tuned timesteps are kept only where they are better on samples held out: set holdout")
+        if run.data.source.num_held < run.world_size:
+            raise ValueError(
+                "tuned timesteps are kept only where they are better on samples held out, of which each process judges "
+                f"some: holdout is {run.data.source.num_held}, set it to at least {run.world_size}"
+            )
         self.objectives = [self._objective(solver) for solver in options.solvers]
         self.judge = Judge(run, options.strategy, options.needs_path)
         self.finished: list[list[float]] = []
@@ -205,7 +209,13 @@ class Tuning(Fitting):
         self.run.restart_clock()
         self._restart(objective.ratios.initial())
         row = 0 if self.options.strategy == "sequential" else None
-        return Stage(row, before=self.judge.losses(objective, self.ratio))
+        before = self.judge.losses(objective, self.ratio)
+        if not math.isfinite(sum(before)):
+            raise ValueError(
+                f"the losses of {self.options.solvers[len(self.finished)]} are {before} before it is tuned: check the "
+                "network and its number format, and the samples"
+            )
+        return Stage(row, before=before)
 
     def _restart(self, ratio: Tensor) -> None:
         """Go on from these ratios, without the momentum of earlier steps."""
@@ -218,10 +228,12 @@ class Tuning(Fitting):
         run, rows = (objective.parallel, ()) if stage.row is None else (objective.sequential, (stage.row,))
         losses = run(objective.ratios.timesteps(leaf), examples, *rows)
         losses.sum().backward()
-        self.ratio.grad = self.run.sum(leaf.grad) / self.run.world_size
+        parts = [losses.detach().cpu().double(), leaf.grad, torch.ones(1, dtype=torch.float64)]
+        found = self.run.sum(torch.cat(parts) * len(examples))
+        self.ratio.grad = found[len(losses) : -1] / found[-1]
         self.adam.param_groups[0]["lr"] = self.options.descent.rate(stage.step)
         self.adam.step()
-        return losses.detach()
+        return found[: len(losses)] / found[-1]
 
     def _gauss_newton(self, objective: Objective, examples: Trajectories, stage: Stage) -> Tensor:
         """Losses of the rows; a step towards where they would be smallest."""

@@ -1,7 +1,8 @@
 """LightningCLI with the edges taken off: one line per error, safe resume, one run folder."""
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from textwrap import dedent
 from typing import Any, NoReturn
 
@@ -11,10 +12,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from training.arguments import OneLineErrors
+from training.checkpoints import check_named, use_checked
 from training.progress import progress
 from training.quiet import be_quiet
-from training.run_id import forget_run
+from training.result import ResultModule
 from training.safe_points import SafePoints
+
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # how often a job was started again
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -43,24 +47,40 @@ class CLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """A run from the start is a new W&B run; one from a checkpoint goes on in the old one."""
+        """Refuse a checkpoint that is not there, before any work."""
         config = self.config[self.subcommand]
-        if self.subcommand == "fit" and not config.get("ckpt_path"):
-            for folder in _run_folders(config.trainer.get("logger")):
-                forget_run(folder)
+        check_named(config.get("ckpt_path"))
+        self._overwrites, config["overwrite"] = config.get("overwrite", False), False  # not for those who reuse it
+
+    def before_fit(self) -> None:
+        """Keep longer results; a run from the start is a new W&B run, one that goes on stays in the old one."""
+        trainer = self.trainer
+        if isinstance(self.model, ResultModule):
+            self.model.overwrite = self._overwrites
+            if trainer.max_steps != -1 and not trainer.fast_dev_run:
+                self.model.check_output(trainer.max_steps)
+        is_restart = any(int(os.environ.get(name) or 0) for name in RESTARTS)
+        if not (self.config_init.fit.ckpt_path or trainer.fast_dev_run or is_restart):
+            for logger in trainer.loggers:
+                if hasattr(logger, "start_anew"):
+                    logger.start_anew()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With callbacks of our own: where it may be stopped, and what it shows."""
+        """With callbacks of our own, where it may be stopped and what it shows, and with checkpoints that are checked."""
         given = self.config_init[self.subcommand].trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
         has_bar = given.enable_progress_bar is False or any(isinstance(one, ProgressBar) for one in callbacks)
         self.trainer_defaults["callbacks"] = [SafePoints(), *([] if has_bar else [progress()])]
         be_quiet()
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        use_checked(trainer.strategy)
+        return trainer
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        if subcommand == "fit":
+            parser.add_argument("--overwrite", action="store_true", help="Replace what a longer training has left.")
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -90,10 +110,3 @@ def concise(message: str) -> str:
     errors = [" ".join(error.split()) for error in re.split(r"(?m)^- ", dedent(listed.strip("\n"))) if error.strip()]
     causes = [error for error in errors if not error.startswith(("Expected a ", "Not a valid subclass"))]
     return head + (causes[0] if causes else f"{'; '.join(errors)}; found {value.partition('Given value:')[2].strip()}")
-
-
-def _run_folders(logger: Any) -> Iterator[str]:
-    """Folders of the W&B loggers in the parsed `trainer.logger`: one logger, several, or a bool."""
-    for one in logger if isinstance(logger, list) else [logger]:
-        if hasattr(one, "class_path") and one.class_path == "training.wandb.Wandb":
-            yield one.init_args.save_dir

@@ -41,6 +41,10 @@ class EMA(Callback):
         if self._restored is not None:
             self.on_fit_start(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is validated is what is written."""
+        self.on_test_start(trainer, pl_module)
+
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Follow the weights, once per optimiser step."""

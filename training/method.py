@@ -7,7 +7,7 @@ A `Method` holds the options of a config and does nothing; a `Fitting` is one ru
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -89,8 +89,8 @@ class Run:
         """The number format of the network, for work outside `Fitting.step` and `Fitting.validate`."""
         return nullcontext()
 
-    def log(self, values: dict[str, float | Tensor], bar: bool = True) -> None:
-        """Figures of a step, also in the progress bar."""
+    def log(self, values: dict[str, float | Tensor], bar: bool = True, of_epoch: bool = False) -> None:
+        """Figures of a step, or of an epoch that is over, also in the progress bar."""
 
     def say(self, message: str) -> None:
         """One line for the user."""
@@ -133,12 +133,6 @@ class Fitting(ABC):
     def end_epoch(self) -> None:  # noqa: B027
         """All batches of an epoch have been shown."""
 
-    def validate(self, batch: Batch | tuple[int, ...]) -> None:  # noqa: B027
-        """Judge the current table on a batch held out."""
-
-    def end_validation(self) -> None:  # noqa: B027
-        """All batches held out have been shown."""
-
     def finish(self) -> None:  # noqa: B027
         """Training has ended: write what is left to write."""
 
@@ -147,6 +141,10 @@ class Method(ABC):
     """The options of a method, checked when they are made; `name` stands in the artifacts."""
 
     name: ClassVar[str]
+
+    def settings(self) -> dict[str, str]:
+        """The options that change results, by their names: each a short text."""
+        return settings(self)
 
     @property
     @abstractmethod
@@ -161,3 +159,12 @@ class Method(ABC):
     @abstractmethod
     def begin(self, run: Run) -> Fitting:
         """A fresh run; ValueError where options do not fit the denoiser or the data."""
+
+
+def settings(options: Any, group: str = "") -> dict[str, str]:
+    """Fields of a dataclass and of those in it, by dotted names; without those of `field(compare=False)`."""
+    found: dict[str, str] = {}
+    for field in (field for field in fields(options) if field.compare):
+        value, name = getattr(options, field.name), f"{group}{field.name}"
+        found |= settings(value, f"{name}.") if is_dataclass(value) else {name: repr(value)}
+    return found

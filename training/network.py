@@ -2,19 +2,20 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
 from data.loader import seed_of
 from denoisers.generate import as_images, generate
 from evaluation.pictures import image_grid
 from solvers.table import SolverTable
+from training.result import ResultModule, refuse_shorter
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class AdamW:
         )
 
 
-class NetworkModule(lightning.LightningModule):
+class NetworkModule(ResultModule):
     """A module that trains one network and writes another, usually an average of it.
 
     Args:
@@ -83,8 +84,8 @@ class NetworkModule(lightning.LightningModule):
     """
 
     def __init__(self, output: str | None, optimizer: AdamW, sample_every: int, seed: int) -> None:
-        super().__init__()
-        self.output, self.adamw, self.sample_every, self.seed = output, optimizer, sample_every, seed
+        super().__init__(output)
+        self.adamw, self.sample_every, self.seed = optimizer, sample_every, seed
         self._last_step = 0
 
     @property
@@ -104,6 +105,10 @@ class NetworkModule(lightning.LightningModule):
     @abstractmethod
     def write(self, folder: Path) -> None:
         """Write what was trained; every process calls it."""
+
+    @abstractmethod
+    def written_steps(self, folder: Path) -> float | None:
+        """Steps of what was written into a folder; None where nothing was."""
 
     def after_step(self, step: int) -> None:
         """After a step of the optimiser."""
@@ -142,6 +147,8 @@ class NetworkModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Steps count on from a checkpoint's."""
         super().on_train_start()
+        if self.trainer.world_size > 1:
+            rank_zero_info(f"{self.trainer.world_size} processes: each sees a batch of its own at every step")
         self._last_step = self.global_step
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -150,14 +157,50 @@ class NetworkModule(lightning.LightningModule):
         if step == self._last_step:  # gradients are still being accumulated
             return
         self._last_step = step
+        if step % self.trainer.log_every_n_steps == 0:
+            self._check_finite()
         if self.sample_every and step % self.sample_every == 0 and hasattr(self.logger, "log_image"):
             self._log_samples()
         self.after_step(step)
 
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Write the output."""
-        if self.output is not None:
-            self.write(Path(self.output))
+        self._check_finite()
+        self.check_output(self.global_step)
+        if self.destination is not None:
+            self.write(self.destination)
+
+    def check_output(self, steps: float) -> None:
+        """By the steps of the optimiser."""
+        if self.destination is not None and not self.overwrite:
+            refuse_shorter(self.destination, self.written_steps(self.destination), steps, "steps")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Never of a network that is lost."""
+        self._check_finite()
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another network."""
+        super().on_load_checkpoint(checkpoint)
+        shapes, saved = _shapes(self.state_dict()), _shapes(checkpoint.get("state_dict", {}))
+        for name in sorted(shapes.keys() | saved.keys() if saved else ()):
+            if shapes.get(name) != saved.get(name):
+                raise ValueError(
+                    f"the checkpoint is of another network: {name} has shape {saved.get(name)}, here "
+                    f"{shapes.get(name)}; give the network's options of the training that wrote it"
+                )
+
+    def _check_finite(self) -> None:
+        """Stop, in all processes, at a loss or weights that are not finite."""
+        loss = self.trainer.callback_metrics.get("train/loss", torch.zeros(()))
+        values = [loss, *(value.detach() for value in self.trained.parameters() if value.requires_grad)]
+        is_finite = all(bool(torch.isfinite(getattr(value, "_local_tensor", value)).all()) for value in values)
+        if not self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
+            raise ValueError(
+                f"the loss ({float(loss):g}) or the network's weights are not finite after {self.global_step} steps: "
+                "lower the learning rate, clip gradients, or check the data; checkpoints and outputs are as before"
+            )
 
     def _log_samples(self, num_images: int = 40) -> None:
         """Pictures, always from the same noises; sharded networks need all processes, others the first."""
@@ -175,3 +218,7 @@ class NetworkModule(lightning.LightningModule):
     def _log_image(self, name: str, images: Tensor) -> None:
         logger: Any = self.logger
         logger.log_image(name, [image_grid(images, columns=10)])
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}

@@ -11,18 +11,15 @@ RUN_ID_NAME = "wandb_run_id.txt"
 
 
 def run_id(folder: str | Path) -> str:
-    """The id kept in a run folder; the first process makes it on first use."""
+    """The id kept in a run folder; made on first use."""
     path = Path(folder) / RUN_ID_NAME
-    if path.exists():
-        return path.read_text().strip()
+    return path.read_text().strip() if path.exists() else new_run_id(folder)
+
+
+def new_run_id(folder: str | Path) -> str:
+    """Let the next run in this folder be a new one; the first process keeps its id."""
     new = uuid.uuid4().hex[:8]
     if rank_zero_only.rank == 0:
-        with atomic_write(path) as temporary:
+        with atomic_write(Path(folder) / RUN_ID_NAME) as temporary:
             temporary.write_text(new)
     return new
-
-
-@rank_zero_only
-def forget_run(folder: str | Path) -> None:
-    """Let the next run in this folder be a new one."""
-    (Path(folder) / RUN_ID_NAME).unlink(missing_ok=True)

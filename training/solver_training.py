@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from denoisers import load_denoiser, with_guidance
 from solvers import DenoiserIdentity, SolverTable, identify, save_solver
+from solvers.files import atomic_write
 from training.method import Fitting, Method, Result, Run
 from training.record import upload_solver
+from training.result import recorded, refuse_shorter
 from training.testing import Evaluation, TableModule
 
 
@@ -47,13 +49,14 @@ class SolverTraining(TableModule):
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(output)
         self.evaluation, self.method = evaluation, method
         trusting = partial(load_denoiser, trust_remote_code=trust_remote_code)
         load = trusting if isinstance(denoiser, str) else with_guidance
         self.denoiser = load(denoiser, guidance_scale).eval().requires_grad_(False)
         self.guidance_scale = usable_guidance or guidance_scale
-        self.output = None if output is None else Path(output)
+        self.written: dict[str, str] = {}  # text of the artifacts that are final
+        self._earlier: dict[str, float] = {}  # network calls that artifacts of other trainings took
         self.anchor = nn.Parameter(torch.zeros(()))
         self.automatic_optimization = False
         self.fitting: Fitting | None = None
@@ -64,7 +67,22 @@ class SolverTraining(TableModule):
 
     def artifact_paths(self) -> dict[str, Path]:
         """NAME.json in the output."""
-        return {name: self.output / f"{name}.json" for name in self.method.artifacts if self.output}
+        return {name: self.destination / f"{name}.json" for name in self.method.artifacts if self.destination}
+
+    @cached_property
+    def identity(self) -> DenoiserIdentity:
+        """Of the denoiser, with the guidance that artifacts may be used at."""
+        return identify(self.denoiser, guidance_scale=self.guidance_scale)
+
+    def made_by(self) -> dict[str, str]:
+        """With the method and the network."""
+        weights, guidance = self.identity.weight_hash, self.identity.guidance_scale
+        network = {"network": str(weights), "guidance scale": str(guidance)}
+        return super().made_by() | {"method": self.method.name} | network
+
+    def settings(self) -> dict[str, str]:
+        """The method's options and the number format: both change the numbers."""
+        return self.method.settings() | {"precision": str(self.trainer.precision)}
 
     def used_seeds(self) -> Sequence[Sequence[int]]:
         """Those of the data."""
@@ -78,6 +96,10 @@ class SolverTraining(TableModule):
     def on_fit_start(self) -> None:
         """The network is on its device."""
         super().on_fit_start()
+        found = {
+            name: recorded(path, "fitted_on", "evaluations", "calls") for name, path in self.artifact_paths().items()
+        }
+        self._earlier = {name: calls for name, calls in found.items() if calls is not None and not self.overwrite}
         self.fitting.start()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -85,25 +107,31 @@ class SolverTraining(TableModule):
         self.optimizers().step()
         if not self.fitting.done and len(batch):
             self.fitting.step(batch)
+        if self.trainer.is_last_batch:  # before a checkpoint can be written, so that none is between a step and its end
+            self.fitting.end_epoch()
         self.trainer.should_stop |= self.fitting.done
 
-    def on_train_epoch_end(self) -> None:
-        """For methods that work by epochs."""
-        self.fitting.end_epoch()
-        self.trainer.should_stop |= self.fitting.done
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Judge the current table."""
-        if len(batch):
-            self.fitting.validate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """All has been shown."""
-        self.fitting.end_validation()
-
-    def on_train_end(self) -> None:
-        """Write what is left to write."""
+    def finish(self) -> None:
+        """Write what is left to write, and what a resumed run finds gone."""
         self.fitting.finish()
+        for name, text in self.written.items():
+            path = self.artifact_paths().get(name)
+            if self.global_rank == 0 and path is not None and not path.exists():
+                with atomic_write(path) as temporary:
+                    temporary.write_text(text)
+
+    def keeps(self, name: str, calls: float, is_final: bool) -> bool:
+        """Whether another training's artifact stays for now.
+
+        Raises:
+            ValueError: it took more network calls than the final one that would replace it.
+        """
+        before = self._earlier.get(name)
+        if before is not None and calls < before and not is_final:
+            return True
+        refuse_shorter(self.artifact_paths()[name], before, calls, "network calls")
+        self._earlier.pop(name, None)
+        return False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """For the count of steps alone."""
@@ -117,13 +145,14 @@ class SolverTraining(TableModule):
         """Add the state of the method."""
         super().on_save_checkpoint(checkpoint)
         if self.fitting:
-            checkpoint["method"] = self.fitting.state()
+            checkpoint["method"], checkpoint["written"] = self.fitting.state(), self.written
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on there."""
         super().on_load_checkpoint(checkpoint)
         if self.fitting:
             self.fitting.load(checkpoint["method"])
+            self.written = checkpoint["written"]
 
 
 class TrainerRun(Run):
@@ -135,16 +164,11 @@ class TrainerRun(Run):
 
     def __init__(self, module: SolverTraining) -> None:
         super().__init__(module.denoiser, module.trainer.datamodule)
-        self.module, self.trainer, self.folder = module, module.trainer, module.output
+        self.module, self.trainer, self.folder = module, module.trainer, module.destination
         self.device, self.precision = self.trainer.strategy.root_device, str(self.trainer.precision)
         self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
         self.logger = self.trainer.logger
         self.shows_progress = self.rank == 0 and self.trainer.progress_bar_callback is not None
-
-    @cached_property
-    def identity(self) -> DenoiserIdentity:
-        """Of the denoiser, with the guidance that artifacts may be used at."""
-        return identify(self.denoiser, guidance_scale=self.module.guidance_scale)
 
     def sum(self, value: Tensor) -> Tensor:
         """By the trainer's strategy."""
@@ -160,9 +184,9 @@ class TrainerRun(Run):
         """That of the trainer's precision."""
         return self.trainer.precision_plugin.forward_context()
 
-    def log(self, values: dict[str, float | Tensor], bar: bool = True) -> None:
+    def log(self, values: dict[str, float | Tensor], bar: bool = True, of_epoch: bool = False) -> None:
         """With Lightning."""
-        self.module.log_dict(values, prog_bar=bar, batch_size=1)
+        self.module.log_dict(values, prog_bar=bar, batch_size=1, on_step=not of_epoch, on_epoch=of_epoch)
 
     def say(self, message: str) -> None:
         """In the first process."""
@@ -171,20 +195,21 @@ class TrainerRun(Run):
     def save(self, result: Result, is_final: bool = True) -> Path | None:
         """By the first process; the last version of an artifact goes to the logger too."""
         spent = result.spent.summed(self.sum)
-        if self.folder is None:
+        if self.folder is None or self.module.keeps(result.name, spent.calls, is_final):
             return None
         path = self.folder / f"{result.name}.json"
         if self.rank == 0:
             save_solver(
                 result.table.detach(),
                 path,
-                self.identity,
+                self.module.identity,
                 method=self.module.method.name,
                 fitted_on=result.fitted_on | {"evaluations": spent.record(), "seconds": self.module.fitting_seconds},
                 validation=result.validation,
                 config=result.config,
             )
         if is_final:
+            self.module.written |= {result.name: path.read_text()} if self.rank == 0 else {}
             upload_solver(self.logger, path)
         return path
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from evaluation.evaluate import evaluate_table, reference_images, shipped_measur
 from solvers import SolverTable, default_solver, load_solver, resolve_solver
 from training.clock import Clock
 from training.record import log_table
+from training.result import ResultModule
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Evaluation:
             raise ValueError(f"num_images {self.num_images} and batch_size {self.batch_size} must be at least 1")
 
 
-class TableModule(lightning.LightningModule):
+class TableModule(ResultModule):
     """A module whose result is one or several solver tables.
 
     `train.py test --ckpt_path ...` measures the tables as they are in the checkpoint, `train.py test` alone the
@@ -53,8 +53,8 @@ class TableModule(lightning.LightningModule):
     denoiser: Any
     evaluation: Evaluation
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, output: str | Path | None = None) -> None:
+        super().__init__(output)
         self.clock = Clock()
 
     @abstractmethod
@@ -80,14 +80,17 @@ class TableModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start the clock, or let it go on."""
+        super().on_fit_start()
         self.clock.start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the time spent."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["fitting_seconds"] = self.clock.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count on from it."""
+        super().on_load_checkpoint(checkpoint)
         self.clock = Clock(checkpoint["fitting_seconds"])
 
     @property

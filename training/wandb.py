@@ -7,7 +7,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from training.run_id import run_id
+from training.run_id import new_run_id, run_id
 
 
 class Wandb(WandbLogger):
@@ -41,6 +41,10 @@ class Wandb(WandbLogger):
             id=run_id(save_dir),
             resume="allow",
         )
+
+    def start_anew(self) -> None:
+        """Be a new run, where the folder's last one is not gone on with."""
+        self._id = self._wandb_init["id"] = new_run_id(self._folder)
 
     @property
     def save_dir(self) -> str:

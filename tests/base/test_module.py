@@ -197,7 +197,8 @@ def rank_batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     data = digits(batch_size=8)
     data.setup("fit")
     loader = data.train_dataloader()
-    loader.batch_sampler.rank, loader.batch_sampler.world_size = rank, 2
+    sampler = loader.batch_sampler
+    sampler.rank, sampler.world_size, sampler.batch_size = rank, 2, 2 * sampler.batch_size
     images, labels = next(iter(loader))
     return images.double(), labels
 

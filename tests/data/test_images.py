@@ -121,12 +121,15 @@ def test_digits_are_split_without_overlap():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_an_epoch_without_repeats(world_size):
     loaders = [
-        ResumableLoader(numbered(50), EpochBatchSampler(50, 4, 0, rank, world_size)) for rank in range(world_size)
+        ResumableLoader(numbered(50), EpochBatchSampler(50, 7, 0, rank, world_size)) for rank in range(world_size)
     ]
     shares = [labels_of(loader) for loader in loaders]
-    assert {len(share) for share in shares} == {50 // (4 * world_size)}
+    assert {len(share) for share in shares} == {50 // 7}
+    alone = labels_of(ResumableLoader(numbered(50), EpochBatchSampler(50, 7)))
+    for step, batch in enumerate(alone):
+        assert sorted(label for share in shares for label in share[step]) == sorted(batch)
     seen = [label for share in shares for batch in share for label in batch]
-    assert len(seen) == len(set(seen)) == 50 // (4 * world_size) * 4 * world_size
+    assert len(seen) == len(set(seen)) == 49
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -196,5 +199,7 @@ def test_images_of_two_sizes_are_refused(tmp_path):
 def test_unknown_source_and_too_few_samples():
     with pytest.raises(ValueError, match="unknown image source 'nope'"):
         ImageData("nope")
-    with pytest.raises(ValueError, match="3 samples do not fill one batch of 4"):
+    with pytest.raises(ValueError, match="3 samples, 4 of them in a step of 1 processes"):
         EpochBatchSampler(3, 4)
+    with pytest.raises(ValueError, match="9 samples, 1 of them in a step of 2 processes"):
+        EpochBatchSampler(9, 1, world_size=2)

@@ -29,8 +29,6 @@ def test_paper_run_on_reduced_weights(name, tmp_path):
             "false",
             "--trainer.enable_model_summary",
             "false",
-            "--trainer.val_check_interval",
-            "2",
         ]
         + [f"{model}denoiser", str(tmp_path / file), f"{model}output", str(tmp_path)]
         + [f"{method}nfe", "[5]", f"{method}descent.steps", "2", f"{data}teacher", teacher]

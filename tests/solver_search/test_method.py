@@ -13,6 +13,7 @@ from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
 from solver_search.losses import SearchLoss
 from solver_search.method import Descent, SolverSearch
+from solver_search.objective import Compute
 from solver_search.parameters import PaperParameters
 from solver_search.starts import Start
 from solvers import NoiseSchedule, identify, load_solver, named_solver, sample, sample_trace, save_solver, start_noise
@@ -175,16 +176,29 @@ def test_resuming_a_finished_run_ends_at_once(cache, tmp_path):
     _same(_table(again, 2), _table(search, 2))
 
 
+@pytest.mark.parametrize("batch_size", [5, None])
 @pytest.mark.parametrize("optimizer", ["lm", "lion"])
-def test_two_processes_equal_one_with_the_doubled_batch(cache, tmp_path, optimizer):
-    def run(name, batch_size, **options):
-        search = _search(TwoPoints(SCHEDULE), tmp_path / name, nfe=3, optimizer=optimizer, steps=3, tolerance=0.0)
-        _fit(search, TeacherData(cache, holdout=4, batch_size=batch_size), **options)
+def test_two_processes_equal_one(cache, tmp_path, optimizer, batch_size):
+    """11 trajectories to learn from, 5 held out, 5 or 11 of them a step: nothing divides."""
+
+    def run(name, **options):
+        compute = Compute(curvature_samples=None if batch_size else 3)
+        search = _search(
+            TwoPoints(SCHEDULE),
+            tmp_path / name,
+            nfe=3,
+            optimizer=optimizer,
+            steps=3,
+            tolerance=0.0,
+            compute=compute,
+        )
+        _fit(search, TeacherData(cache, holdout=5, batch_size=batch_size), **options)
         return load_solver(tmp_path / name / "solver-search-3.json")
 
-    pair = run("pair", 3, strategy="ddp_fork", devices=2)
-    one = run("one", 6)
+    pair = run("pair", strategy="ddp_fork", devices=2)
+    one = run("one")
     _same(pair, one, 1e-6)
+    assert pair.info["fitted_on"]["evaluations"] == one.info["fitted_on"]["evaluations"]
     assert pair.info["validation"]["rmse"] == pytest.approx(one.info["validation"]["rmse"], rel=1e-6)
 
 

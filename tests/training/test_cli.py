@@ -13,7 +13,7 @@ import yaml
 import train
 from denoisers import load_denoiser
 from train import main
-from training.run_id import forget_run, run_id
+from training.run_id import run_id
 
 CONFIGS = sorted(Path("configs/base").glob("*.yaml"))
 SMALL = [
@@ -168,7 +168,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, capsys, options, message)
     assert "Union" not in lines[0]
 
 
-def test_run_id_is_kept_until_forgotten(tmp_path):
+def test_a_run_id_is_kept_until_a_run_starts_anew(tmp_path):
     from training.wandb import Wandb
 
     first = run_id(tmp_path)
@@ -177,8 +177,8 @@ def test_run_id_is_kept_until_forgotten(tmp_path):
     assert logger._wandb_init["id"] == first
     assert logger._offline
     assert Path(logger.save_dir) == tmp_path
-    forget_run(tmp_path)
-    assert run_id(tmp_path) != first
+    logger.start_anew()
+    assert run_id(tmp_path) == logger._wandb_init["id"] == logger.version != first
 
 
 def test_logs_hold_what_concerns_the_user(tmp_path, monkeypatch, capsys, recwarn):

@@ -31,7 +31,8 @@ def test_seconds_are_those_before_and_those_since():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_fit_counts_on(method):
     first, second = METHODS[method](), METHODS[method]()
-    second.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for module in (first, second):
+        module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     checkpoint = {}
     first.on_save_checkpoint(checkpoint)
     assert 0 <= checkpoint["fitting_seconds"] < 100
