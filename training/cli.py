@@ -50,7 +50,9 @@ class CLI(LightningCLI):
         """Refuse a checkpoint that is not there, before any work."""
         config = self.config[self.subcommand]
         check_named(config.get("ckpt_path"))
-        self._overwrites, config["overwrite"] = config.get("overwrite", False), False  # not for those who reuse it
+        self._overwrites = bool(config.get("overwrite"))
+        if self._overwrites:
+            config["overwrite"] = False  # not for those who use the saved config again
 
     def before_fit(self) -> None:
         """Keep longer results; a run from the start is a new W&B run, one that goes on stays in the old one."""
