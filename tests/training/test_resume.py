@@ -164,7 +164,7 @@ def files(folder):
             values = json.loads(path.read_text())
             for part in ("fitted_on", "training"):
                 values.get(part, {}).pop("seconds", None)
-            for name in ("checksum", "student"):  # hashes of these seconds too
+            for name in ("checksum", "student", "created"):  # what follows from these seconds, and the date
                 values.pop(name, None)
             found[str(path.relative_to(folder))] = values
     return found
