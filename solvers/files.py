@@ -79,6 +79,7 @@ def _refusal(error: Exception, path: Path, temporary: Path | None) -> int | None
         return error.errno if is_own else None
     return errno.ENOSPC if shutil.disk_usage(path.parent).free < FULL else None
 
+
 def _prefix(path: Path) -> str:
     """How names of partial files begin, before the process that writes them: by this machine's processes alone."""
     return f".{path.name}.{platform.node()[:40]}."

@@ -68,7 +68,7 @@ class CLI(LightningCLI):
                     logger.start_anew()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With callbacks of our own, where it may be stopped and what it shows, and with checkpoints that are checked."""
+        """With callbacks of our own, where it may stop and what it shows, and with checkpoints that are checked."""
         given = self.config_init[self.subcommand].trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
         has_bar = given.enable_progress_bar is False or any(isinstance(one, ProgressBar) for one in callbacks)
