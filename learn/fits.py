@@ -106,9 +106,5 @@ def _run(method: Method, run: Run) -> Any:
             if not fitting.done:
                 fitting.step(batch)
         fitting.end_epoch()
-        if method.wanted.validation:
-            for batch in run.data.held_out_batches():
-                fitting.validate(batch)
-            fitting.end_validation()
     fitting.finish()
     return fitting

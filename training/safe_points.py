@@ -22,9 +22,12 @@ KEPT = {
 class SafePoints(Callback):
     """Lets `signals.stop` end a run after a batch; a fit saves a checkpoint before."""
 
+    def __init__(self) -> None:
+        self._claims = ExitStack()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """From here on there is something to save; the processes that Lightning starts are running."""
-        self._step, self._saved, self._claims = trainer.global_step, "", ExitStack()
+        self._step, self._saved = trainer.global_step, ""
         stop.grace = GRACE if stage in ("fit", "predict") else 0.0
         stop.kept = lambda: self._kept_of_fit(trainer) if stage == "fit" else KEPT[stage]
         started = getattr(trainer.strategy.launcher, "procs", [])
