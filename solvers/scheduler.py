@@ -29,6 +29,7 @@ from solvers.artifact import load_folder, load_solver
 from solvers.errors import SolverError
 from solvers.identity import DenoiserIdentity, lifted_checks
 from solvers.online import hub
+from solvers.prediction import velocity_scale
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import STEP_CHECKS, pipeline_guidance
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
@@ -127,7 +128,7 @@ class TableScheduler(StandaloneScheduler):
 
     def _keep(self, original: dict[str, Any]) -> None:
         """Take over a scheduler's config but what is told here already; its defaults stay defaults."""
-        own = inspect.signature(type(self).__init__).parameters
+        own = inspect.signature(type(self).__init__).parameters.keys() - {"prediction_type"}
         kept = {name: value for name, value in original.items() if name not in own and not name.startswith("_")}
         defaults = {*self.config.get("_use_default_values", ()), *original.get("_use_default_values", ())}
         self.register_to_config(**kept, _use_default_values=sorted(defaults & {*self.config, *kept}))
@@ -204,8 +205,14 @@ def _settings(table: SolverTable, schedule: NoiseSchedule | None, guidance_scale
         "schedule": made_for,
         "guidance_scale": info.get("guidance_scale") if guidance_scale is None else guidance_scale,
         "num_train_timesteps": _num_train_timesteps(made_for),
-        "prediction_type": table.prediction_type,
+        "prediction_type": _told_prediction(table.prediction_type),
     }
+
+
+def _told_prediction(prediction_type: str) -> str:
+    """diffusers' word for a prediction type: EDM's own, at either sign, is epsilon or v_prediction there."""
+    scale = velocity_scale(prediction_type)
+    return prediction_type if scale is None else "epsilon" if scale > 0 else "v_prediction"
 
 
 def _in_diffusers_words(schedule: dict[str, Any] | None) -> dict[str, Any]:

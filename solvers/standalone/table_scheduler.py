@@ -30,8 +30,12 @@ from torch import Tensor
 SEED_LIMIT = 2**32
 CONDITIONAL = "conditional"
 STEP_CHECKS = ("sigmas", "timesteps", "shift", "guidance scale")  # made at every call
-VP_SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"]
-FLOW_SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+SCHEDULERS = {  # of diffusers, by the kind of their noise schedule
+    "vp": [kind.name for kind in KarrasDiffusionSchedulers if not kind.name.startswith("EDM")],
+    "flow": ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"],
+    "edm": ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"],
+}
+OTHERS = ["CogVideoXDDIMScheduler", "LCMScheduler"]  # whose configs are known too
 TRAINING = ("alphas", "alphas_cumprod", "betas", "final_alpha_cumprod", "sigma_max", "sigma_min")
 
 
@@ -66,7 +70,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = [*VP_SCHEDULERS, *FLOW_SCHEDULERS, "CogVideoXDDIMScheduler", "LCMScheduler"]
+    _compatibles = [name for names in (*SCHEDULERS.values(), OTHERS) for name in names]
     _module = "table_scheduler"  # what saved pipelines call the file beside the config
 
     @register_to_config
@@ -130,8 +134,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @property
     def compatibles(self) -> list[type]:
         """Scheduler classes that `from_config(self.config)` gives the same noise schedule."""
-        names = FLOW_SCHEDULERS if self._is_flow else VP_SCHEDULERS
-        found = [getattr(diffusers, name, None) for name in names]
+        found = [getattr(diffusers, name, None) for name in SCHEDULERS[self._kind]]
         return [kind for kind in found if kind is not None and "dummy" not in kind.__module__]
 
     def __getattr__(self, name: str) -> Any:
@@ -144,16 +147,19 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _training(self) -> Any:
         """A scheduler of diffusers on the same noise schedule; None where diffusers has no words for it."""
         known = {name for name in ("beta_schedule", "trained_betas") if self.config.get(name) is not None}
-        if not self._is_flow and not known:
+        if self._kind == "edm" or (self._kind == "vp" and not known):
             return None
         vp = "CogVideoXDDIMScheduler" if self.config.get("snr_shift_scale") is not None else "DDIMScheduler"
-        kind = getattr(diffusers, FLOW_SCHEDULERS[0] if self._is_flow else vp)
+        kind = getattr(diffusers, vp if self._kind == "vp" else SCHEDULERS["flow"][0])
         names = inspect.signature(kind.__init__).parameters.keys() & self.config.keys()
         return kind(**{name: self.config[name] for name in names})
 
     @property
-    def _is_flow(self) -> bool:
-        return self.config["prediction_type"] == "flow_prediction"
+    def _kind(self) -> str:
+        """Of the noise schedule, as of SCHEDULERS."""
+        known = (self.config["schedule"] or {}).get("kind")
+        is_flow = known == "flow" or (known is None and self._plan.prediction_type == "flow_prediction")
+        return "flow" if is_flow else "edm" if known == "edm" else "vp"
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -308,7 +314,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a network predicts as velocity: noise - sample of a flow, else alpha * noise - sigma * sample."""
-        if self._is_flow:
+        if self._kind == "flow":
             return noise - sample
         alpha, sigma = (_broadcast(value, sample) for value in self._nodes(torch.as_tensor(timesteps)))
         return alpha * noise - sigma * sample
@@ -337,7 +343,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _schedule_nodes(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes of any timesteps; between those of training the angle atan2(sigma, alpha) is interpolated."""
-        if self._is_flow:
+        if self._kind == "flow":
             sigma = timesteps / self.config["num_train_timesteps"]
             return 1 - sigma, sigma
         if self._training is None:
@@ -474,7 +480,8 @@ class _Plan:
     def __init__(self, table: dict[str, Any]) -> None:
         self.timesteps = torch.tensor(table["timesteps"], dtype=torch.float32)
         self.alpha, self.sigma = (torch.tensor(table[name], dtype=torch.float64) for name in ("alpha", "sigma"))
-        scale = self.alpha + self.sigma if table["prediction_type"] == "flow_prediction" else self.alpha
+        self.prediction_type = table["prediction_type"]
+        scale = self.alpha + self.sigma if self.prediction_type == "flow_prediction" else self.alpha
         self.sigmas = (self.sigma / scale).float()
         self.start_scale, self.space = float(table["start_scale"]), table.get("space")
         blocks = (table["state_coef"], table["output_coef"], table["noise_coef"])

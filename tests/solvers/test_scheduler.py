@@ -16,6 +16,8 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -375,18 +377,21 @@ ORIGINALS = {
     "zero-snr": DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
     "betas": DDPMScheduler(trained_betas=[1e-4, 1e-3, 5e-3, 2e-2], num_train_timesteps=4),
     "cogvideo": CogVideoXDDIMScheduler(snr_shift_scale=1.0, prediction_type="v_prediction"),
+    "edm": EDMEulerScheduler(sigma_max=70.0, sigma_data=0.7, prediction_type="v_prediction"),
     "sd3": FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flux": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.2),
 }
 FOLLOWERS = (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, CogVideoXDDIMScheduler)
 PAIRS = [(name, follower) for name in ("sd", "zero-snr", "betas", "cogvideo") for follower in FOLLOWERS]
+PAIRS += [("edm", EDMEulerScheduler), ("edm", EDMDPMSolverMultistepScheduler)]
 PAIRS += [(name, FlowMatchEulerDiscreteScheduler) for name in ("sd3", "flux")]
 
 
 def scheduler_after(original) -> TableScheduler:
     """Ours in the place of a pipeline's scheduler, its numbers of no matter."""
     schedule = NoiseSchedule.from_scheduler(original)
-    table = flow_solver(4) if schedule.kind == "flow" else solver(steps=4, prediction_type=schedule.prediction_type)
+    table = named_solver("euler:4", schedule) if schedule.kind in ("flow", "edm") else solver(steps=4)
+    table = replace(table, prediction_type=schedule.prediction_type)
     info = {"schedule": schedule.to_dict(), "guidance_scale": 1.0}
     return TableScheduler.for_pipeline(replace(table, info=info), original)
 
@@ -435,10 +440,12 @@ def test_training_numbers_are_those_of_the_original(name):
         assert hasattr(ours, number) == hasattr(original, number)
         if hasattr(original, number):
             assert torch.equal(torch.as_tensor(getattr(ours, number)), torch.as_tensor(getattr(original, number)))
-    assert hasattr(ours, "alphas_cumprod") == (name not in ("sd3", "flux"))
+    kind = NoiseSchedule.from_scheduler(original).kind
+    assert hasattr(ours, "alphas_cumprod") == (kind == "discrete_vp")
     kinds = {kind.__name__ for kind in ours.compatibles}
-    assert ("FlowMatchEulerDiscreteScheduler" in kinds) == (name in ("sd3", "flux"))
-    assert ("UniPCMultistepScheduler" in kinds) == (name not in ("sd3", "flux"))
+    assert ("FlowMatchEulerDiscreteScheduler" in kinds) == (kind == "flow")
+    assert ("UniPCMultistepScheduler" in kinds) == (kind == "discrete_vp")
+    assert ("EDMDPMSolverMultistepScheduler" in kinds) == (kind == "edm")
 
 
 def test_without_a_schedule_there_are_no_training_numbers():
