@@ -45,7 +45,7 @@ def push_to_hub(
     with hub(token) as api:
         if license is None and base_model is not None:
             license = getattr(api.model_info(base_model).card_data, "license", None)
-        if figures is not None:
+        if report is not None:
             _write(folder / PICTURE, Path(report, PICTURE).read_bytes())
         header = {"base_model": base_model, "license": license}
         _write(folder / "README.md", model_card(tables, repo_id, header, figures).encode())

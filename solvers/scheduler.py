@@ -117,14 +117,14 @@ class TableScheduler(StandaloneScheduler):
         scheduler._keep(_config(original))
         return scheduler
 
-    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **options: Any) -> str:
+    def push_to_hub(self, repo_id: str, *args: Any, **options: Any) -> str:
         """As diffusers' schedulers do; `solvers.push_to_hub` uploads artifacts with figures and pictures.
 
         Raises:
             SolverError: a Hub that cannot be reached.
         """
         with hub(options.get("token")):
-            return super().push_to_hub(repo_id, commit_message, **options)
+            return super().push_to_hub(repo_id, *args, **options)
 
     def _keep(self, original: dict[str, Any]) -> None:
         """Take over a scheduler's config but what is told here already; its defaults stay defaults."""

@@ -36,12 +36,12 @@ class Sampling:
         return noise * ((1 + sigma**2).sqrt() if max_denoise else sigma) + latent_image
 
     def node(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.rsqrt(1 + sigma.double() ** 2)
+        norm = torch.rsqrt(self.schedule.parameters.get("sigma_data", 1.0) ** 2 + sigma.double() ** 2)
         return (1 - sigma.double(), sigma.double()) if self.flow else (norm, sigma * norm)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         told = self.schedule.timestep(*self.node(sigma))
-        return told if self.flow else told.round()
+        return told.round() if self.schedule.kind == "discrete_vp" else told
 
 
 @dataclass

@@ -21,6 +21,8 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
 )
 
@@ -361,6 +363,29 @@ def test_image_to_image_takes_a_later_table_where_the_first_cannot_start_later()
     assert scheduler.sigmas.tolist() == TableScheduler.from_solver(whole).sigmas.tolist()
     with pytest.raises(ValueError, match="cannot start at row 4"):
         scheduler.set_begin_index(4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "image_class"), [("sd3", StableDiffusion3Img2ImgPipeline), ("flux", FluxImg2ImgPipeline)]
+)
+def test_image_to_image_of_flows_equals_the_pipeline_with_its_own_scheduler(kind, image_class):
+    pipe = tiny_pipeline(kind)
+    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    image_pipe = image_class(**parts)
+    image_pipe.set_progress_bar_config(disable=True)
+    arguments = call_arguments(kind, PROMPTS, 1.0, 4) | {"image": torch.zeros(2, 3, 16, 16), "strength": 0.5}
+
+    def run_with(scheduler):
+        image_pipe.scheduler = scheduler
+        return image_pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+
+    expected = run_with(pipe.scheduler)
+    mu = 0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256)  # of Flux's 16 tokens
+    steps = {"sigmas": [1 - row / 4 for row in range(4)], "mu": mu} if kind == "flux" else None
+    table = tabulate(pipe.scheduler, None if steps else 4, set_timesteps=steps)
+    ours = TableScheduler.from_solver(table)
+    assert (run_with(ours) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert ours.begin_index == 2
 
 
 def test_a_later_start_needs_no_noise_from_before():
