@@ -1,4 +1,4 @@
-"""Artifacts that are damaged, edited or forged: what a million of them may not do. The last line is one JSON object.
+"""What must not happen: to damaged artifacts, and to commands that are interrupted. The last line is one JSON object.
 
 Each mutation is drawn from its own seed, so that one can be made again. Damaged and edited artifacts keep their
 checksum; forged ones get a new one, and reach the checks behind it. All counts must be 0:
@@ -7,6 +7,10 @@ checksum; forged ones get a new one, and reach the checks behind it. All counts 
     other_error                    anything but a SolverError
     several_lines, too_long        an error of more than one line, or of more than 300 characters
     crashes_later                  a forged artifact loads, and what reads it afterwards fails
+
+The counts of killed and signalled commands and of lost processes are described in `benchmarks/interruptions.py`.
+
+    python benchmarks/robustness.py --mutations 1000000 --kills 50 --signals 20 --ranks 6
 """
 
 import argparse
@@ -17,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import interruptions
 from evaluation.charts import timesteps_chart
 from evaluation.contenders import fitted_seeds
 from solvers import Bands, DenoiserIdentity, NoiseSchedule, SolverError, load_solver, named_solver, save_solver
@@ -198,16 +203,44 @@ def _places(values: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value)
 
 
+def interrupted(kills: int, signals: int, ranks: int, seed: int = 0, kinds: Sequence[str] = ()) -> dict[str, int]:
+    """Counts of broken rules of commands; each case is named in the error stream.
+
+    Args:
+        kills, signals: runs of each kind.
+        ranks: runs of two processes.
+        seed: of the first run.
+        kinds: some of `interruptions.KINDS`, default all.
+    """
+    counts = Counter(dict.fromkeys(interruptions.COUNTS, 0))
+    with tempfile.TemporaryDirectory() as name:
+        folder, prepared = Path(name) / "runs", Path(name) / "prepared"
+        folder.mkdir()
+        prepared.mkdir()
+        interruptions.prepare(prepared)
+        for kind in kinds or interruptions.KINDS:
+            for trial, trials in ((interruptions.kills, kills), (interruptions.signals, signals)):
+                counts.update(trial(kind, trials, folder, prepared, seed) if trials else {})
+        counts.update(interruptions.ranks(ranks, folder, prepared, seed))
+    return dict(counts)
+
+
 def main() -> None:
-    """Run the campaign; exit code 1 where a count is not 0."""
+    """Run the campaigns; exit code 1 where a count is not 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--mutations", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first mutation")
+    parser.add_argument("--mutations", type=int, default=1_000_000, help="of artifacts")
+    parser.add_argument("--kills", type=int, default=50, help="of each command")
+    parser.add_argument("--signals", type=int, default=20, help="to each command")
+    parser.add_argument("--ranks", type=int, default=6, help="runs of which a process is killed")
+    parser.add_argument("--kinds", nargs="+", default=interruptions.KINDS, choices=interruptions.KINDS)
+    parser.add_argument("--seed", type=int, default=0, help="of the first mutation and run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     counts = campaign(options.mutations, options.seed)
-    print(json.dumps({"mutations": options.mutations, **counts}))
+    if options.kills or options.signals or options.ranks:
+        counts |= interrupted(options.kills, options.signals, options.ranks, options.seed, options.kinds)
+    print(json.dumps({name: getattr(options, name) for name in ("mutations", "kills", "signals", "ranks")} | counts))
     sys.exit(any(counts.values()))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from learn.options import DTYPES, METHODS, LearnOptions
 from training.arguments import OneLineErrors, fail, guarded
+from training.signals import stop
 
 
 class Parser(OneLineErrors, argparse.ArgumentParser):
@@ -28,6 +29,7 @@ def _run(model: str, values: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore")  # of libraries; what concerns the user is printed
     from learn.run import learn
 
+    stop.kept = lambda: f"what was recorded and learned stays in {values['output']}; run the same command to go on"
     values["call"] = dict(map(_pair, values["call"]))
     values["prompts"] = None if values["prompts"] is None else _lines(Path(values["prompts"]))
     try:

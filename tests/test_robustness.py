@@ -1,9 +1,15 @@
-"""A short campaign of mutated artifacts, and that a campaign finds what it looks for."""
+"""Short campaigns of mutated artifacts and interrupted commands, and that a campaign finds what it looks for."""
+
+import time
 
 import pytest
 
-from benchmarks.robustness import COUNTS, campaign
+from benchmarks import interruptions
+from benchmarks.robustness import COUNTS, campaign, interrupted
 from solvers import artifact
+from solvers.files import atomic_write
+from training.arguments import guarded
+from training.signals import stop
 
 
 @pytest.mark.filterwarnings("ignore:solver artifacts of format 1")
@@ -24,3 +30,80 @@ def test_a_campaign_finds_what_is_not_checked(monkeypatch, name, replacement, fo
     monkeypatch.setattr(artifact, name, replacement)
     counts = campaign(1500)
     assert {rule for rule, count in counts.items() if count} >= found
+
+
+@pytest.mark.slow
+def test_commands_that_are_interrupted_go_on():
+    found = interrupted(kills=1, signals=1, ranks=0)
+    assert found | {"signal_slow": 0} == dict.fromkeys(interruptions.COUNTS, 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_process_ends():
+    found = interrupted(kills=0, signals=0, ranks=2, kinds=["predict"])
+    assert found | {"rank_slow": 0} == dict.fromkeys(interruptions.COUNTS, 0)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Interruptions of a function in place of a command; returns the function that sets it."""
+
+    def use(work):
+        monkeypatch.setattr(interruptions.Job, "run", lambda self, *further: work(self.folder, further))
+        monkeypatch.setattr(interruptions.Job, "result", lambda self: (self.folder / "result").read_text())
+
+    return use
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def careful(folder, further):
+    """Obeys signals, and goes on with what it has done."""
+
+    def work():
+        stop.kept = lambda: f"go on with --ckpt_path {folder / 'last.ckpt'}"
+        for step in range(10):
+            if not (folder / f"{step}").exists():
+                spin(0.02)
+                with atomic_write(folder / f"{step}") as temporary:
+                    temporary.write_text("done")
+        (folder / "result").write_text("".join(path.name for path in sorted(folder.glob("[0-9]"))))
+
+    guarded(work)
+
+
+def hasty(folder, further):
+    """Starts with nothing, dies of signals, and takes what is there for the whole."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "result").exists():
+        (folder / "result").write_text("half")
+        spin(0.2)
+        (folder / "result").write_text("whole")
+
+
+def failing(folder, further):
+    """Cannot go on."""
+    folder.mkdir()
+    spin(0.2)
+    (folder / "result").write_text("whole")
+
+
+@pytest.mark.parametrize(
+    ("work", "killed", "signalled"),
+    [
+        (careful, set(), set()),
+        (hasty, {"killed_other"}, {"signal_code", "signal_lines", "signal_other"}),
+        (failing, {"killed_lost"}, {"signal_code", "signal_lines", "signal_lost"}),
+    ],
+)
+def test_an_interruption_finds_what_is_not_obeyed_or_lost(quick, tmp_path, work, killed, signalled):
+    quick(work)
+    for trial, expected in ((interruptions.kills, killed), (interruptions.signals, signalled)):
+        folder = tmp_path / trial.__name__
+        folder.mkdir()
+        counts = trial("base", 4, folder, tmp_path)
+        assert {rule for rule, count in counts.items() if count} - {"signal_slow"} == expected
