@@ -14,9 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 
@@ -65,6 +65,7 @@ def generate(
     from denoisers.generate import as_images, check_finite
     from denoisers.generate import generate as run
     from evaluation.pictures import save_grid
+    from solvers.files import claimed
 
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: give at least 1")
@@ -72,7 +73,8 @@ def generate(
         raise ValueError("preview shows the rounds of --sampler parataa: the sequential sampler has none")
     model, table = _load(solver, denoiser, guidance_scale, precision, trust)
     folder, seeds = Path(output), range(seed, seed + num_samples)
-    with _sampler(sampler, folder / "preview" if preview else None) as (chosen, record):
+    alone = claimed(folder) if _is_first_process() else nullcontext()
+    with alone, _sampler(sampler, folder / "preview" if preview else None) as (chosen, record):
         begin = time.perf_counter()
         images = run(model, table, seeds, batch_size=batch_size, labels=labels, sampler=chosen, progress="sampling")
         seconds = time.perf_counter() - begin
@@ -283,6 +285,16 @@ def _is_number(text: str) -> bool:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors a user can cause are one line and exit code 2."""
+    guarded(_run, sys.argv[1:] if args is None else args)
+
+
+def _run(args: Sequence[str]) -> None:
+    values = _parser().parse_args(_lists_joined(args))
+    stop.kept = lambda: KEPT.get(values.command, "nothing was written")
+    COMMANDS[values.command](**values[values.command].as_dict())
+
+
+def _parser() -> Parser:
     title, _, solvers = (__doc__ or "").split("\n\n")
     parser = Parser(description=f"{title} {solvers}")
     subcommands = parser.add_subcommands(dest="command")
@@ -294,13 +306,7 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             part.add_function_arguments(command, as_group=False, as_positional=command in (inspect, export))
         subcommands.add_subcommand(name, part, help=summary)
-    values = parser.parse_args(_lists_joined(sys.argv[1:] if args is None else args))
-    guarded(_run, values.command, values[values.command].as_dict())
-
-
-def _run(name: str, options: dict[str, Any]) -> None:
-    stop.kept = lambda: KEPT.get(name, "nothing was written")
-    COMMANDS[name](**options)
+    return parser
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ SMALL = {
     "olss": "--model.init_args.method.init_args.calls=[2,3]",
     "solver_search": "--model.init_args.method.init_args.nfe=[2,3] --model.init_args.method.init_args.descent.steps=2",
     "timestep_tuner": "--model.init_args.method.init_args.solvers=[ddim:3] "
-    "--model.init_args.method.init_args.descent.steps=4 --trainer.callbacks.every_n_train_steps=1",
+    "--model.init_args.method.init_args.descent.steps=4 --trainer.callbacks.every_n_train_steps=1 "
+    "--data.init_args.batch_size=4",
 }
 KINDS = (*SMALL, "predict", "compare")
 IMPORTED = (

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from evaluation.processes import barrier, first_alone, processes
 from evaluation.report import log_report, write_report
 from evaluation.rows import choose_metrics
 from evaluation.statistics import DataStatistics, find_statistics
+from solvers.files import claimed
 
 
 def compare(args: CompareArgs, samplers: Mapping[str, Callable] | None = None) -> list[dict[str, Any]]:
@@ -64,8 +66,9 @@ def compare_groups(
     shape = image_shape(groups[0].reference.denoiser)
     measure = choose_metrics(args.metrics, extractor, statistics, args.num_samples, shape)
     comparison = Comparison(args, groups, measure)
-    with processes() as (rank, world_size):
+    with processes() as (rank, world_size), ExitStack() as alone:
         first_alone(comparison.claim)
+        first_alone(lambda: alone.enter_context(claimed(comparison.output)))
         comparison.sample(rank, world_size)
         barrier()
         return _report(comparison) if rank == 0 else []

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FULL = 2**16  # bytes: less than this is a full disk
@@ -43,20 +43,29 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """Write to a folder alone; the claim ends with the process, too.
+    """Write to a folder alone, until the block or the process ends; a new one in which nothing is left goes again.
 
     Raises:
         ValueError: another process writes to it.
     """
+    is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, folder)
         yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(folder)
+        os.close(handle)
+
+
+def _lock(handle: int, folder: str | Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"another process writes to {folder}: wait for its end, or use another folder") from error
-    finally:
-        os.close(handle)
 
 
 def sha256(path: str | Path) -> str:

@@ -1,6 +1,7 @@
 """The sampler's command line, in-process."""
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from denoisers import class_labels, load_denoiser
 from denoisers.dit import DiT
 from solvers import Bands, NoiseSchedule, identify, load_solver, named_solver, save_solver, start_noise
 from solvers import sample as run_table
+from solvers.files import claimed
 from tests.tiny_models import tiny_checkpoint
 
 
@@ -220,3 +222,63 @@ def test_a_distilled_models_list_is_a_solver_argument(model, tmp_path):
     rows = json.loads((tmp_path / "report" / "report.json").read_text())
     assert solver in json.dumps(rows)
     run("inspect", solver, "--output", tmp_path / "table.png")
+
+
+def interrupted(capsys, *args: object) -> str:
+    with pytest.raises(SystemExit) as left:
+        run(*args)
+    assert left.value.code == 143
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def asked_in_call(monkeypatch, number: int) -> None:
+    """SIGTERM in a call of the network."""
+    forward, calls = DiT.forward, []
+
+    def replaced(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(DiT, "forward", replaced)
+
+
+def test_sampling_is_broken_off_by_a_signal(model, tmp_path, monkeypatch, capsys):
+    asked_in_call(monkeypatch, 2)
+    options = ("--denoiser", model, "--solver", "ddim:3", "--num_samples", 2, "--output", tmp_path)
+    assert interrupted(capsys, "generate", *options) == "stopped by SIGTERM: nothing was written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_goes_on_after_a_signal(model, tmp_path, monkeypatch, capsys):
+    options = ("--denoiser", model, "--solvers", "ddim:2", "ddim:3", "--reference", "ddim:4", "--num_samples", 3)
+    options += ("--metrics", "rmse", "--bootstrap", 0, "--cache", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        asked_in_call(patch, 8)  # four of the reference, two of the first solver
+        line = interrupted(capsys, "compare", *options, "--output", tmp_path / "a")
+    assert line == "stopped by SIGTERM: what was sampled stays; run the same command again to go on"
+    assert len(list((tmp_path / "a").glob("rows/*/*"))) == 2
+    rows = []
+    for name in ("a", "b"):
+        run("compare", *options, "--output", tmp_path / name)
+        found = json.loads((tmp_path / name / "report.json").read_text())
+        rows.append([row.get("rmse") for row in found])
+    assert rows[0] == rows[1]
+    assert len([value for value in rows[0] if value]) == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_one_run_writes_to_a_folder(command, model, tmp_path, capsys):
+    solver = ("--solver", "ddim:2") if command == "generate" else ("--solvers", "ddim:2", "--metrics", "rmse")
+    with claimed(tmp_path):
+        line = fails(capsys, command, "--denoiser", model, *solver, "--num_samples", 2, "--output", tmp_path)
+    assert f"another process writes to {tmp_path}" in line
+
+
+def test_samples_that_are_no_numbers_are_not_written(model, tmp_path, monkeypatch, capsys):
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * float("nan"))
+    options = ("--denoiser", model, "--solver", "ddim:2", "--num_samples", 2, "--output", tmp_path)
+    assert "2 of 2 samples hold NaN or infinity, the first has seed 0" in fails(capsys, "generate", *options)
+    assert not list(tmp_path.iterdir())

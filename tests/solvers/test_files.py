@@ -73,4 +73,15 @@ def test_a_folder_has_one_writer(tmp_path):
         other.communicate("\n")
     with claimed(tmp_path / "run"):
         pass
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_folder_in_which_nothing_is_left_goes_again(tmp_path):
+    with claimed(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+    with claimed(tmp_path / "new"):
+        write(tmp_path / "new" / "a.txt")
+    with claimed(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new" / "a.txt").read_text() == "new"
