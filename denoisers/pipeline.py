@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from solvers.table import SolverTable
 from solvers.tabulate import tabulate
 
 PROBE_STEPS = 10  # some schedulers refuse very few
+MOST_STEPS = 50  # of a solver whose shift is known where it depends on the number of steps
 
 
 class PipelineDenoiser(nn.Module):
@@ -67,12 +69,19 @@ class PipelineDenoiser(nn.Module):
         self.guidance_scale = pipeline_guidance(pipe, defaults | call | self.entries[0])
         self.name = type(pipe).__name__
         self.settings = {"prompts": described(self.entries), "call": described(call)}
-        self._probes: dict[int, Recording] = {}
+        self._probes: dict[tuple[int, int], Recording] = {}
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of the pipeline's scheduler, at the shift the pipeline gives it."""
-        return read_schedule(self.pipe.scheduler, mu=self._probe(PROBE_STEPS).set_timesteps.get("mu"))
+        """The noise schedule of the pipeline's scheduler, at the shift the pipeline gives it.
+
+        Where the pipeline's shift depends on the number of steps, it is listed for up to MOST_STEPS, see `shift_at`.
+        """
+        first, other = (self._schedule_at(steps) for steps in (PROBE_STEPS, PROBE_STEPS + 1))
+        if first == other:
+            return first
+        shifts = [self._schedule_at(steps).parameters["shift"] for steps in range(1, MOST_STEPS + 1)]
+        return replace(first, parameters=first.parameters | {"step_shifts": shifts})
 
     @cached_property
     def sample_shape(self) -> tuple[int, ...]:
@@ -178,14 +187,21 @@ class PipelineDenoiser(nn.Module):
                 hook.remove()
         return called
 
-    def _probe(self, num_inference_steps: int) -> Recording:
-        """A call that ends at its first step: how the pipeline addresses its scheduler."""
-        if num_inference_steps not in self._probes:
-            recording = Recording(1, limit=1)
+    def _schedule_at(self, num_inference_steps: int) -> NoiseSchedule:
+        """At the shift of a number of steps; a scheduler that does not shift by mu has one schedule."""
+        if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
+            return read_schedule(self.pipe.scheduler)
+        return read_schedule(self.pipe.scheduler, mu=self._probe(num_inference_steps, 0).set_timesteps.get("mu"))
+
+    def _probe(self, num_inference_steps: int, limit: int = 1) -> Recording:
+        """A call that ends at its first step, or before: how the pipeline addresses its scheduler."""
+        key = num_inference_steps, limit
+        if key not in self._probes:
+            recording = Recording(1, limit)
             scheduler = Recorder(copy.deepcopy(self.pipe.scheduler), recording=recording)
             self._run(scheduler, num_inference_steps, self.condition_of([0]))
-            self._probes[num_inference_steps] = recording
-        return self._probes[num_inference_steps]
+            self._probes[key] = recording
+        return self._probes[key]
 
     def _run(self, scheduler: Any, steps: int, condition: Tensor) -> None:
         """One generator stays outside a list, which not every pipeline takes, and so do arguments of one sample."""

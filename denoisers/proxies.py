@@ -25,7 +25,7 @@ class Recording:
 
     Args:
         batch: number of prompts.
-        limit: steps after which the call ends; None for all.
+        limit: steps after which the call ends, 0 for none; None for all.
         set_timesteps: arguments of `set_timesteps`, without device.
         timesteps: those that the scheduler then has.
         step: further arguments of `step`, without generator.
@@ -63,6 +63,8 @@ class Recorder(Proxy):
             self.recording.states, self.recording.outputs = [], []
             self.inner.set_timesteps(*args, **kwargs)
             self.recording.timesteps = torch.as_tensor(self.inner.timesteps)
+            if self.recording.limit == 0:
+                raise Finished
 
         return wrapped
 

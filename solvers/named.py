@@ -185,6 +185,6 @@ def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> Tensor:
         return schedule.at_time(line(1, 0, n)) if spacing == "karras" else line(*ends, n)
     sigma = line(1, 1e-3, n) if spacing == "linspace" else line(1, 1 / n, n)
     if schedule.kind == "flow":
-        shift = schedule.parameters["shift"]
+        shift = schedule.shift_at(n)
         sigma = stretched(shift * sigma / (1 + (shift - 1) * sigma), schedule.parameters.get("shift_terminal"))
     return schedule.at_time(sigma)

@@ -169,7 +169,7 @@ def _spaced_flow(entry: Named, schedule: NoiseSchedule, n: int, spacing: str) ->
     if schedule.prediction_type != "flow_prediction":
         raise ValueError(f"it has prediction type {schedule.prediction_type!r}, and diffusers needs flow_prediction")
     terminal = {name: schedule.parameters[name] for name in ("shift_terminal",) if name in schedule.parameters}
-    scheduler = _flow_scheduler(entry, terminal, schedule.parameters["shift"])
+    scheduler = _flow_scheduler(entry, terminal, schedule.shift_at(n))
     arguments = {}
     if spacing == "linspace":
         scheduler.sigma_min = float(torch.tensor(1e-3))  # its own is shifted already, and would be once more

@@ -19,7 +19,7 @@ _REQUIRED = {
     "scaled_linear": {"beta_schedule", "num_train_timesteps", "beta_start", "beta_end"},
     "squaredcos_cap_v2": {"beta_schedule", "num_train_timesteps"},
 }
-_OPTIONAL = {"flow": {"shift_terminal"}, "continuous_vp": set(), "edm": set()}
+_OPTIONAL = {"flow": {"shift_terminal", "step_shifts"}, "continuous_vp": set(), "edm": set()}
 
 
 def check_parameters(kind: str, parameters: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ def _check_value(name: str, value: Any) -> None:
         return
     if name == "rescale_betas_zero_snr":
         fits, allowed = isinstance(value, bool), "true or false"
-    elif name == "trained_betas":
+    elif name in ("trained_betas", "step_shifts"):
         fits, allowed = isinstance(value, list) and all(map(_is_number, value)), "a list of numbers"
     elif name == "num_train_timesteps":
         fits, allowed = type(value) is int and 2 <= value <= _MOST_TIMESTEPS, f"from 2 to {_MOST_TIMESTEPS}"

@@ -114,7 +114,7 @@ class NoiseSchedule:
 
         `shift` moves evenly spaced steps towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma)
         (arXiv 2403.03206), and `shift_terminal` then stretches them to end there; both belong to the spacing of steps,
-        not to the map from timestep to node.
+        not to the map from timestep to node. A shift that depends on the number of steps is `step_shifts`, see `shift_at`.
         """
         terminal = {} if shift_terminal is None else {"shift_terminal": shift_terminal}
         return cls("flow", prediction_type, {"shift": shift, "timestep_scale": timestep_scale, **terminal})
@@ -177,6 +177,11 @@ class NoiseSchedule:
         if beta_start is not None:
             parameters |= {"beta_start": float(beta_start), "beta_end": float(beta_end)}
         return cls("discrete_vp", prediction_type, parameters | {"rescale_betas_zero_snr": rescale})
+
+    def shift_at(self, steps: int) -> float:
+        """The shift of a flow for a number of steps: step_shifts[steps - 1] where the schedule lists so many."""
+        listed = self.parameters.get("step_shifts", [])
+        return float(listed[steps - 1] if 1 <= steps <= len(listed) else self.parameters["shift"])
 
     @property
     def t_min(self) -> float:

@@ -38,7 +38,7 @@ from solvers.table_json import table_from_dict, table_to_dict
 
 __all__ = ["SchedulerMixin", "TableScheduler", "load_tables"]
 
-NO_WORDS = {"continuous_vp": ("beta_min", "beta_max", "timestep_scale"), "flow": ("timestep_scale",)}
+NO_WORDS = {"continuous_vp": ("beta_min", "beta_max", "timestep_scale"), "flow": ("timestep_scale", "step_shifts")}
 Solver = str | Path | SolverTable
 CHECKS = tuple(dict.fromkeys((*identity.CHECKS, *STEP_CHECKS, "start scale")))
 
@@ -163,7 +163,8 @@ class TableScheduler(StandaloneScheduler):
             return [] if "noise schedule" in lifted else unknown
         schedule, found = NoiseSchedule.from_dict(self.config["schedule"]), NoiseSchedule.from_scheduler(original)
         if _config(original).get("use_dynamic_shifting"):  # set_timesteps compares the shift with the mu of each call
-            found = replace(found, parameters=found.parameters | {"shift": schedule.parameters.get("shift")})
+            shifts = {name: value for name, value in schedule.parameters.items() if name in ("shift", "step_shifts")}
+            found = replace(found, parameters=found.parameters | shifts)
         scales = [scale for scale in (self.config["guidance_scale"], guidance_scale) if scale is not None] or [1.0]
         return DenoiserIdentity(schedule, scales[0]).differences(DenoiserIdentity(found, scales[-1]), lifted)
 

@@ -43,7 +43,7 @@ class Lines(ProgressBar):
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Batches."""
         done = trainer.predict_loop.batch_progress.current.processed
-        self._say(f"batch {done} of {self.total_predict_batches_current_dataloader}")
+        self._say(f"batch {done} of {sum(trainer.num_predict_batches)}")
 
     def _say(self, text: str) -> None:
         if self._is_enabled and time.monotonic() - self._last >= EVERY:

@@ -237,6 +237,30 @@ def animate() -> Any:
     return of("AnimateDiffPipeline", **parts)
 
 
+def klein() -> Any:
+    """FLUX.2 klein, whose shift depends on the number of steps, too."""
+    network = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(4,),
+        layers_per_block=1, latent_channels=4, norm_num_groups=1, sample_size=16,
+    )  # fmt: skip
+    scheduler = flow(1.0, use_dynamic_shifting=True)
+    return bare("Flux2KleinPipeline", network, absent="text_encoder tokenizer", vae=vae, scheduler=scheduler)
+
+
+def bria() -> Any:
+    network = diffusers.BriaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(0, 4, 4),
+    )  # fmt: skip
+    vae = parts_of("sd")["vae"]
+    vae.register_to_config(shift_factor=0)
+    return bare("BriaPipeline", network, absent="text_encoder tokenizer image_encoder feature_extractor", vae=vae)
+
+
 def audio_ldm() -> Any:
     network = diffusers.AudioLDM2UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8, sample_size=8, in_channels=4, out_channels=4,
@@ -352,6 +376,8 @@ ROWS: tuple[Row, ...] = (
         embedded(8, (*BOTH, "prompt_embeds_mask", "negative_prompt_embeds_mask")),
         SIZE | {"true_cfg_scale": 3.0},
     ),
+    Row("Flux2KleinPipeline", "image", klein, embedded(8, BOTH), SIZE),
+    Row("BriaPipeline", "image", bria, embedded(8, BOTH), SIZE),
     Row("Lumina2Pipeline", "image", lumina, embedded(8, MASKED), SIZE),
     Row(
         "ZImagePipeline",
