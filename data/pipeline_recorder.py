@@ -74,6 +74,7 @@ def record_trajectories(
 def describe_recording(denoiser: PipelineDenoiser, num_inference_steps: int, dtype: torch.dtype) -> dict[str, Any]:
     """What makes recordings comparable: see `describe_teacher`; also the prompts and the arguments of the calls."""
     teacher = describe_teacher(denoiser, denoiser.table(num_inference_steps), dtype)
+    teacher |= {"thresholding": denoiser.thresholding} if denoiser.thresholding else {}
     return teacher | {"pipeline": {"num_inference_steps": num_inference_steps, **denoiser.settings}}
 
 

@@ -132,11 +132,10 @@ class TrajectoryCache:
 
     @cached_property
     def identity(self) -> DenoiserIdentity:
-        """The denoiser that made them, as far as the manifest says: nothing about thresholding."""
+        """The denoiser that made them, as far as the manifest says: about thresholding only what pipelines do."""
         teacher = self.manifest["teacher"]
-        return DenoiserIdentity(
-            self.schedule, teacher["guidance_scale"], name=teacher["denoiser"], weight_hash=teacher["weight_hash"]
-        )
+        outputs = teacher["guidance_scale"], teacher.get("thresholding")
+        return DenoiserIdentity(self.schedule, *outputs, teacher["denoiser"], teacher["weight_hash"])
 
     def check(self, denoiser: Callable) -> None:
         """Make sure that these are trajectories of `denoiser`, see `identify`.
@@ -144,7 +143,8 @@ class TrajectoryCache:
         Raises:
             ValueError: another network, schedule or guidance.
         """
-        if reasons := self.identity.differences(identify(denoiser, thresholding=None)):
+        known = self.identity.thresholding
+        if reasons := self.identity.differences(identify(denoiser, thresholding=known)):
             raise ValueError(
                 f"the trajectories in {self.folder} are not of this denoiser: {'; '.join(reasons)}. Generate "
                 "trajectories of this denoiser in a folder of their own"

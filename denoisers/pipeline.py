@@ -88,6 +88,11 @@ class PipelineDenoiser(nn.Module):
         """Shape of one state, as the scheduler sees it; found by one evaluation."""
         return tuple(self._probe(PROBE_STEPS).states[0].shape[1:])
 
+    @property
+    def thresholding(self) -> dict[str, Any] | None:
+        """What else acts on outputs: arguments of guidance beside its scale, such as a second one; None for nothing."""
+        return self._probe(PROBE_STEPS).guidance or None
+
     @cached_property
     def weight_hash(self) -> str:
         """SHA-256 of the weights of all modules that the pipeline calls in a step, at its first or at its last one.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from solvers.calls import drop_learned_variance
 from solvers.proxy import Proxy
+from solvers.standalone.table_scheduler import calling_pipeline, further_guidance
 
 
 class Finished(Exception):
@@ -28,6 +29,7 @@ class Recording:
         limit: steps after which the call ends, 0 for none; None for all.
         set_timesteps: arguments of `set_timesteps`, without device.
         timesteps: those that the scheduler then has.
+        guidance: what the call says about guidance beside its scale, see `further_guidance`.
         step: further arguments of `step`, without generator.
         states: the states the network saw, (batch, *shape) each; after a whole run also the final one.
         outputs: the outputs `step` was given, guidance included, (batch, *shape) each.
@@ -37,6 +39,7 @@ class Recording:
     limit: int | None = None
     set_timesteps: dict[str, Any] = field(default_factory=dict)
     timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
+    guidance: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     states: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -61,6 +64,7 @@ class Recorder(Proxy):
             arguments = _bind(self.inner.set_timesteps, args, kwargs)
             self.recording.set_timesteps = {key: value for key, value in arguments.items() if key != "device"}
             self.recording.states, self.recording.outputs = [], []
+            self.recording.guidance = further_guidance(*calling_pipeline(self))
             self.inner.set_timesteps(*args, **kwargs)
             self.recording.timesteps = torch.as_tensor(self.inner.timesteps)
             if self.recording.limit == 0:

@@ -113,8 +113,6 @@ class BranchedNetwork(Proxy):
         """Equal numbers for all samples, in the shape of the network's output."""
         if self.pipe.scheduler is not self.scheduler:
             return self.inner(*args, return_dict=return_dict, **kwargs)
-        if self.scheduler.step_index == self.scheduler.begin_index:
-            _check_pipeline(self.pipe)
         x = args[0] if args else kwargs["hidden_states"]
         self.scheduler.receive(self._outputs(x, args, kwargs))
         channels = getattr(self.inner.config, "out_channels", None) or x.shape[1]
@@ -241,11 +239,3 @@ def _network(pipe: Any, branches: set[str]) -> tuple[str, type[BranchedNetwork]]
             f"{', '.join(STAND_INS)}, or take a solver with one call a row"
         )
     return STAND_INS[name]
-
-
-def _check_pipeline(pipe: Any) -> None:
-    """Refuse guidance that the scheduler does not see."""
-    if getattr(pipe, "guidance_rescale", 0.0):
-        raise SolverError(
-            "the pipeline rescales its guidance, which this solver does not know: leave guidance_rescale out"
-        )

@@ -27,7 +27,8 @@ class DenoiserIdentity:
         schedule: the noise schedule, with the prediction type of the network.
         guidance_scale: of the outputs that a table combines, or the [lowest, highest] it may be used at; kept as a
             float or a tuple of two.
-        thresholding: settings of the denoiser's clipping or thresholding, JSON types; None for none.
+        thresholding: settings of what else acts on the outputs, the denoiser's clipping or thresholding or arguments of
+            a pipeline's guidance beside its scale; JSON types; None for none.
         name: what the network is called; not compared.
         weight_hash: of the network; None where it is not known, which fits any.
     Raises:

@@ -31,7 +31,7 @@ from solvers.identity import DenoiserIdentity, lifted_checks
 from solvers.online import hub
 from solvers.prediction import velocity_scale
 from solvers.schedule import NoiseSchedule
-from solvers.standalone.table_scheduler import STEP_CHECKS, pipeline_guidance
+from solvers.standalone.table_scheduler import STEP_CHECKS, is_guidance, pipeline_guidance
 from solvers.standalone.table_scheduler import TableScheduler as StandaloneScheduler
 from solvers.table import SolverTable
 from solvers.table_json import table_from_dict, table_to_dict
@@ -205,6 +205,7 @@ def _settings(table: SolverTable, schedule: NoiseSchedule | None, guidance_scale
     return {
         "schedule": made_for,
         "guidance_scale": info.get("guidance_scale") if guidance_scale is None else guidance_scale,
+        "further_guidance": {name: v for name, v in (info.get("thresholding") or {}).items() if is_guidance(name)},
         "num_train_timesteps": _num_train_timesteps(made_for),
         "prediction_type": _told_prediction(table.prediction_type),
     }

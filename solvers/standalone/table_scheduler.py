@@ -64,6 +64,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         allow_mismatch: names of STEP_CHECKS that are not made: `sigmas` and `timesteps` other than the tables' own, a
             `shift` (mu) or `guidance scale` other than what they were made for.
         num_train_timesteps, prediction_type: what pipelines read from a scheduler's config.
+        further_guidance: other arguments of a pipeline's guidance that they were made at, see `further_guidance`.
         later_tables: tables that begin at less noise, for `set_begin_index`; never chosen by their number of steps.
     Raises:
         ValueError: no table, or two with the same number of steps.
@@ -85,6 +86,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
         later_tables: list[dict[str, Any]] | None = None,
+        further_guidance: dict[str, Any] | None = None,
     ) -> None:
         plans = [_Plan(table) for table in self._checked(tables or [])]
         self._plans = {len(plan): plan for plan in plans}
@@ -376,7 +378,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_guidance(self) -> None:
         """Refuse guidance other than the tables', as far as the call of the pipeline shows it."""
-        made_for, (pipe, arguments) = self.config["guidance_scale"], _calling_pipeline(self)
+        made_for, (pipe, arguments) = self.config["guidance_scale"], calling_pipeline(self)
         if pipe is None or made_for is None or "guidance scale" not in self._checks:
             return
         found = pipeline_guidance(pipe, arguments)
@@ -387,6 +389,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 f"the pipeline is called at guidance scale {found}, this solver was made for {made_for}: call it at "
                 "that scale, or use a solver for this one"
             )
+        made_at, further = self.config["further_guidance"] or {}, further_guidance(pipe, arguments)
+        for name in sorted(made_at.keys() | further.keys()):
+            if made_at.get(name) != further.get(name):
+                raise ValueError(
+                    f"the pipeline is called with {name} {further.get(name, 'as it is by default')}, this solver was made "
+                    f"{f'at {made_at[name]}' if name in made_at else 'without'}: call it as the solver was made for"
+                )
 
     def _check_shift(self, mu: float) -> None:
         parameters, steps = (self.config["schedule"] or {}).get("parameters") or {}, len(self.timesteps)
@@ -465,7 +474,24 @@ def pipeline_guidance(pipe: Any, arguments: Mapping[str, Any]) -> float:
     return 1.0 if scale is None else max(1.0, float(scale))
 
 
-def _calling_pipeline(scheduler: Any) -> tuple[Any, Mapping[str, Any]]:
+def further_guidance(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call says about guidance beside its scale, such as a second scale: arguments other than the defaults."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    found = {name: arguments[name] for name in known if is_guidance(name) and name in arguments}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    usual = {
+        name: (known[name].default, [known[name].default], arguments.get("guidance_scale"), None) for name in lists
+    }
+    plain = {name: value for name, value in lists.items() if isinstance(value, int | float | str | list)}
+    return {name: value for name, value in plain.items() if value not in usual[name]}
+
+
+def is_guidance(name: str) -> bool:
+    """Whether an argument of a pipeline is about guidance, but not its scale."""
+    return ("guidance" in name or "cfg" in name) and name not in ("guidance_scale", "true_cfg_scale")
+
+
+def calling_pipeline(scheduler: Any) -> tuple[Any, Mapping[str, Any]]:
     """The pipeline whose call leads here, and its arguments; (None, {}) where there is none."""
     frame = inspect.currentframe()
     while frame is not None:

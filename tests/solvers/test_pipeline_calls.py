@@ -12,8 +12,11 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from solvers import TableScheduler, sample, tabulate
+from denoisers.pipeline import PipelineDenoiser
+from solvers import TableScheduler, identify, named_solver, sample, save_solver, tabulate
 from tests.analytic import two_point_denoiser
+from tests.bridge.parts import embedded, ready
+from tests.bridge.rows import BOTH, SIZE, klein, wan
 from tests.solvers.test_scheduler import PROMPTS, VP, artifact, flow_solver, pipeline_table, solver
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline, tiny_unet
 
@@ -87,3 +90,41 @@ def test_arguments_of_other_schedulers():
     pipe.scheduler.set_timesteps(4, original_inference_steps=None)
     with pytest.raises(ValueError, match="original_inference_steps is 50: this solver has its own steps"):
         pipe.scheduler.set_timesteps(4, original_inference_steps=50)
+
+
+def test_a_second_guidance_is_compared(tmp_path):
+    """Wan's second expert has a scale of its own: recorded with it, the solver asks for it, and without, refuses it."""
+    pipe = ready(lambda: wan(boundary_ratio=0.7))
+    prompts, call = embedded(8, BOTH), SIZE | {"num_frames": 5, "guidance_scale": 5.0}
+    own, arguments = pipe.scheduler, {**prompts[0], **call, "num_inference_steps": 4}
+    for recorded, called in ((3.0, None), (None, 3.0)):
+        pipe.scheduler = own
+        denoiser = PipelineDenoiser(pipe, prompts, guidance_scale_2=recorded, **call)
+        assert denoiser.thresholding == (recorded and {"guidance_scale_2": recorded})
+        path = save_solver(denoiser.table(4), tmp_path / "solver.json", identify(denoiser), method="test")
+        pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
+        assert pipe(**arguments, guidance_scale_2=recorded)[0].isfinite().all()
+        with pytest.raises(
+            ValueError, match=r"called with guidance_scale_2 .*, this solver was made (at 3\.0|without):"
+        ):
+            pipe(**arguments, guidance_scale_2=called)
+
+
+def test_a_shift_that_depends_on_the_number_of_steps(tmp_path):
+    """FLUX.2 klein: a solver of 4 steps recorded from 12 is asked for the shift of 4, of the same size alone."""
+    pipe, prompts = ready(klein), embedded(8, BOTH)
+    denoiser = PipelineDenoiser(pipe, prompts, **SIZE)
+    shifts = [denoiser.schedule.shift_at(steps) for steps in (4, 12, 100)]
+    assert shifts[0] != shifts[1]
+    assert shifts[2] == denoiser.schedule.parameters["shift"]
+    assert denoiser.table(12).sigma[1] == pytest.approx(shifts[1] * 11 / (shifts[1] * 11 + 1), rel=1e-5)
+    path = save_solver(
+        named_solver("euler:4", denoiser.schedule), tmp_path / "s.json", identify(denoiser), method="test"
+    )
+    arguments = {**prompts[0], **SIZE, "num_inference_steps": 4}
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(0))[0]
+    pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
+    found = pipe(**arguments, generator=torch.Generator().manual_seed(0))[0]
+    assert torch.allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="the pipeline's shift is"):
+        pipe(**arguments | {"height": 64, "width": 64})
