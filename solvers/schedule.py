@@ -114,7 +114,7 @@ class NoiseSchedule:
 
         `shift` moves evenly spaced steps towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma)
         (arXiv 2403.03206), and `shift_terminal` then stretches them to end there; both belong to the spacing of steps,
-        not to the map from timestep to node. One that depends on the number of steps is in `step_shifts`: see `shift_at`.
+        not to the map from timestep to node. Where it depends on the number of steps, `step_shifts` lists it.
         """
         terminal = {} if shift_terminal is None else {"shift_terminal": shift_terminal}
         return cls("flow", prediction_type, {"shift": shift, "timestep_scale": timestep_scale, **terminal})

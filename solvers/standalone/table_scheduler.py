@@ -392,9 +392,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         made_at, further = self.config["further_guidance"] or {}, further_guidance(pipe, arguments)
         for name in sorted(made_at.keys() | further.keys()):
             if made_at.get(name) != further.get(name):
+                made = f"at {made_at[name]}" if name in made_at else "without"
                 raise ValueError(
-                    f"the pipeline is called with {name} {further.get(name, 'as it is by default')}, this solver was made "
-                    f"{f'at {made_at[name]}' if name in made_at else 'without'}: call it as the solver was made for"
+                    f"the pipeline is called with {name} {further.get(name, 'as it is by default')}, this solver was "
+                    f"made {made}: call it as the solver was made for"
                 )
 
     def _check_shift(self, mu: float) -> None:
@@ -476,14 +477,14 @@ def pipeline_guidance(pipe: Any, arguments: Mapping[str, Any]) -> float:
 
 def further_guidance(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a call says about guidance beside its scale, such as a second scale: arguments other than the defaults."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    found = {name: arguments[name] for name in known if is_guidance(name) and name in arguments}
-    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-    usual = {
-        name: (known[name].default, [known[name].default], arguments.get("guidance_scale"), None) for name in lists
-    }
-    plain = {name: value for name, value in lists.items() if isinstance(value, int | float | str | list)}
-    return {name: value for name, value in plain.items() if value not in usual[name]}
+    found = {}
+    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
+        value = arguments.get(name) if is_guidance(name) else None
+        value = list(value) if isinstance(value, tuple) else value
+        usual = (None, parameter.default, [parameter.default], arguments.get("guidance_scale"))
+        if isinstance(value, int | float | str | list) and value not in usual:
+            found[name] = value
+    return found
 
 
 def is_guidance(name: str) -> bool:
