@@ -89,7 +89,7 @@ def _prepared(scheduler: Any, arguments: dict[str, Any]) -> Any:
     scheduler = copy.deepcopy(scheduler)
     try:
         scheduler.set_timesteps(**arguments)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{type(scheduler).__name__}.set_timesteps does not take these arguments: {error}") from error
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # steps are counted, because rounding may repeat the first timestep

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from denoisers.pipeline import PipelineDenoiser
-from solvers import TableScheduler, identify, named_solver, sample, save_solver, tabulate
+from solvers import NoiseSchedule, TableScheduler, identify, named_solver, sample, save_solver, tabulate
 from tests.analytic import two_point_denoiser
 from tests.bridge.parts import embedded, ready
 from tests.bridge.rows import BOTH, SIZE, klein, wan
@@ -128,3 +128,16 @@ def test_a_shift_that_depends_on_the_number_of_steps(tmp_path):
     assert torch.allclose(found, expected, atol=1e-5)
     with pytest.raises(ValueError, match="the pipeline's shift is"):
         pipe(**arguments | {"height": 64, "width": 64})
+
+
+def test_a_shift_that_a_scheduler_applies_twice():
+    """diffusers 13243: without sigmas a constant shift moves the last step twice; the table is where it really is."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    trained = float(scheduler.sigmas[-1])
+    scheduler.set_timesteps(8)
+    table, schedule = tabulate(scheduler, 8), NoiseSchedule.from_scheduler(scheduler)
+    assert float(table.sigma[-2]) == pytest.approx(3 * trained / (1 + 2 * trained), rel=1e-4)
+    assert torch.allclose(table.sigma.float(), scheduler.sigmas, atol=1e-6)
+    assert torch.allclose(schedule.alpha_sigma(table.timesteps)[1], table.sigma[:-1], atol=1e-6)
+    even = named_solver("euler:8", schedule)
+    assert float(even.sigma[-2]) == pytest.approx(3 / 8 / (1 + 2 / 8), rel=1e-6)
