@@ -183,12 +183,12 @@ def latte() -> Any:
     return bare("LattePipeline", network, scheduler=ddim())
 
 
-def ltx() -> Any:
+def ltx(**scheduler: Any) -> Any:
     network = diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=8,
         cross_attention_dim=16, num_layers=1, caption_channels=8,
     )  # fmt: skip
-    return bare("LTXPipeline", network, scheduler=flow(1.0))
+    return bare("LTXPipeline", network, scheduler=flow(1.0, **scheduler))
 
 
 def mochi() -> Any:
@@ -354,6 +354,12 @@ ROWS: tuple[Row, ...] = (
         call=SIZE | SHORT | {"use_resolution_binning": False, "clean_caption": False},
     ),
     Row(
+        "PixArtSigmaPipeline",
+        "image",
+        lambda: of("PixArtSigmaPipeline", **parts_of("pixart")),
+        call=SIZE | SHORT | {"use_resolution_binning": False, "clean_caption": False},
+    ),
+    Row(
         "DiTPipeline",
         "image of a class",
         lambda: tiny_pipeline("dit"),
@@ -465,6 +471,29 @@ ROWS: tuple[Row, ...] = (
         note="9 channels",
     ),
     Row(
+        "StableDiffusionControlNetInpaintPipeline",
+        "inpaint, ControlNet",
+        lambda: sd("StableDiffusionControlNetInpaintPipeline", unet=unet(9), controlnet=controlnet("sd")),
+        [
+            {
+                "prompt": text,
+                "image": picture(),
+                "mask_image": picture(channels=1, seed=1),
+                "control_image": picture(seed=2),
+            }
+            for text in TEXT
+        ],
+        SIZE,
+    ),
+    Row(
+        "StableDiffusionXLInpaintPipeline",
+        "inpaint",
+        lambda: of("StableDiffusionXLInpaintPipeline", **parts_of("sdxl")),
+        [{"prompt": "a cat", "image": picture(), "mask_image": picture(channels=1, seed=1)}],
+        SIZE | {"strength": 1.0},
+        refused="changes its state between the steps of its scheduler",
+    ),
+    Row(
         "StableDiffusionInstructPix2PixPipeline",
         "image to image",
         lambda: sd("StableDiffusionInstructPix2PixPipeline", unet=unet(8)),
@@ -507,6 +536,14 @@ ROWS: tuple[Row, ...] = (
         note="dynamic guidance",
     ),
     Row("LTXPipeline", "video", ltx, embedded(8, MASKED), SIZE | {"height": 32, "width": 32, "num_frames": 9}),
+    Row(
+        "LTXPipeline",
+        "video",
+        lambda: ltx(use_dynamic_shifting=True),
+        embedded(8, MASKED),
+        SIZE | {"height": 32, "width": 32, "num_frames": 9},
+        note="dynamic shift",
+    ),
     Row("MochiPipeline", "video", mochi, embedded(8, MASKED), SIZE | {"num_frames": 7}),
     Row(
         "HunyuanVideoPipeline",
