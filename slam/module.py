@@ -170,10 +170,20 @@ class SLAM(NetworkModule, TableModule):
         """Throughput and exports."""
         if step % self.trainer.log_every_n_steps == 0:
             self.log("train/images_per_second", self.images / self.clock.seconds, prog_bar=True)
+        self._export(step)
+
+    def on_train_start(self) -> None:
+        """Make up for an export that a kill after the checkpoint prevented."""
+        super().on_train_start()
+        self._export(self.global_step, again=False)
+
+    def _export(self, step: int, again: bool = True) -> None:
+        """Write what is due at a step; what a longer training has left stays until this one is longer."""
         every = self.exports.every
-        if self.destination and every and step % every == 0 and step < self.trainer.estimated_stepping_batches:
+        if self.destination and step and every and step % every == 0 and step < self.trainer.estimated_stepping_batches:
             folder = self.destination / (f"step-{step:06d}" if self.exports.keep else "")
-            if self.overwrite or (self.written_steps(folder) or 0) <= step:  # else at the end, if it is longer then
+            written = self.written_steps(folder) or 0
+            if self.overwrite or written < step or (again and written == step):
                 self.write(folder)
 
     def write(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from data.trajectories import generate_trajectories
 from denoisers.dit import DiT
 from evaluation.classifier import Classifier
 from olss.method import OLSS
+from slam.export import Exports
 from slam.module import SLAM
 from slam.objective import Objective
 from solver_search.method import Descent, SolverSearch
@@ -138,13 +139,15 @@ class Pixels(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(0)
         return torch.randn(2000, 3, 16, 16, generator=generator)[: len(indices)], torch.arange(len(indices)) % 3
 
+    def __len__(self):
+        return 2000
+
 
 class PixelData(ImageData):
     """Those as training data."""
 
     def setup(self, stage):
-        self._train = Pixels()
-        Pixels.__len__ = lambda self: 2000
+        self._train = self._val = Pixels()
 
 
 def classifier(output):
@@ -183,3 +186,18 @@ def test_a_run_killed_before_it_wrote_its_output_writes_it_when_resumed(tmp_path
     last = keep.paths[-1]
     fit(make(output), data(), last, callbacks=[EMA(0.9, "student" if name == "slam" else "network")], **options)
     assert files(output) == expected
+
+
+def test_an_export_that_a_kill_prevented_is_made_up_for(tmp_path):
+    """The checkpoint of a step is written before its export."""
+
+    def make(folder):
+        return SLAM(network(), str(folder), exports=Exports((1,), every=2, keep=True), sample_every=0)
+
+    keep, options = Keep(tmp_path), {"max_steps": 3, "limit_val_batches": 0}
+    fit(make(tmp_path / "whole"), digits(), callbacks=[keep], **options)
+    (path,) = [one for one in keep.paths if torch.load(one, weights_only=True)["global_step"] == 2]
+    fit(make(tmp_path / "rest"), digits(), path, **options)
+    expected = files(tmp_path / "whole")
+    assert "step-000002/slam-1.json" in expected
+    assert files(tmp_path / "rest").keys() == expected.keys()
