@@ -67,7 +67,8 @@ class ResultModule(lightning.LightningModule):
 
     def on_fit_end(self) -> None:
         """Lightning comes here alone where a checkpoint has all steps already."""
-        self._finish()
+        if self.global_step:
+            self._finish()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what it is of, and where it stands."""

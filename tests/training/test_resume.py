@@ -177,6 +177,8 @@ def files(folder):
 def test_a_run_killed_before_it_wrote_its_output_writes_it_when_resumed(tmp_path, name):
     make, data = NETWORKS[name]
     keep, output = Keep(tmp_path), tmp_path / "out"
+    fit(make(output), data(), limit_train_batches=0)
+    assert not output.exists()  # nothing was trained
     options = {"max_steps": 3, "limit_val_batches": 0}
     callbacks = [keep, EMA(0.9, "student" if name == "slam" else "network")]
     fit(make(output), data(), callbacks=callbacks, **options)
