@@ -133,7 +133,7 @@ def _check_beside(file: Path, path: str | None) -> None:
 
 
 def _refuse_code(file: Path, path: str) -> None:
-    if not (os.path.exists(path) or _may_be_hub_name(path)):
+    if not (os.path.exists(path) or may_be_hub_name(path)):
         raise ValueError(
             f"{file} names {one_line(path, 60)}, which is no model on disk: if it is code of your own, give that name "
             "itself in place of the file, or say that you trust the file: trust_remote_code=True in Python, --trust "
@@ -175,7 +175,7 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
         from denoisers.dit_load import load_public_checkpoint
 
         return _with_hash(load_public_checkpoint(folder, **_checked(load_public_checkpoint, options, path)))
-    if _is_diffusers(folder) or _may_be_hub_name(str(path)):
+    if _is_diffusers(folder) or may_be_hub_name(str(path)):
         from denoisers.diffusers_load import load_diffusers
 
         return load_diffusers(path, **_checked(load_diffusers, options, path), device=device)
@@ -232,7 +232,7 @@ def _is_diffusers(folder: Path) -> bool:
     return os.path.isfile(config) and '"_class_name"' in config.read_text()
 
 
-def _may_be_hub_name(path: str) -> bool:
+def may_be_hub_name(path: str) -> bool:
     """owner/name, neither here nor under a folder that is here (which would rather be a mistyped path)."""
     owner, _, name = path.partition("/")
     return bool(owner and name) and "/" not in name and owner[0] not in ".~" and not Path(owner).exists()

@@ -49,6 +49,11 @@ def encode_prompts(
         return concatenate_conditions([encode(pipe, denoiser, part, negative_prompt, **options) for part in parts])
 
 
+def takes_prompts(pipe: Any) -> bool:
+    """Whether `encode_prompts` knows a pipeline."""
+    return type(pipe).__name__ in _ENCODERS
+
+
 def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
     """A list of prompts as it is, or the lines of a text file.
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from learn.judge import Choice
+from learn.options import LearnOptions
 from learn.subject import Subject
+from learn.usage import accelerated
 from solvers import SolverTable, identify, load_solver, save_solver
 from solvers.files import atomic_write
 
@@ -20,15 +22,21 @@ class Result:
         folder: of everything that was written.
         paths: the artifacts.
         rows: what is known of each, as in report.json.
-        pipeline: the pipeline it was learned for, with the solvers in it; None where it was no pipeline.
         usage: lines of Python that use the solvers.
+        subject, options: what they were learned for.
     """
 
     folder: Path
     paths: Mapping[int, Path]
     rows: Sequence[Mapping[str, Any]]
-    pipeline: Any
     usage: Sequence[str]
+    subject: Subject
+    options: LearnOptions
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline they were learned for, a copy that shares its parts and runs them; None for other models."""
+        return None if self.subject.pipe is None else accelerated(self.subject, self.paths, self.options)
 
     def table(self, calls: int) -> SolverTable:
         """The solver of so many calls; ValueError where none was learned."""

@@ -15,6 +15,7 @@ from learn.record import record
 from learn.report import sentence, write_report
 from learn.result import Result, row_of, save_choices, write_rows
 from learn.subject import Subject, open_subject
+from learn.usage import usage, write_scheduler
 from solvers.files import atomic_write
 
 SETTINGS = "learn.json"
@@ -43,7 +44,7 @@ def learn(model: Any, prompts: Sequence[Any] | None = None, **options: Any) -> R
     cache = record(subject, chosen, folder / "trajectories", progress)
     judge = Judge(subject, cache, chosen.batch_size)
     choices = [_choice(subject, cache, chosen, judge, calls) for calls in chosen.calls]
-    return _finish(folder, subject, judge, choices, progress)
+    return _finish(folder, subject, judge, choices, progress, chosen)
 
 
 def _choice(subject: Subject, cache: TrajectoryCache, options: LearnOptions, judge: Judge, calls: int) -> Choice:
@@ -51,34 +52,30 @@ def _choice(subject: Subject, cache: TrajectoryCache, options: LearnOptions, jud
     folder = Path(options.output) / "candidates"
     table = learned(subject, cache, options, calls, folder)
     found = [Candidate("olss", table, table.nfe)]
-    if options.method == "auto" and not table.space.ops:
+    if options.method == "auto" and subject.is_differentiable and not table.space.ops:
         found.append(Candidate("solver_search", refined(subject, cache, options, table, folder), table.nfe))
     choice = judge.choose(calls, found)
     print(sentence(row_of(choice), judge.yardstick_title), flush=True)
     return choice
 
 
-def _finish(folder: Path, subject: Subject, judge: Judge, choices: list[Choice], progress: Progress) -> Result:
+def _finish(
+    folder: Path, subject: Subject, judge: Judge, choices: list[Choice], progress: Progress, options: LearnOptions
+) -> Result:
     """Artifacts, the report, and the last lines."""
     paths, rows = save_choices(subject, choices, folder), [row_of(choice) for choice in choices]
-    usage = _usage(subject, paths)
+    scheduler = write_scheduler(subject, paths, folder / "scheduler")
+    lines = usage(subject, paths, scheduler, options)
     expected = f"{progress.cost.calls:,} at most were expected"
     spent = f"{progress.calls:,} network calls in {duration(progress.seconds)}, {expected}"
     write_rows(folder, rows)
-    write_report(folder, subject, judge, choices, rows, spent, usage)
-    print(f"took {spent}\nsolvers: {folder}/solver-*.json   report: {folder / 'report.html'}\n\n", end="")
-    print(*(f"    {line}" for line in usage), sep="\n")
-    return Result(folder, paths, rows, None, usage)
-
-
-def _usage(subject: Subject, paths: dict[int, Path]) -> list[str]:
-    """Lines of Python that use the solvers."""
-    return [
-        subject.load,
-        "from denoisers import class_labels; from solvers import load_solver, sample, start_noise",
-        f'solver, seeds = load_solver("{paths[max(paths)]}", denoiser), range(16)',
-        "images = sample(denoiser, solver, start_noise(seeds, denoiser.sample_shape), class_labels(denoiser, seeds))",
-    ]
+    write_report(folder, subject, judge, choices, rows, spent, lines)
+    result = Result(folder, paths, rows, lines, subject, options)
+    if options.save_pipeline is not None:
+        result.pipeline.save_pretrained(options.save_pipeline)
+    print(f"took {spent}\nsolvers: {folder}/solver-*.json   report: {result.report}\n")
+    print(*(f"    {line}" for line in lines), sep="\n")
+    return result
 
 
 def _check_calls(subject: Subject, options: LearnOptions) -> None:

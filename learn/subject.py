@@ -17,6 +17,7 @@ from data.trajectory_writer import TrajectoryWriter
 from denoisers import load_denoiser, network_calls, split_guidance, with_guidance
 from denoisers.evaluations import calls_per_row
 from denoisers.generate import device_of
+from denoisers.load import DESCRIPTION, may_be_hub_name
 from learn.network import CountedNetwork
 from learn.options import SHARD, LearnOptions
 from solvers import NoiseSchedule, SolverTable
@@ -37,6 +38,7 @@ class Subject:
         network: the counted network inside it.
         teacher: the slow solver, with the calls of guidance where the denoiser's can be told apart.
         teacher_name: for people.
+        pipe: the pipeline whose network it is; None where it is none's.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Subject:
     network: CountedNetwork
     teacher: SolverTable
     teacher_name: str
+    pipe: Any = None
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether derivatives go through the network."""
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +93,12 @@ def open_subject(model: Any, options: LearnOptions) -> Subject:
     Raises:
         ValueError: a model that is not there or cannot be loaded, or options that do not fit it.
     """
+    if hasattr(model, "scheduler") or _is_pipeline(str(model)):
+        return _open_pipeline(model, options)
+    if options.call or options.prompts is not None or options.save_pipeline is not None:
+        raise ValueError(
+            "call, prompts and save_pipeline are for diffusers pipelines, and this is none: leave them out"
+        )
     denoiser, name, load = _loaded(model, options)
     scale = 1.0 if options.guidance_scale is None else options.guidance_scale
     network = CountedNetwork(denoiser, options.batch_size)
@@ -101,11 +115,34 @@ def default_teacher(schedule: NoiseSchedule) -> str:
     return "ipndm:60" if schedule.kind == "continuous_vp" else "unipc:30"
 
 
+def target_device(name: str) -> str:
+    """`auto` is the GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _open_pipeline(model: Any, options: LearnOptions) -> Subject:
+    """diffusers takes seconds to import."""
+    from learn import pipelines
+
+    load = "# pipe is your pipeline"
+    if not hasattr(model, "scheduler"):
+        path, model = str(model), pipelines.load_pipeline(str(model), options)
+        load = f'from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained("{path}")'
+    return pipelines.open_pipeline(model, options, load)
+
+
+def _is_pipeline(path: str) -> bool:
+    """A pipeline's folder or hub name; a `denoiser.yaml` in it or beside it makes it a denoiser of its own."""
+    if os.path.isfile(os.path.join(path, DESCRIPTION)):
+        return False
+    return os.path.isfile(os.path.join(path, "model_index.json")) or may_be_hub_name(path)
+
+
 def _loaded(model: Any, options: LearnOptions) -> tuple[nn.Module, str, str]:
     """(denoiser, its name, how Python loads it)."""
     if isinstance(model, nn.Module):
         _check_denoiser(model, "the model")
-        device = _device(options.device)
+        device = target_device(options.device)
         name = getattr(model, "name", None) or type(model).__name__
         return (
             model.to(device).eval().requires_grad_(False),
@@ -116,7 +153,7 @@ def _loaded(model: Any, options: LearnOptions) -> tuple[nn.Module, str, str]:
         raise ValueError(f"dtype {options.dtype} is for pipelines: use one of {', '.join(PRECISIONS)} here")
     path, precision = str(model), PRECISIONS[options.dtype]
     if _is_object(path):
-        denoiser = _own(path).to(_device(options.device)).eval().requires_grad_(False)
+        denoiser = _own(path).to(target_device(options.device)).eval().requires_grad_(False)
         module, _, name = path.partition(":")
         made = f"{name}()" if isinstance(getattr(sys.modules[module], name), type) else name
         return denoiser, name, f"from {module} import {name}; {_GUIDED}denoiser = with_guidance({made}, {{scale:g}})"
@@ -126,10 +163,6 @@ def _loaded(model: Any, options: LearnOptions) -> tuple[nn.Module, str, str]:
         Path(path).name,
         f'from denoisers import load_denoiser; denoiser = load_denoiser("{path}", {{scale:g}})',
     )
-
-
-def _device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _is_object(model: str) -> bool:
