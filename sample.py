@@ -24,6 +24,7 @@ from evaluation.args import CompareArgs
 from training.arguments import OneLineErrors, guarded
 from training.signals import stop
 
+BLOCK = 128  # samples kept at a time: what an interruption can cost
 LISTS = ("--solvers", "--labels", "--metrics")  # values follow with spaces between them
 
 
@@ -43,9 +44,12 @@ def generate(
     precision: Literal["float32", "bf16"] = "float32",
     sampler: Literal["sequential", "parataa"] = "sequential",
     preview: bool = False,
+    format: Literal["npz", "adm", "png", "webdataset"] = "npz",
     trust: bool = False,
 ) -> None:
-    """Sample images with one solver: samples.npz, grid.png and manifest.json.
+    """Sample images with one solver: the samples, grid.png and manifest.json; goes on where it was broken off.
+
+    Several processes: `torchrun --nproc_per_node N sample.py generate ...`.
 
     Args:
         solver: an artifact's path, name:steps or name@[timesteps].
@@ -59,29 +63,33 @@ def generate(
         precision: of the network; states stay in float32.
         sampler: sequential, or parataa (parallel rounds).
         preview: with parataa, write the images after each round.
+        format: npz (float32, as the model makes them), adm (uint8 pictures, arr_0), a folder of png, or webdataset.
         trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
     """
     from denoisers import network_calls
-    from denoisers.generate import as_images, check_finite
-    from denoisers.generate import generate as run
+    from denoisers.generate import as_images
+    from evaluation.outputs import SampleFolder
     from evaluation.pictures import save_grid
     from solvers.files import claimed
 
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}: give at least 1")
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}: give at least 1 of each")
     if preview and sampler != "parataa":
         raise ValueError("preview shows the rounds of --sampler parataa: the sequential sampler has none")
     model, table = _load(solver, denoiser, guidance_scale, precision, trust)
+    _check_labels(model, labels)
     folder, seeds = Path(output), range(seed, seed + num_samples)
-    alone = claimed(folder) if _is_first_process() else nullcontext()
-    with alone, _sampler(sampler, folder / "preview" if preview else None) as (chosen, record):
+    key = _key(table, model, seed, labels, precision, sampler)
+    target = SampleFolder(folder, format, model, seeds, key, max(batch_size, BLOCK))
+    stop.kept = target.kept
+    with claimed(folder) if _is_first_process() else nullcontext():
         begin = time.perf_counter()
-        images = run(model, table, seeds, batch_size=batch_size, labels=labels, sampler=chosen, progress="sampling")
-        seconds = time.perf_counter() - begin
-    check_finite(images, seeds)
-    if _is_first_process():
-        _write_samples(folder / "samples.npz", images)
-        save_grid(as_images(model, images), folder / "grid.png")
+        with _sampler(sampler, folder / "preview" if preview else None) as (chosen, record, share):
+            _make(target, table, labels, batch_size, chosen, share)
+        if not _is_first_process():
+            return
+        save_grid(as_images(model, target.first(64)), folder / "grid.png")
+        path, seconds = target.finish(), time.perf_counter() - begin
         manifest = {
             "solver": solver,
             "nfe": network_calls(table, model),
@@ -93,11 +101,12 @@ def generate(
             "guidance_scale": getattr(model, "guidance_scale", 1.0),
             "precision": precision,
             "sampler": sampler,
+            "format": format,
             **record,
         }
         _write_json(folder / "manifest.json", manifest)
         cost = f"{network_calls(table, model)} network calls each in {table.num_rows} rows"
-        print(f"{num_samples} images, {cost}, {seconds:.1f} s -> {folder}")
+        print(f"{num_samples} images, {cost}, {seconds:.1f} s -> {path}")
 
 
 def compare(**options) -> None:
@@ -179,15 +188,59 @@ def _guidance(fitted: float | list[float]) -> float:
     return fitted
 
 
+def _check_labels(model, labels: list[int] | None) -> None:
+    """Before any work; see `denoisers.generate.generate`."""
+    from denoisers.labels import check_labels
+
+    if labels is not None and not len(check_labels(model, labels)):
+        raise ValueError("labels is an empty list: give at least one, or leave it out")
+
+
+def _key(table, model, *others: Any) -> str:
+    """Hash of all that samples depend on but their number."""
+    from hashlib import sha256
+
+    from evaluation.contenders import Contender
+
+    return sha256(f"{Contender('', table, model).key} {others}".encode()).hexdigest()[:16]
+
+
+def _make(target, table, labels, batch_size: int, sampler: Callable, share: Callable) -> None:
+    """The missing blocks of this process's share, checked and kept one by one."""
+    from tqdm.auto import tqdm
+
+    from denoisers.generate import check_finite, generate
+
+    todo = share(target.missing())
+    with tqdm(total=sum(map(len, todo)) * table.num_rows, desc="sampling", unit="row", disable=None) as bar:
+
+        def counted(*args: Any, callback: Callable, **options: Any) -> Any:
+            def step(row: int, state: Any) -> None:
+                bar.update(len(state))
+                callback(row, state)
+
+            return sampler(*args, callback=step, **options)
+
+        for block in todo:
+            seeds = target.seeds[block.start : block.stop]
+            turned = labels and [labels[index % len(labels)] for index in block]
+            options = {"batch_size": batch_size, "labels": turned, "sampler": counted}
+            samples = generate(target.denoiser, table, seeds, **options)
+            check_finite(samples, seeds)
+            target.keep(block, samples)
+
+
 @contextmanager
-def _sampler(name: str, preview: Path | None) -> Iterator[tuple[Callable, dict]]:
-    """A sampling function and what it adds to the manifest while it runs."""
+def _sampler(name: str, preview: Path | None) -> Iterator[tuple[Callable, dict, Callable]]:
+    """A sampling function, what it adds to the manifest while it runs, and this process's share of the blocks."""
     from solvers import sample
 
     if name == "sequential":
-        if _world_size() > 1:
-            raise ValueError("generate on several processes is for --sampler parataa, which shares the rounds")
-        yield sample, {}
+        from evaluation.processes import barrier, processes
+
+        with processes() as (rank, size):
+            yield sample, {}, lambda blocks: blocks[rank::size]
+            barrier()
         return
     from evaluation.pictures import save_grid
     from parataa import parallel_sample, processes
@@ -207,11 +260,7 @@ def _sampler(name: str, preview: Path | None) -> Iterator[tuple[Callable, dict]]
             record["converged"] &= bool(stats.converged)
             return images
 
-        yield run, record
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+        yield run, record, lambda blocks: blocks
 
 
 def _is_first_process() -> bool:
@@ -246,15 +295,6 @@ def _write_json(path: Path, value: dict) -> None:
 
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _write_samples(path: Path, images) -> None:
-    import numpy as np
-
-    from solvers.files import atomic_write
-
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, samples=images.numpy())
 
 
 def _lists_joined(args: Sequence[str]) -> list[str]:

@@ -13,7 +13,8 @@ class CompareArgs:
     Args:
         denoiser: checkpoint folder.
         solvers: artifacts' paths, name:steps or name@[timesteps]; SOLVER+parataa runs it in parallel rounds.
-        reference: the solver that RMSE and PSNR are measured against; default: ddim:100, or euler:100 for a flow model.
+        reference: the solver that RMSE and PSNR are measured against; default: the teacher that the artifacts were
+            fitted to, else ddim:100, or euler:100 for a flow model.
         output: folder to write; it may hold an unfinished run of this comparison, or one with fewer solvers or images.
         num_samples: number of images per solver.
         seed: seed of the first image; must be disjoint from what the artifacts were fitted on.

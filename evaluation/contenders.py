@@ -1,7 +1,7 @@
 """What is compared: a solver table on a network, and what a user's list of solvers stands for."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 from denoisers import load_denoiser
 from evaluation.args import CompareArgs
-from solvers import SolverTable
+from solvers import NoiseSchedule, SolverTable
 from solvers.artifact import TENSORS, load_solver, student_path
 from solvers.conditions import condition_tensors
 from solvers.identity import guidance_fits, own_guidance, own_hash
@@ -142,8 +142,20 @@ def _load_group(
         return _load(name, model, scale, args.precision, device, samplers)
 
     chosen = [name for name in args.solvers if name not in made_for or guidance_fits(made_for[name], scale)]
-    reference = load(args.reference or default_solver(model.schedule), {})
+    fitted = [_split(name, samplers)[0] for name in chosen if name in made_for]
+    reference = load(args.reference or _teacher(fitted, model.schedule), {})
     return Group(reference, tuple(load(name, samplers) for name in chosen))
+
+
+def _teacher(paths: Iterable[str], schedule: NoiseSchedule) -> str:
+    """The solver that all artifacts were fitted to, where it has a name here; else the default."""
+    names = {load_solver(path).info["fitted_on"].get("teacher") for path in paths}
+    name = names.pop() if len(names) == 1 else None
+    try:
+        resolve_solver(str(name), schedule)
+    except ValueError:
+        return default_solver(schedule)
+    return str(name)
 
 
 def check_seeds(groups: Sequence[Group], seeds: range) -> None:

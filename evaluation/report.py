@@ -13,7 +13,7 @@ from evaluation.columns import COLUMNS, HINTS, cell, interval, label, shown_colu
 from evaluation.comparison import Entry
 from evaluation.contenders import display_names
 from evaluation.html import report_html
-from evaluation.pictures import image_grid
+from evaluation.pictures import image_grid, to_uint8
 from solvers.files import atomic_write
 
 _COLUMNS = 12  # of the picture
@@ -78,8 +78,7 @@ def comparison_picture(entries: Sequence[Entry], names: Mapping[str, str]) -> Im
         row = entry.row
         second = f"{row['nfe']} network calls" + (f", guidance {row['guidance']:g}" if several else "")
         labels.append(f"{label(row, names)}\n{second}")
-    height = entries[0].images.shape[-2]
-    scale = max(1, round(64 / height))
+    scale = max(1, round(64 / to_uint8(entries[0].images[:1]).shape[1]))
     strips = [image_grid(entry.images[:_COLUMNS], min(_COLUMNS, len(entry.images)), scale) for entry in entries]
     font = ImageFont.load_default(13)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))

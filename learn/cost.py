@@ -11,6 +11,8 @@ from olss.plan import starting_plans
 
 ROUNDS = 2  # of local moves of a plan
 SEARCHED = 16  # trajectories, at most, that a plan is fitted on, and judged on
+REFINED = 16  # trajectories, at most, that derivatives are taken on
+STEPS = 3  # of Levenberg-Marquardt
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Cost:
         count, elements = options.trajectories, torch.Size(subject.denoiser.sample_shape).numel()
         size = 4 * elements * (subject.teacher.num_rows + 1 + subject.teacher.nfe)
         searched = min(count, SEARCHED) + min(count // 2, SEARCHED)
+        refines = options.method == "auto" and subject.is_differentiable
+        refining = STEPS * min(count, REFINED) * refines  # all derivatives of a step: about calls (calls + 3) / 2 a row
         plans = {calls: _plans(subject, calls) for calls in options.calls}
         return cls(
             2 * count * subject.teacher_calls,
-            sum(plans[calls] * searched * calls for calls in options.calls),
+            sum(plans[calls] * searched * calls + refining * calls**2 * (calls + 3) // 2 for calls in options.calls),
             4 * count * sum(options.calls),
             2 * count * size,
             2 * searched * size,

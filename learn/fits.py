@@ -1,13 +1,14 @@
 """Methods run here, without a trainer: what they find for one number of calls, kept as an artifact."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.teacher_data import TeacherData
 from data.trajectories import TrajectoryCache
-from learn.cost import ROUNDS, SEARCHED
+from learn.cost import REFINED, ROUNDS, SEARCHED, STEPS
 from learn.options import LearnOptions
 from learn.subject import Subject
 from olss.method import OLSS
@@ -17,9 +18,6 @@ from solver_search.starts import Start
 from solvers import SolverTable, identify, load_solver, save_solver
 from training.clock import Clock
 from training.method import Method, Result, Run
-
-REFINED = 16  # trajectories, at most, that derivatives are taken on
-STEPS = 3
 
 
 class Here(Run):
@@ -35,7 +33,7 @@ class Here(Run):
     def __init__(self, subject: Subject, data: TeacherData, folder: Path, method: str) -> None:
         super().__init__(subject.denoiser, data)
         self.folder, self.method = folder, method
-        self.device = subject.device
+        self.device, self.shows_progress = subject.device, sys.stderr.isatty()
         self.clock = Clock()
 
     def save(self, result: Result, is_final: bool = True) -> Path | None:
@@ -86,7 +84,10 @@ def refined(
         )
         data = _data(cache, options, REFINED).open(subject.denoiser, method.wanted)
         data.source = replace(data.source, num_held=data.source.num_held // 2)
+        before = subject.network.calls
         _run(method, Here(subject, data, folder, method.name))
+        spent = load_solver(path).info["fitted_on"]["evaluations"]["calls"]
+        subject.network.calls = before + spent  # a batch of derivatives passes the network as one call
     return load_solver(path, subject.denoiser)
 
 

@@ -25,7 +25,7 @@ def record(subject: Subject, options: LearnOptions, folder: Path, progress: Prog
     """
     seeds = range(FIRST_SEED, FIRST_SEED + 2 * options.trajectories)
     with subject.writer(folder, seeds) as writer:
-        for shard in tqdm(writer.prepare(), "recording", unit="shard", leave=False):
+        for shard in tqdm(writer.prepare(), "recording", unit="shard", leave=False, disable=None):
             chosen = writer.shard_seeds(shard)
             parts = in_pieces(lambda part: subject.run(chosen[part]), len(chosen), subject.network)  # noqa: B023
             writer.write(shard, Trajectories.join(parts))

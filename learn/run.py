@@ -10,11 +10,12 @@ from learn.candidates import Candidate
 from learn.cost import Cost, Progress, duration
 from learn.fits import learned, refined
 from learn.judge import Choice, Judge
+from learn.models import open_subject
 from learn.options import LearnOptions
 from learn.record import record
 from learn.report import sentence, write_report
 from learn.result import Result, row_of, save_choices, write_rows
-from learn.subject import Subject, open_subject
+from learn.subject import Subject
 from learn.usage import usage, write_scheduler
 from solvers.files import atomic_write
 

@@ -48,6 +48,17 @@ def run(folder, output, *solvers, **options):
     return compare(CompareArgs(str(folder / "model"), list(solvers), output=str(output / "out"), **settings))
 
 
+@pytest.mark.parametrize(("teachers", "expected"), [(["unipc:5"], "unipc:5"), (["own:5"], "ddim:100")])
+def test_the_reference_defaults_to_the_teacher_of_the_fit(folder, tmp_path, teachers, expected):
+    table = named_solver("unipc:3", NoiseSchedule.linear())
+    for teacher in teachers:
+        own = DenoiserIdentity(NoiseSchedule.linear())
+        save_solver(table, tmp_path / f"{teacher[:3]}.json", own, method="olss", fitted_on={"teacher": teacher})
+    paths = [f"{path}{run}" for path in tmp_path.glob("*.json") for run in ("", "+parataa")]
+    (group,) = load_groups(CompareArgs(str(folder / "model"), paths), samplers={"parataa": sample.compare})
+    assert group.reference.name == expected
+
+
 def test_artifacts_and_names_side_by_side(folder, tmp_path):
     rows = run(folder, tmp_path, str(folder / "one.json"), "unipc:3", "ddim:3")
     assert [row["method"] for row in rows] == ["baseline", "olss", "baseline", "baseline"]

@@ -8,9 +8,9 @@ from diffusers import DiffusionPipeline
 
 from learn import learn
 from learn.cli import main
+from learn.models import open_subject
 from learn.options import LearnOptions
 from learn.pipelines import RecordedSubject
-from learn.subject import open_subject
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
 PROMPTS = ["a cat", "a dog"]
