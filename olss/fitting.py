@@ -1,5 +1,6 @@
 """A run of OLSS: the solvers of all budgets and kinds of weights, a row an epoch."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -304,7 +305,7 @@ class Solvers(Fitting):
             fit.table(self.teacher),
             self.spent[calls],
             data.source.record | {"seeds": fitted},
-            self.validation[calls] | {"row_errors": fit.errors, "conditions": fit.conditions},
+            self.validation[calls] | {"row_errors": fit.errors, "conditions": list(map(_finite, fit.conditions))},
             {
                 "basis": options.basis,
                 "path": options.path,
@@ -314,6 +315,11 @@ class Solvers(Fitting):
                 "ridge": options.ridge,
             },
         )
+
+
+def _finite(condition: float) -> float | None:
+    """A condition number as JSON holds it: None for a basis that is singular."""
+    return condition if math.isfinite(condition) else None
 
 
 def _packed(key: Key, fit: Fit) -> list[Any]:

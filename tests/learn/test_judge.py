@@ -5,9 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data.trajectories import TrajectoryCache
 from learn.candidates import Candidate
-from learn.judge import Judged, _chosen
+from learn.cost import Cost, Progress
+from learn.fits import learned
+from learn.judge import Judge, Judged, _chosen
+from learn.models import open_subject
 from learn.network import CountedNetwork, in_pieces
+from learn.options import LearnOptions
+from learn.record import record
 from solvers import NoiseSchedule, named_solver
 from tests.olss.toy import Toy
 
@@ -81,3 +87,26 @@ def test_other_errors_are_not_taken_for_missing_memory():
 
     with pytest.raises(RuntimeError, match="multiplied"):
         in_pieces(broken, 2, CountedNetwork(Small(), 2))
+
+
+def test_memory_does_not_grow_with_the_number_of_trajectories(tmp_path, monkeypatch):
+    """Neither the fit nor the judge has more in memory than a batch, or what a search works on."""
+    options = LearnOptions(calls=[2], trajectories=24, batch_size=4, teacher="ddim:5", method="olss", device="cpu")
+    subject = open_subject(Toy(), options)
+    cache = record(subject, options, tmp_path / "trajectories", Progress(subject, Cost.of(subject, options)))
+    held, take = [], TrajectoryCache.take
+
+    def watched(self, numbers):
+        held.append(len(numbers))
+        return take(self, numbers)
+
+    monkeypatch.setattr(TrajectoryCache, "take", watched)
+    monkeypatch.setattr("learn.fits.SEARCHED", 6)
+    monkeypatch.setattr("learn.fits.ROUNDS", 0)
+    table = learned(subject, cache, options, 2, tmp_path / "candidates")
+    choice = Judge(subject, cache, options.batch_size).choose(2, [Candidate("olss", table, 2)])
+    assert max(held) == 12  # a quarter of the 48 chooses, in parts of 32 at most
+    held.clear()
+    Judge(subject, cache, options.batch_size).judge(choice.taken.candidate)
+    assert max(held) == 4
+    assert len(choice.taken.reported) == 12
