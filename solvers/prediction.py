@@ -40,6 +40,8 @@ def edm_prediction(scale: float) -> str:
 
 def velocity_scale(prediction_type: str) -> float | None:
     """D of `edm:D`, -1 for `v_prediction`, None for any other text."""
+    if not isinstance(prediction_type, str):  # of a file that says anything
+        return None
     if prediction_type == "v_prediction":
         return -1.0
     try:
