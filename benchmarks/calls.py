@@ -3,7 +3,8 @@
 For every model, guidance scale and number of network calls the shipped artifacts are run from unseen seeds 0, 1, ...
 and compared with the teacher from the same noises: root mean square, median, 99th percentile and worst image, and the
 Frechet distance in the features of the model's own classifier. `before` is the best by RMSE of the artifacts that call
-the network for the guided output of every row. The last line is one JSON object.
+the network for the guided output of every row; `unipc` and `dpmpp` make as many calls. The last line is one JSON
+object.
 """
 
 import argparse
@@ -20,14 +21,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from denoisers import class_labels, load_denoiser, network_calls
+from denoisers import calls_per_row, class_labels, load_denoiser, network_calls
 from denoisers.generate import generate
 from evaluation.distances import Gaussian
 from evaluation.evaluate import shipped_measure
 from evaluation.rows import Measure
 from solvers import Bands, SolverTable, load_solver, named_solver, sample, start_noise
+from solvers.files import atomic_write
 
 SOLVERS = Path("checkpoints/solvers")
+CLASSICAL = ("unipc", "dpmpp")
+LINES = {"": "own calls", "_before": "learned, rows guided", "_unipc": "UniPC", "_dpmpp": "DPM-Solver++"}
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     counts: dict[str, Any] = {"teacher_fd": frechet(wanted, measure)}
     for calls in case.calls:
         runs = {"": found([case.folder], denoiser, calls), "_before": found(case.before, denoiser, calls)}
+        for name in CLASSICAL:
+            runs[f"_{name}"] = [named_solver(f"{name}:{calls // calls_per_row(denoiser)}", denoiser.schedule)]
         row: dict[str, float] = {}
         for suffix, tables in runs.items():
             tried = [figures(generate(denoiser, t, seeds, batch_size=size), wanted, measure) for t in tables]
@@ -142,12 +148,55 @@ def overhead(table: SolverTable, denoiser: nn.Module, batch: int = 16, repeats: 
     return min(shares)
 
 
+def peak_memory(table: SolverTable, denoiser: nn.Module, batch: int = 64, repeats: int = 5) -> int:
+    """Bytes that sampling takes at most, the network's own included (Linux); the most of some runs.
+
+    Raises:
+        OSError: a system without /proc/self/clear_refs.
+    """
+    noise, labels = start_noise(range(batch), denoiser.sample_shape), class_labels(denoiser, range(batch))
+    peaks = []
+    for _ in range(repeats):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins at what is in use now
+        before = _resident("VmHWM")
+        with torch.no_grad():
+            sample(denoiser, table, noise, labels)
+        peaks.append(_resident("VmHWM") - before)
+    return max(peaks)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def embedded(table: SolverTable, channels: int) -> SolverTable:
     """The same solver with its numbers as matrices of four bands."""
     space = Bands((0.06, 0.12, 0.25), channels)
     names = ("state_coef", "output_coef", "noise_coef")
     weights = {name: space.embed(getattr(table, name)) for name in names}
     return replace(table, space=space, **weights, state_support=None, output_support=None)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """RMSE and Frechet distance of every case against network calls; the teacher's distance as a line."""
+    from matplotlib.figure import Figure
+
+    cases = [name for name in results if name in CASES]
+    figure = Figure(figsize=(3.2 * len(cases), 6), layout="constrained")
+    for axes, (what, label) in zip(figure.subplots(2, len(cases), squeeze=False), (("rmse", "RMSE"), ("fd", "FD"))):
+        for axis, name in zip(axes, cases):
+            counts = {int(key): row for key, row in results[name].items() if key.isdigit()}
+            for suffix, line in LINES.items():
+                points = [(calls, row[what + suffix]) for calls, row in counts.items() if what + suffix in row]
+                axis.plot(*zip(*points), marker="o", label=line) if points else None
+            if what == "fd":
+                axis.axhline(results[name]["teacher_fd"], color="gray", linestyle=":", label="teacher")
+            axis.set(title=name.replace("_", ", guidance "), xlabel="network calls", ylabel=label, ylim=(0, None))
+            axis.set_xticks(list(counts), [str(calls) for calls in counts], minor=False)
+    figure.axes[-len(cases)].legend(fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def main() -> None:
@@ -157,12 +206,17 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--picture", type=Path, help="PNG of RMSE and FD against calls")
     options = parser.parse_args()
     results: dict[str, Any] = {name: measured(CASES[name], options) for name in options.cases}
     network = load_denoiser("checkpoints/cifar10-sit")
     plain = load_solver(SOLVERS / "cifar10-sit/olss-8.json", network)
     results["overhead_scalar"] = round(overhead(plain, network), 4)
     results["overhead_operators"] = round(overhead(embedded(plain, 3), network), 4)
+    memory = [peak_memory(table, network) for table in (plain, embedded(plain, 3))]
+    results["memory_operators"] = round(memory[1] / memory[0], 3)
+    if options.picture:
+        draw(results, options.picture)
     print(json.dumps(results))
 
 
