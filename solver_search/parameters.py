@@ -178,6 +178,7 @@ class FreeParameters:
         timestep_range: (lowest, highest) timestep the network may be told: the schedule's (t_min, t_max).
         train_timesteps: whether the timesteps move.
         canonical: first write every row of the start in the start noise and the outputs alone.
+        basis: (size, size), what theta is multiplied by first; its first rows, of the timesteps, are diagonal.
     Raises:
         ValueError: a table with noise columns.
     Source: additive corrections as in arXiv 2510.17699; the rows as general as arXiv 2505.21114, eq. 11.
@@ -187,6 +188,7 @@ class FreeParameters:
     timestep_range: tuple[float, float]
     train_timesteps: bool = True
     canonical: bool = False
+    basis: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.start.is_stochastic:
@@ -213,12 +215,15 @@ class FreeParameters:
         if not self.train_timesteps:
             return theta
         bound = (torch.tensor(self.timestep_range, dtype=torch.float64)[:, None] - self.start.timesteps) / self._spacing
-        bound = bound.to(theta)
         told = self.start.num_rows
+        if self.basis is not None:
+            bound = bound / self.basis.diagonal()[:told]
+        bound = bound.to(theta)
         return torch.cat([theta[:told].clamp(bound[0], bound[1]), theta[told:]])
 
     def table(self, theta: Tensor) -> SolverTable:
         """The table of theta, (size,)."""
+        theta = theta if self.basis is None else self.basis @ theta
         timesteps, states, outputs = theta.split(self._sizes)
         start = self.start
         return replace(
@@ -229,6 +234,32 @@ class FreeParameters:
             output_support=self.start.reachable("output_coef"),
             info={},
         )
+
+    @property
+    def units(self) -> Tensor:
+        """What one unit of each number is without a basis, (size,): for weights how far it moves the weight."""
+        outputs = self._scale.expand_as(self.start.output_coef)[self._outputs]
+        told = torch.ones(self._sizes[0], dtype=torch.float64)
+        return torch.cat([told, self.start.state_coef.abs()[self._states], outputs])
+
+    def columns(self, row: int) -> tuple[list[int], list[int]]:
+        """States and outputs that a row combines."""
+        used = self.start.used("state_coef"), self.start.reachable("output_coef")
+        return tuple(columns[row].nonzero().flatten().tolist() for columns in used)
+
+    def places(self, row: int) -> Tensor:
+        """Which numbers are the weights of a row, (bands, C, columns * C): one band and channel for plain numbers."""
+        told, states, _ = self._sizes
+        found = [_numbered(self._states, told), _numbered(self._outputs, told + states)]
+        chosen = [numbers[row, columns] for numbers, columns in zip(found, self.columns(row))]
+        together = torch.cat(chosen)
+        together = together if self.start.space.ops else together[:, None, None, None]
+        return together.permute(1, 2, 0, 3).flatten(2)
+
+    @property
+    def channels(self) -> int:
+        """Rows of a weight; 1 where it is a number."""
+        return self.start.space.ops[1] if self.start.space.ops else 1
 
     @property
     def _spacing(self) -> float:
@@ -263,3 +294,10 @@ class FreeParameters:
 def _add(start: Tensor, mask: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     change = torch.zeros_like(start).index_put(mask.nonzero(as_tuple=True), values * scale[mask])
     return start + change
+
+
+def _numbered(mask: Tensor, first: int) -> Tensor:
+    """The places of a mask numbered from `first`, the others -1."""
+    numbers = torch.full(mask.shape, -1)
+    numbers[mask] = torch.arange(first, first + int(mask.sum()))
+    return numbers
