@@ -58,7 +58,7 @@ def linearize(
     """
     table, jacobian = _table_jacobian(parameters, theta)
     if table.space.ops:
-        raise ValueError("Levenberg-Marquardt moves numbers, this table has operators: use optimizer adam or lion")
+        raise ValueError("Levenberg-Marquardt moves numbers, this table has operators: use optimizer lbfgs")
     dtype = torch.promote_types(noise.dtype, torch.float32)
     d_time, d_state, d_output = (value.to(noise.device, dtype) for value in jacobian[:3])
     rows = range(table.num_rows)

@@ -13,15 +13,17 @@ from denoisers import Evaluations, class_labels, condition_to, with_scale
 from solver_search.losses import Features, SearchLoss
 from solver_search.memory import describe
 from solver_search.objective import Compute, Objective
+from solver_search.parameters import FreeParameters
 from solver_search.stage import Stage
 from solver_search.starts import Start
+from solver_search.whitened import whitened
 from solvers import SolverTable, sample
 from solvers.artifact import table_from_dict, table_to_dict
 from training.arguments import check_choice
 from training.method import Fitting, Method, Result, Run
 from training.record import log_table
 
-OPTIMIZERS = ("lm", "lion", "adam")
+OPTIMIZERS = ("lm", "lbfgs", "lion", "adam")
 SHOWN = 16  # images in the log
 
 
@@ -30,7 +32,8 @@ class Descent:
     """How the numbers of a stage move.
 
     Args:
-        optimizer: `lm` (Levenberg-Marquardt), `lion` or `adam`.
+        optimizer: `lm` (Levenberg-Marquardt); `lbfgs`, in coordinates in which the weights of a start are well
+            conditioned, for operators too; `lion` or `adam`.
         learning_rate: of lion and adam.
         steps: optimiser steps of a stage.
         tolerance: a stage of Levenberg-Marquardt ends when a step lowers the loss by a smaller share.
@@ -52,6 +55,8 @@ class Descent:
         """The optimiser of a stage; Levenberg-Marquardt has none."""
         if self.optimizer == "lm":
             return None
+        if self.optimizer == "lbfgs":
+            return torch.optim.LBFGS([theta], max_iter=1, max_eval=20, history_size=30, line_search_fn="strong_wolfe")
         if self.optimizer == "adam":
             return torch.optim.Adam([theta], lr=self.learning_rate)
         from timm.optim import Lion  # imports torchvision, which takes seconds
@@ -234,6 +239,8 @@ class Search(Fitting):
             stages.append(Stage(nfe, name, parameters, parameters.initial()))
         losses = [self._screened(stage, teacher) for stage in stages] if len(stages) > 1 else [0.0]
         stage = stages[losses.index(min(losses))]
+        if options.descent.optimizer == "lbfgs" and isinstance(stage.parameters, FreeParameters):
+            stage.parameters = whitened(stage.parameters, self.objective, teacher)
         self.optimizer = options.descent.make(stage.theta)
         self.run.say(f"nfe {nfe}: {stage.parameters.size} numbers, starting from {stage.start}")
         return stage
@@ -291,13 +298,14 @@ class Search(Fitting):
         return result.loss, result.theta
 
     def _first_order(self, stage: Stage, teacher: Batch) -> tuple[float, Tensor]:
-        loss, gradient = self.objective.gradient(stage.parameters, stage.theta, teacher)
-        if not bool(torch.isfinite(gradient).all()):
-            return loss, gradient
-        stage.theta.grad = gradient
-        self.optimizer.step()
+        def loss_here() -> Tensor:
+            here = stage.parameters.project(stage.theta)
+            loss, stage.theta.grad = self.objective.gradient(stage.parameters, here, teacher)
+            return torch.tensor(loss, dtype=torch.float64)
+
+        loss = self.optimizer.step(loss_here)
         stage.theta.copy_(stage.parameters.project(stage.theta))
-        return loss, stage.theta
+        return float(loss), stage.theta
 
     def _stop(self, stage: Stage, loss: float, good: Tensor, found: Tensor) -> None:
         """End the run at a loss that is not finite, the last good table saved."""

@@ -78,7 +78,7 @@ class Objective:
     @torch.no_grad()
     def value(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> float:
         """The loss, averaged over the samples of all processes."""
-        return float(self._mean(teacher, lambda part: self._loss(parameters, theta, part)[None])[0])
+        return float(self.mean(teacher, lambda part: self._loss(parameters, theta, part)[None])[0])
 
     @torch.no_grad()
     def rmse(self, table: SolverTable, teacher: Batch) -> float:
@@ -88,7 +88,7 @@ class Objective:
             end = self._run(table, part)[-1]
             return (end - part.end).double().square().mean()[None]
 
-        return float(self._mean(teacher, squared)[0].sqrt())
+        return float(self.mean(teacher, squared)[0].sqrt())
 
     def gradient(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> tuple[float, Tensor]:
         """The loss and its gradient (K,), by backpropagation through the whole run."""
@@ -101,7 +101,7 @@ class Objective:
             self.evaluations.forward += len(part) * parameters.nfe * self.compute.gradient_checkpointing
             return torch.cat([loss.detach()[None].cpu().double(), torch.autograd.grad(loss, leaf)[0]])
 
-        mean = self._mean(teacher, both)
+        mean = self.mean(teacher, both)
         return float(mean[0]), mean[1:]
 
     def equations(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> NormalEquations:
@@ -123,7 +123,7 @@ class Objective:
             loss = torch.tensor([found.loss], dtype=torch.float64)
             return torch.cat([found.matrix.flatten(), found.gradient, loss])
 
-        mean = self._mean(teacher, flat)
+        mean = self.mean(teacher, flat)
         matrix, gradient, loss = mean.split([size * size, size, 1])
         return NormalEquations(matrix.reshape(size, size), gradient, float(loss))
 
@@ -158,8 +158,8 @@ class Objective:
         self.evaluations.forward += len(part) * table.nfe
         return sample_trace(denoiser, table, part.noise, part.condition).states
 
-    def _mean(self, teacher: Batch, function: Callable[[Trajectories], Tensor]) -> Tensor:
-        """Mean of a vector of sums over samples, over micro-batches and processes."""
+    def mean(self, teacher: Batch, function: Callable[[Trajectories], Tensor]) -> Tensor:
+        """Mean over the samples of all processes of a vector that is one of a part of them."""
         sums = sum(function(part).cpu().double() * len(part) for part in self._parts(teacher))
         counted = self.reduce(torch.cat([sums, torch.tensor([float(len(teacher))], dtype=torch.float64)]))
         return counted[:-1] / counted[-1]

@@ -1,6 +1,6 @@
 """One evaluation count of a search: where it started, how far it is, and its best numbers so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -54,12 +54,15 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers; the table it starts from instead of the parameters."""
-        start = table_to_dict(self.parameters.start) if isinstance(self.parameters, FreeParameters) else None
+        free = self.parameters if isinstance(self.parameters, FreeParameters) else None
+        start = free and {"table": table_to_dict(free.start), "basis": free.basis}
         return vars(self) | {"parameters": start, "damping": vars(self.damping)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], start: Start, schedule: NoiseSchedule) -> "Stage":
         """Inverse of `to_dict`, for a search with the same options."""
-        table = None if values["parameters"] is None else table_from_dict(values["parameters"])
-        parameters = start.parameters(values["nfe"], schedule, table)
+        free = values["parameters"]
+        parameters = start.parameters(values["nfe"], schedule, free and table_from_dict(free["table"]))
+        if isinstance(parameters, FreeParameters):
+            parameters = replace(parameters, basis=free["basis"])
         return cls(**values | {"parameters": parameters, "damping": Damping(**values["damping"])})

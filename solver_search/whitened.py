@@ -12,17 +12,18 @@ from solver_search.parameters import FreeParameters
 from solvers import sample_trace
 from solvers.sampler import Trace
 
-SMALLEST = 1e-6  # singular values of a row's columns below this, relative to the largest, count as it
-TOLD = 0.1  # shares of a timestep's spacing that one unit moves it
+SMALLEST = 1e-4  # singular values of a row's columns below this, relative to the largest, count as it
+UNIT = 0.05  # root mean square by which a unit moves a state
+TOLD = 0.05  # shares of a timestep's spacing by which a unit moves it
 
 
 def whitened(parameters: FreeParameters, objective: Objective, teacher: Any) -> FreeParameters:
-    """The same numbers in other coordinates: a unit of a weight moves a channel of its row's state by an RMS of one.
+    """The same numbers in other coordinates: a unit of a weight moves a channel of its row's state by an RMS of .05.
 
     Start noise and early outputs are nearly the same vector, so that single weights are badly conditioned: a method of
     first order creeps, or needs a learning rate of its own for every table. With the columns X of a row, in each band,
 
-        weights = start + (mean of X X^T)^(-1/2) theta
+        weights = start + .05 (mean of X X^T)^(-1/2) theta
 
     Args:
         parameters: around a start.
@@ -37,12 +38,12 @@ def whitened(parameters: FreeParameters, objective: Objective, teacher: Any) -> 
         return torch.cat([_moments(parameters, trace, row).flatten() for row in rows])
 
     with torch.no_grad():
-        found = objective._mean(teacher, moments)
+        found = objective.mean(teacher, moments)
     basis = torch.diag(torch.full((parameters.size,), TOLD, dtype=torch.float64))
     places = [parameters.places(row) for row in rows]
     sizes = [place.shape[0] * place.shape[2] ** 2 for place in places]
     for place, matrix in zip(places, found.split(sizes)):
-        roots = _inverse_root(matrix.reshape(-1, place.shape[2], place.shape[2]))
+        roots = UNIT * _inverse_root(matrix.reshape(-1, place.shape[2], place.shape[2]))
         basis[place[..., :, None], place[..., None, :]] = roots[:, None].expand(-1, place.shape[1], -1, -1)
     units = parameters.units.clamp_min(torch.finfo(torch.float64).tiny)
     return replace(parameters, basis=basis / units[:, None])

@@ -211,7 +211,7 @@ def test_operators_are_not_for_second_order():
     parameters = FreeParameters(operators, (0.0, 999.0))
     assert parameters.size == 2 + 2 * 4 + 3 * 4
     assert torch.equal(parameters.table(parameters.initial()).output_coef, operators.output_coef)
-    with pytest.raises(ValueError, match="this table has operators: use optimizer adam or lion"):
+    with pytest.raises(ValueError, match="this table has operators: use optimizer lbfgs"):
         linearize(lambda x, t, c: x, parameters, parameters.initial(), torch.zeros(1, 2, 3, 3))
 
 

