@@ -54,7 +54,8 @@ def velocity_scale(prediction_type: str) -> float | None:
 
 def check_prediction_type(prediction_type: str) -> str:
     """Return `prediction_type`, or raise ValueError when it is neither one of PREDICTION_TYPES nor `edm:D`."""
-    if prediction_type not in PREDICTION_TYPES and velocity_scale(prediction_type) is None:
+    is_text = isinstance(prediction_type, str)  # not so in a damaged artifact
+    if not is_text or (prediction_type not in PREDICTION_TYPES and velocity_scale(prediction_type) is None):
         known = ", ".join(PREDICTION_TYPES)
         raise ValueError(f"unknown prediction type {prediction_type!r}: use one of {known}, or edm:0.5")
     return prediction_type
