@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slam.lora import plain_weights
+from slam.lora import adapter_weights, plain_weights
 from solvers import identify, save_solver
 
 if TYPE_CHECKING:
     from slam.module import SLAM
 
 STUDENT_NAME = "student"
+LORA_NAME = "lora/pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,18 @@ class Exports:
 
 
 def export(module: "SLAM", folder: Path) -> None:
-    """Write student/ and slam-<steps>.json into a folder, in the first process; sharded weights need all of them."""
-    weights = plain_weights(module.result)
+    """Write student/ and slam-<steps>.json into a folder, in the first process; sharded weights need all of them.
+
+    Of a student with adapters that can be one, also a LoRA file.
+    """
+    weights = {name: value.cpu() for name, value in plain_weights(module.result).items()}
+    adapters = {name: value.cpu() for name, value in adapter_weights(module.result).items()}
     if module.global_rank != 0:
         return
     record = fitted_on(module)
-    file, digest = module.target.save(
-        folder / STUDENT_NAME, record, {name: value.cpu() for name, value in weights.items()}
-    )
+    file, digest = module.target.save(folder / STUDENT_NAME, record, weights)
+    if adapters and hasattr(module.target, "save_lora"):
+        module.target.save_lora(folder / LORA_NAME, adapters, weights)
     identity = identify(module.target, name=STUDENT_NAME, weight_hash=digest)
     for count, table in module.tables.items():
         save_solver(

@@ -38,6 +38,15 @@ def plain_weights(student: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def adapter_weights(student: nn.Module) -> dict[str, Tensor]:
+    """The factors of all adapters, layer.lora_A.weight and layer.lora_B.weight, at scale 1; gathered (collective)."""
+    state, found = student.state_dict(), {}
+    for name, scale in _adapted(student):
+        down, up = (whole(state[f"{name}.lora_{part}.default.weight"].detach()) for part in "AB")
+        found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": scale * up}
+    return found
+
+
 def whole(value: Tensor) -> Tensor:
     """A sharded tensor gathered from all processes; any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -11,3 +11,12 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    """A GPU, or with TEST_DEVICE=cpu the CPU, so that the tests of a GPU can be rehearsed without one."""
+    name = os.environ.get("TEST_DEVICE", "cuda")
+    if name != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU; TEST_DEVICE=cpu rehearses it")
+    return torch.device(name)

@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
 
 from denoisers import class_labels, load_denoiser, with_guidance
 from denoisers.diffusers_base import read_schedule
@@ -103,6 +104,18 @@ def test_loaded_folder_equals_the_pipeline_s_network(kind: str, tmp_path: Path) 
     found, wanted = loaded(x, timestep, condition), with_guidance(expected, 2.0)(x, timestep, by_hand)
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
     assert float((found - loaded(x, torch.tensor(500.0), condition)).abs().max()) > 0
+
+
+def test_a_compiled_or_fused_network_is_known_by_its_weights() -> None:
+    pipe = tiny_pipeline("sd")
+    plain = from_pipeline(pipe, 16, 16).weight_hash
+    pipe.unet = torch.compile(pipe.unet)
+    assert from_pipeline(pipe, 16, 16).weight_hash == plain
+    pipe.unet = pipe.unet._orig_mod
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    unfused = from_pipeline(pipe, 16, 16).weight_hash
+    pipe.fuse_lora()
+    assert from_pipeline(pipe, 16, 16).weight_hash == unfused != plain
 
 
 @pytest.mark.parametrize("num_classes", [None, 5])

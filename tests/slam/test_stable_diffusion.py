@@ -4,17 +4,21 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
 import yaml
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers.models.embeddings import Timesteps
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig
 
 import sample as command
 from data.latents import LatentData
 from denoisers import load_denoiser
+from denoisers.prompt_unet import constant_reader
 from slam.export import Exports
 from slam.module import SLAM
 from solvers import load_solver, sample, start_noise, student_path
@@ -98,6 +102,57 @@ def test_the_student_was_trained(run: Path) -> None:
 def test_one_path_generates(run: Path, tmp_path: Path) -> None:
     command.main(["generate", f"--solver={run / 'out/slam-2.json'}", "--num_samples=2", f"--output={tmp_path}"])
     assert (tmp_path / "grid.png").is_file()
+
+
+def lora_pipeline(run: Path, output: Path) -> StableDiffusionPipeline:
+    """The teacher's pipeline with the student's LoRA and its scheduler."""
+    pipe = StableDiffusionPipeline.from_pretrained(run / "model")
+    pipe.load_lora_weights(output / "lora", adapter_name="slam")
+    pipe.scheduler = LCMScheduler.from_pretrained(output / "student" / "scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(("method", "share"), [("consistency", 1e-3), ("slam", 0.15)])
+def test_a_lora_file_makes_the_teacher_the_student(run: Path, tmp_path: Path, method: str, share: float) -> None:
+    """Up to what eight sinusoids can say of a constant, see `test_sinusoids_can_say_a_constant`."""
+    distil(run / "model", run / "shards", tmp_path, "--model.lora_rank=2", f"--model.objective.method={method}")
+    pipe = lora_pipeline(run, tmp_path)
+    teacher, student = load_denoiser(run / "model"), load_denoiser(tmp_path / "student")
+    x, condition = torch.randn(2, 4, 8, 8), student.conditions
+    for timestep in (999.0, 259.0):
+        wanted, before = (one(x, torch.tensor(timestep), condition) for one in (student, teacher))
+        with torch.no_grad():
+            found = pipe.unet(x, timestep, condition["encoder_hidden_states"]).sample
+        assert (wanted - before).norm() > 1e-3 * before.norm()
+        assert (found - wanted).norm() < share * (wanted - before).norm()
+
+
+def test_a_lora_file_goes_beside_another(run: Path, tmp_path: Path) -> None:
+    distil(run / "model", run / "shards", tmp_path, "--model.lora_rank=2")
+    pipe = lora_pipeline(run, tmp_path)
+    style = LoraConfig(r=4, target_modules=["to_k"], init_lora_weights=False)
+    pipe.unet.add_adapter(style, adapter_name="style")
+    inputs = torch.randn(1, 4, 8, 8), 500.0, load_denoiser(run / "model").conditions["encoder_hidden_states"][:1]
+
+    @torch.no_grad()
+    def output(*names: str) -> torch.Tensor:
+        pipe.set_adapters(list(names), [1.0] * len(names))
+        return pipe.unet(*inputs).sample
+
+    both = output("slam", "style")
+    assert all((both - output(name)).norm() > 1e-3 * both.norm() for name in ("slam", "style"))
+    output("slam", "style")
+    pipe.fuse_lora(adapter_names=["slam", "style"])
+    assert (pipe.unet(*inputs).sample - both).norm() < 1e-5 * both.norm()
+
+
+def test_sinusoids_can_say_a_constant() -> None:
+    """Of Stable Diffusion's 320 channels, also rounded to half precision."""
+    network = SimpleNamespace(time_proj=Timesteps(320, True, 0))
+    features, reader = network.time_proj(torch.arange(1000)), constant_reader(network)
+    assert (features @ reader - 1).abs().max() < 1e-4
+    assert (features @ reader.half().float() - 1).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("options", [[], ["--model.lora_rank=2"], ["--model.gradient_checkpointing=true"]])

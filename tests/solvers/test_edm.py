@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from denoisers import load_denoiser
+from denoisers.checkpoint import save_denoiser
 from denoisers.diffusers_models import from_pipeline
+from denoisers.dit import DiT
 from olss.plan import CallPlan
 from olss.run import fit_run
 from solver_search.parameters import FreeParameters, PaperParameters
@@ -184,6 +186,17 @@ def test_a_pipeline_as_playground_has_it(name, tmp_path):
     pipe.scheduler = TableScheduler.for_pipeline(tmp_path / "edm.json", pipe, guidance_scale=3.0)
     found = pipe(**arguments, latents=noise).images
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_a_network_from_safetensors(tmp_path):
+    """A checkpoint folder keeps the schedule; a network without output predicts c_skip x, and is sampled so."""
+    network = DiT(EDM, input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2)
+    save_denoiser(network, tmp_path)
+    denoiser = load_denoiser(tmp_path)
+    assert denoiser.schedule == EDM
+    noise = start_noise([5, 6], denoiser.sample_shape, torch.float64)
+    found = sample(lambda x, *_: denoiser(x.float(), *_).double(), named_solver("ipndm:1", EDM), noise)
+    torch.testing.assert_close(found, 0.25 / (80**2 + 0.25) * (80**2 + 0.25) ** 0.5 * noise)
 
 
 def test_a_network_from_a_diffusers_folder(tmp_path):
