@@ -80,7 +80,9 @@ def test_v_prediction_is_the_member_at_minus_one():
     assert velocity_scale("epsilon") is None
 
 
-@pytest.mark.parametrize("text", ["edm:", "edm:0", "edm:nan", "edm:inf", "edm:0.50", "edm:1e400", "edm:-1.0", "edm:x"])
+@pytest.mark.parametrize(
+    "text", ["edm:", "edm:0", "edm:nan", "edm:inf", "edm:0.50", "edm:1e400", "edm:-1.0", "edm:x", ["edm:1.0"], None]
+)
 def test_other_spellings_are_no_prediction_type(text):
     with pytest.raises(ValueError, match="unknown prediction type"):
         check_prediction_type(text)
