@@ -68,7 +68,7 @@ def load_denoiser(
     described, file = describe(path), _description_file(Path(path))
     path, device = described.pop("path"), device or described.pop("device", None)
     options = {key: value for key, value in described.items() if key != "device"} | options
-    device = _resolve_device(device)
+    device = resolve_device(device)
     if options.get("family") == "pipeline":
         return _load_pipeline(path, guidance_scale, precision, device, options)
     if file is not None and not trust_remote_code:
@@ -159,7 +159,12 @@ def _load_pipeline(path, guidance_scale, precision, device, options) -> nn.Modul
     return denoiser.to(device)
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; the CPU for None, and for `auto` the GPU of this process where there is one.
+
+    Raises:
+        ValueError: a name that torch does not know.
+    """
     if device == "auto":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
     try:

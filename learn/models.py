@@ -10,9 +10,9 @@ from torch import nn
 
 from denoisers import load_denoiser, split_guidance, with_guidance
 from denoisers.load import DESCRIPTION, may_be_hub_name
-from learn.network import CountedNetwork
+from learn.network import CountedNetwork, present_device
 from learn.options import LearnOptions
-from learn.subject import Subject, default_teacher, target_device
+from learn.subject import Subject, default_teacher
 from solvers import NoiseSchedule
 from solvers.named import resolve_solver
 
@@ -68,7 +68,7 @@ def _loaded(model: Any, options: LearnOptions) -> tuple[nn.Module, str, str]:
     """(denoiser, its name, how Python loads it)."""
     if isinstance(model, nn.Module):
         _check_denoiser(model, "the model")
-        device = target_device(options.device)
+        device = present_device(options.device)
         name = getattr(model, "name", None) or type(model).__name__
         return (
             model.to(device).eval().requires_grad_(False),
@@ -79,11 +79,11 @@ def _loaded(model: Any, options: LearnOptions) -> tuple[nn.Module, str, str]:
         raise ValueError(f"dtype {options.dtype} is for pipelines: use one of {', '.join(PRECISIONS)} here")
     path, precision = str(model), PRECISIONS[options.dtype]
     if _is_object(path):
-        denoiser = _own(path).to(target_device(options.device)).eval().requires_grad_(False)
+        denoiser = _own(path).to(present_device(options.device)).eval().requires_grad_(False)
         module, _, name = path.partition(":")
         made = f"{name}()" if isinstance(getattr(sys.modules[module], name), type) else name
         return denoiser, name, f"from {module} import {name}; {_GUIDED}denoiser = with_guidance({made}, {{scale:g}})"
-    denoiser = load_denoiser(path, 1.0, precision, options.device, options.trust)
+    denoiser = load_denoiser(path, 1.0, precision, present_device(options.device), options.trust)
     return (
         denoiser,
         Path(path).name,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from denoisers.load import resolve_device
 from denoisers.protocol import DenoiserWrapper
 from solvers.conditions import index_condition
 
@@ -32,6 +33,17 @@ class CountedNetwork(DenoiserWrapper):
         output = torch.cat(in_pieces(evaluate, len(x), self))
         self.calls += len(x)
         return output
+
+
+def present_device(name: str) -> torch.device:
+    """A device by its name; ValueError where torch does not know it, or does not find it here."""
+    device = resolve_device(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name} is not here ({reason}): use --device cpu, or one that is") from error
+    return device
 
 
 def in_pieces(evaluate: Callable[[slice], Tensor], count: int, sized: Any) -> list[Tensor]:

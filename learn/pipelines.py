@@ -19,9 +19,9 @@ from denoisers.diffusers_load import locate
 from denoisers.diffusers_models import FAMILIES, from_pipeline
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, takes_prompts
-from learn.network import CountedNetwork
+from learn.network import CountedNetwork, present_device
 from learn.options import SHARD, LearnOptions
-from learn.subject import Subject, default_teacher, target_device
+from learn.subject import Subject, default_teacher
 from solvers.accelerate import STAND_INS
 from solvers.named import resolve_solver
 from solvers.standalone.table_scheduler import pipeline_guidance
@@ -78,7 +78,7 @@ def open_pipeline(pipe: Any, options: LearnOptions, load: str) -> Subject:
     """
     _check_arguments(pipe, options)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(target_device(options.device))
+    pipe.to(present_device(options.device))
     return (_adapted if _has_adapter(pipe, options) else _recorded)(pipe, options, load)
 
 

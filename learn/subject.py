@@ -78,8 +78,3 @@ class Subject:
 def default_teacher(schedule: NoiseSchedule) -> str:
     """UniPC with 30 steps; a continuous VP schedule has iPNDM alone."""
     return "ipndm:60" if schedule.kind == "continuous_vp" else "unipc:30"
-
-
-def target_device(name: str) -> str:
-    """`auto` is the GPU where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

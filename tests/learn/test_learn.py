@@ -133,6 +133,8 @@ def test_another_run_does_not_touch_the_folder(run, model, capsys):
         (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--call", "height"], "no key=value"),
         (["--dtype", "float16"], "float16 is for pipelines"),
+        (["--device", "tpu9"], "none that torch knows"),
+        (["--device", "meta:x"], "none that torch knows"),
         (["--colour", "red"], "--colour"),
     ],
 )
@@ -208,3 +210,8 @@ def test_help_fits_one_screen(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert len(capsys.readouterr().out.splitlines()) <= 36
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is there")
+def test_a_device_that_is_not_here_is_one_line(model, tmp_path, capsys):
+    assert "device cuda is not here" in fails(capsys, model, *SMALL, "--output", tmp_path / "out", "--device", "cuda")
