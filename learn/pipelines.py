@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from solvers.named import resolve_solver
 from solvers.standalone.table_scheduler import pipeline_guidance
 
 WITHOUT_PROMPTS = ("DiTPipeline", "DDPMPipeline", "DDIMPipeline")
-SIZES = ("height", "width", "negative_prompt")  # arguments of a call that adapters know
+SIZES = ("height", "width", "negative_prompt", "output_type")  # arguments of a call that adapters know, or need not
 OWN = re.compile(r"own:([1-9]\d*)")
 
 
@@ -79,7 +79,7 @@ def open_pipeline(pipe: Any, options: LearnOptions, load: str) -> Subject:
     _check_arguments(pipe, options)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(present_device(options.device))
-    return (_adapted if _has_adapter(pipe, options) else _recorded)(pipe, options, load)
+    return (_adapted if has_adapter(pipe, options) else _recorded)(pipe, options, load)
 
 
 def _adapted(pipe: Any, options: LearnOptions, load: str) -> Subject:
@@ -119,12 +119,13 @@ def _recorded(pipe: Any, options: LearnOptions, load: str) -> Subject:
     return RecordedSubject(type(pipe).__name__, load, network, network, table, teacher, pipe, recorder, int(match[1]))
 
 
-def _has_adapter(pipe: Any, options: LearnOptions) -> bool:
+def has_adapter(pipe: Any, options: LearnOptions) -> bool:
     """Whether the network is of a known family, and the call asks for nothing but what its adapter knows."""
     networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
     known = any(type(network).__name__ in FAMILIES for network in networks)
     encode = inspect.signature(pipe.encode_prompt).parameters if takes_prompts(pipe) else {}
     is_plain = all(name in SIZES or name in encode for name in options.call)
+    is_plain &= not any(isinstance(prompt, Mapping) for prompt in options.prompts or ())
     return known and is_plain and (takes_prompts(pipe) or type(pipe).__name__ in WITHOUT_PROMPTS)
 
 
@@ -150,7 +151,7 @@ def _check_arguments(pipe: Any, options: LearnOptions) -> None:
     argument = _prompt_argument(pipe)
     if argument == "prompt" and options.prompts is None:
         raise ValueError(f"{name} takes prompts: give a text file of them with --prompts, one a line")
-    if argument is None and options.prompts is not None:
+    if argument is None and not all(isinstance(prompt, Mapping) for prompt in options.prompts or ()):
         raise ValueError(f"{name} takes no prompts: leave them out")
 
 

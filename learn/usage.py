@@ -21,7 +21,7 @@ def usage(subject: Subject, paths: Mapping[int, Path], scheduler: Path | None, o
             "images = sample(denoiser, solver, noise, class_labels(denoiser, range(16)))",
         ]
     rows, scale = load_solver(best).num_rows, options.guidance_scale
-    prompt = f"{options.prompts[0]!r}, " if options.prompts else ""
+    prompt = "".join("**prompt, " if isinstance(one, Mapping) else f"{one!r}, " for one in (options.prompts or ())[:1])
     given = "" if scale is None else f", guidance_scale={scale:g}"
     more = "".join(f", {name}={value!r}" for name, value in options.call.items())
     if scheduler is not None:
