@@ -1,5 +1,6 @@
 """Training of the evaluation classifier: `python train.py fit --config configs/base/cifar10_classifier.yaml`."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,14 +86,29 @@ class ClassifierModule(ResultModule):
         rise = max(1.0, self.rise * total)
         return min((step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop where the network is lost."""
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self.check_finite(self.network)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Never of a network that is lost."""
+        self.check_finite(self.network)
+        super().on_save_checkpoint(checkpoint)
+
     def finish(self) -> None:
         """Write the classifier folder."""
+        self.check_finite(self.network)
         self.check_output(self.global_step)
         if self.destination is not None and self.global_rank == 0:
             names = ("train/loss", "val/accuracy", "val/accuracy_mirrored")
             found = self.figures()
             record = {name: found[name] for name in names if name in found}
             save_classifier(self.network, self.destination, {"steps": self.trainer.global_step, **record})
+
+    def claims(self) -> list[Path]:
+        """The output."""
+        return [] if self.destination is None else [self.destination]
 
     def check_output(self, steps: float) -> None:
         """By the steps of the optimiser."""

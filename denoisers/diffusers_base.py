@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,9 +158,9 @@ class DiffusersDenoiser(nn.Module):
         other.guidance_scale = float(guidance_scale)
         return other
 
-    @cached_property
+    @property
     def weight_hash(self) -> str:
-        """SHA-256 of the network's weights; computed when first asked for."""
+        """SHA-256 of the network's weights as they are now: adapters come and go."""
         return weight_hash(self.network)
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:

@@ -14,7 +14,6 @@ from torch import nn
 
 from denoisers.guidance import with_guidance, with_precision
 from solvers.errors import one_line
-from solvers.identity import weight_hash
 from solvers.schedule import NoiseSchedule
 
 DESCRIPTION = "denoiser.yaml"
@@ -179,7 +178,7 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
     if os.path.isfile(folder):
         from denoisers.dit_load import load_public_checkpoint
 
-        return _with_hash(load_public_checkpoint(folder, **_checked(load_public_checkpoint, options, path)))
+        return load_public_checkpoint(folder, **_checked(load_public_checkpoint, options, path))
     if _is_diffusers(folder) or may_be_hub_name(str(path)):
         from denoisers.diffusers_load import load_diffusers
 
@@ -189,7 +188,7 @@ def _load(path: str | Path, options: dict[str, Any], device: torch.device) -> nn
     if (folder / "config.json").is_file():
         from denoisers.dit_load import load_checkpoint
 
-        return _with_hash(load_checkpoint(folder, **_checked(load_checkpoint, options, path)))
+        return load_checkpoint(folder, **_checked(load_checkpoint, options, path))
     raise ValueError(
         f"{path} is not a model: expected config.json and model.safetensors (this project), model_index.json "
         "(a diffusers pipeline), or a diffusers model's config.json"
@@ -223,11 +222,6 @@ def _checked(loader: Callable, options: dict[str, Any], path: str | Path) -> dic
             f"{', '.join(allowed) or 'none'}"
         )
     return options
-
-
-def _with_hash(denoiser: nn.Module) -> nn.Module:
-    denoiser.weight_hash = weight_hash(denoiser)
-    return denoiser
 
 
 def _is_diffusers(folder: Path) -> bool:

@@ -93,16 +93,20 @@ class PipelineDenoiser(nn.Module):
         """What else acts on outputs: arguments of guidance beside its scale, such as a second one; None for nothing."""
         return self._probe(PROBE_STEPS).guidance or None
 
-    @cached_property
+    @property
     def weight_hash(self) -> str:
-        """SHA-256 of the weights of all modules that the pipeline calls in a step, at its first or at its last one.
+        """SHA-256 of the weights, as they are now, of all modules that the pipeline calls in a step.
 
-        Text encoders and autoencoders are not among them. Computed when asked for, by two evaluations.
+        At its first or at its last one; text encoders and autoencoders are not among them.
         """
+        return hash_modules({name: self.pipe.components[name] for name in self._networks})
+
+    @cached_property
+    def _networks(self) -> set[str]:
+        """Names of the modules that the pipeline calls in a step, found by two evaluations."""
         modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         first, last = self._probe(PROBE_STEPS).timesteps[[0, -1]]
-        called = self._called(modules, first) | self._called(modules, last)
-        return hash_modules({name: module for name, module in modules.items() if name in called or not called})
+        return self._called(modules, first) | self._called(modules, last) or set(modules)
 
     def table(self, num_inference_steps: int) -> SolverTable:
         """The pipeline's own scheduler as a table, with all arguments the pipeline gives it.

@@ -18,6 +18,7 @@ from learn.result import Result, row_of, save_choices, write_rows
 from learn.subject import Subject
 from learn.usage import usage, write_scheduler
 from solvers.files import atomic_write
+from solvers.identity import own_hash
 
 SETTINGS = "learn.json"
 
@@ -94,7 +95,7 @@ def _claim(path: Path, subject: Subject, options: LearnOptions) -> None:
     """Take the folder, or go on in it; ValueError where it holds another run."""
     settings = {
         "model": subject.name,
-        "weight_hash": subject.denoiser.weight_hash,
+        "weight_hash": own_hash(subject.denoiser),
         "guidance_scale": subject.guidance_scale,
         "teacher": subject.teacher_name,
         "trajectories": options.trajectories,

@@ -67,6 +67,7 @@ class Solvers(Fitting):
         self.validation: dict[int, dict[str, Any]] = {}
         self.spent = {calls: Evaluations.of(self.denoiser) for calls in options.budgets}
         self._store = OutputStore(run.folder / "solver-outputs", run, self.teacher)
+        self.folders = [self._store.folder]
         self._columns: dict[Key, Columns] = {}
 
     @property

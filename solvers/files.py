@@ -42,17 +42,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def claimed(folder: str | Path) -> Iterator[None]:
+def claimed(path: str | Path) -> Iterator[None]:
     """Write to a folder alone, until the block or the process ends; a new one in which nothing is left goes again.
 
+    Args:
+        path: the folder, or a file `*.json`, which is claimed by an empty folder beside it.
     Raises:
         ValueError: another process writes to it.
     """
-    is_new = not Path(folder).exists()
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    is_file = path.suffix == ".json"
+    folder = path.with_name(f".{path.name}.claim") if is_file else path
+    is_new = is_file or not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, folder)
+        _lock(handle, path)
         yield
     finally:
         if is_new:
@@ -61,11 +66,11 @@ def claimed(folder: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(handle: int, folder: str | Path) -> None:
+def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"another process writes to {folder}: wait for its end, or use another folder") from error
+        raise ValueError(f"another process writes to {path}: wait for its end, or use another folder") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -6,6 +6,7 @@ A `Method` holds the options of a config and does nothing; a `Fitting` is one ru
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -104,7 +105,13 @@ class Run:
 
 
 class Fitting(ABC):
-    """A run of a method."""
+    """A run of a method.
+
+    Attributes:
+        folders: where it keeps what no other run may touch.
+    """
+
+    folders: Sequence[Path] = ()
 
     @property
     @abstractmethod

@@ -158,17 +158,21 @@ class NetworkModule(ResultModule):
             return
         self._last_step = step
         if step % self.trainer.log_every_n_steps == 0:
-            self._check_finite()
+            self.check_finite(self.trained)
         if self.sample_every and step % self.sample_every == 0 and hasattr(self.logger, "log_image"):
             self._log_samples()
         self.after_step(step)
 
     def finish(self) -> None:
         """Write the output."""
-        self._check_finite()
+        self.check_finite(self.trained)
         self.check_output(self.global_step)
         if self.destination is not None:
             self.write(self.destination)
+
+    def claims(self) -> list[Path]:
+        """The output."""
+        return [] if self.destination is None else [self.destination]
 
     def check_output(self, steps: float) -> None:
         """By the steps of the optimiser."""
@@ -177,7 +181,7 @@ class NetworkModule(ResultModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Never of a network that is lost."""
-        self._check_finite()
+        self.check_finite(self.trained)
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,17 +194,6 @@ class NetworkModule(ResultModule):
                     f"the checkpoint is of another network: {name} has shape {saved.get(name)}, here "
                     f"{shapes.get(name)}; give the network's options of the training that wrote it"
                 )
-
-    def _check_finite(self) -> None:
-        """Stop, in all processes, at a loss or weights that are not finite."""
-        loss = self.trainer.callback_metrics.get("train/loss", torch.zeros(()))
-        values = [loss, *(value.detach() for value in self.trained.parameters() if value.requires_grad)]
-        is_finite = all(bool(torch.isfinite(getattr(value, "_local_tensor", value)).all()) for value in values)
-        if not self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
-            raise ValueError(
-                f"the loss ({float(loss):g}) or the network's weights are not finite after {self.global_step} steps: "
-                "lower the learning rate, clip gradients, or check the data; checkpoints and outputs are as before"
-            )
 
     def _log_samples(self, num_images: int = 40) -> None:
         """Pictures, always from the same noises; sharded networks need all processes, others the first."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 
 class ResultModule(lightning.LightningModule):
@@ -44,6 +46,10 @@ class ResultModule(lightning.LightningModule):
         Raises:
             ValueError: there is such a result, and `overwrite` is off.
         """
+
+    def claims(self) -> list[Path]:
+        """Folders and files `*.json` that one training at a time writes."""
+        return []
 
     def made_by(self) -> dict[str, str]:
         """What a checkpoint is of, to be told apart from others: each a short text."""
@@ -89,6 +95,21 @@ class ResultModule(lightning.LightningModule):
     @property
     def _fits(self) -> bool:
         return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
+    def check_finite(self, network: nn.Module) -> None:
+        """Stop, in all processes, at a loss or trained weights that are not finite.
+
+        Raises:
+            ValueError: they are not.
+        """
+        loss = self.trainer.callback_metrics.get("train/loss", torch.zeros(()))
+        values = [loss, *(value.detach() for value in network.parameters() if value.requires_grad)]
+        is_finite = all(bool(torch.isfinite(getattr(value, "_local_tensor", value)).all()) for value in values)
+        if not self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
+            raise ValueError(
+                f"the loss ({float(loss):g}) or the network's weights are not finite after {self.global_step} steps: "
+                "lower the learning rate, clip gradients, or check the data; checkpoints and outputs are as before"
+            )
 
     def _finish(self) -> None:
         if not self._is_finished:

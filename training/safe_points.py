@@ -1,6 +1,7 @@
 """Where a trainer can be stopped without a loss: after a batch, its state saved."""
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGTERM
@@ -8,8 +9,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from solvers.files import claimed
+from training.result import ResultModule
 from training.signals import GRACE, stop
 
 KEPT = {
@@ -20,10 +23,14 @@ KEPT = {
 
 
 class SafePoints(Callback):
-    """Lets `signals.stop` end a run after a batch; a fit saves a checkpoint before."""
+    """Lets `signals.stop` end a run after a batch; a fit saves a checkpoint before.
+
+    While a fit validates, this is the checkpoint of the step before, whose tensors do not change meanwhile.
+    """
 
     def __init__(self) -> None:
         self._claims = ExitStack()
+        self._before: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """From here on there is something to save; the processes that Lightning starts are running."""
@@ -35,10 +42,14 @@ class SafePoints(Callback):
         started.clear()  # Lightning's own observer would kill this process without a word
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep other runs from the folder of the checkpoints."""
+        """Keep other runs from the checkpoints and from what this one writes."""
+        if not trainer.is_global_zero:
+            return
         callback = trainer.checkpoint_callback
-        if trainer.is_global_zero and isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            self._claims.enter_context(claimed(callback.dirpath))
+        places = [callback.dirpath] if isinstance(callback, ModelCheckpoint) and callback.dirpath else []
+        places += pl_module.claims() if isinstance(pl_module, ResultModule) else []
+        for place in dict.fromkeys(Path(one).absolute() for one in places):
+            self._claims.enter_context(claimed(place))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Others may write to the folder."""
@@ -69,19 +80,33 @@ class SafePoints(Callback):
         step, self._step = self._step, trainer.global_step
         if step != self._step and trainer.strategy.reduce_boolean_decision(stop.asked is not None, all=False):
             stop.ask(SIGTERM)  # where another process was asked
-            with stop.saving():
-                self._save(trainer)
+            self._save(trainer, trainer.save_checkpoint)
             stop.check()
+        is_whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)  # one process writes all of it
+        validates = is_whole and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        self._before = trainer._checkpoint_connector.dump_checkpoint() if validates else None
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Each process stops by itself; the checkpoint is known."""
+        if stop.asked is not None and (known := self._before) is not None:
+            self._save(trainer, lambda path: trainer.strategy.save_checkpoint(known, path))
+            stop.check()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training goes on, and changes the tensors."""
+        self._before = None
 
     def on_predict_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Each process stops by itself, the batch before handed to its writer."""
         stop.check()
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, save: Callable[[str], None]) -> None:
         callback = trainer.checkpoint_callback
         if isinstance(callback, ModelCheckpoint):
-            self._saved = callback.format_checkpoint_name(dict(trainer.callback_metrics))
-            trainer.save_checkpoint(self._saved)
+            path = callback.format_checkpoint_name(dict(trainer.callback_metrics))
+            with stop.saving():
+                save(path)
+            self._saved = path
 
     def _kept_of_fit(self, trainer: Trainer) -> str:
         """The newest checkpoint of this run, or the one that it went on from."""

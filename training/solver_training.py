@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from denoisers import load_denoiser, with_guidance
-from solvers import DenoiserIdentity, SolverTable, identify, save_solver
+from solvers import SolverTable, identify, save_solver
 from solvers.files import atomic_write
 from training.method import Fitting, Method, Result, Run
 from training.record import upload_solver
@@ -54,7 +54,8 @@ class SolverTraining(TableModule):
         trusting = partial(load_denoiser, trust_remote_code=trust_remote_code)
         load = trusting if isinstance(denoiser, str) else with_guidance
         self.denoiser = load(denoiser, guidance_scale).eval().requires_grad_(False)
-        self.guidance_scale = usable_guidance or guidance_scale
+        usable = usable_guidance or guidance_scale
+        self.identity = identify(self.denoiser, guidance_scale=usable)  # of weights not yet cast
         self.written: dict[str, str] = {}  # text of the artifacts that are final
         self._earlier: dict[str, float] = {}  # network calls that artifacts of other trainings took
         self.anchor = nn.Parameter(torch.zeros(()))
@@ -69,10 +70,9 @@ class SolverTraining(TableModule):
         """NAME.json in the output."""
         return {name: self.destination / f"{name}.json" for name in self.method.artifacts if self.destination}
 
-    @cached_property
-    def identity(self) -> DenoiserIdentity:
-        """Of the denoiser, with the guidance that artifacts may be used at."""
-        return identify(self.denoiser, guidance_scale=self.guidance_scale)
+    def claims(self) -> list[Path]:
+        """The artifacts, and what the method keeps meanwhile."""
+        return [*self.artifact_paths().values(), *(self.fitting.folders if self.fitting else [])]
 
     def made_by(self) -> dict[str, str]:
         """With the method and the network."""

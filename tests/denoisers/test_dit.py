@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from denoisers import load_denoiser
 from denoisers.checkpoint import load_weights, save_denoiser
 from denoisers.dit import DiT, position_embedding, sinusoids
 from denoisers.dit_load import load_checkpoint
-from solvers.identity import weight_hash
+from solvers.identity import identify, weight_hash
 from solvers.schedule import NoiseSchedule
 
 SMALL = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 4}
@@ -190,6 +191,14 @@ def test_weight_hash_sees_every_weight():
     before = weight_hash(model)
     model.final_layer.linear.bias[0] += 1e-6
     assert weight_hash(model) != before
+
+
+def test_a_loaded_network_that_is_changed_is_another(tmp_path):
+    digest = save_denoiser(small(), tmp_path)
+    loaded = load_denoiser(tmp_path)
+    assert identify(loaded).weight_hash == digest
+    loaded.final_layer.linear.bias.data += 1
+    assert identify(loaded).weight_hash != digest
 
 
 def damage(folder, name: str) -> None:

@@ -84,10 +84,12 @@ def test_the_hash_covers_every_module_of_a_step() -> None:
 
 
 def assert_hashed(pipe: Any, names: tuple[str, ...], prompts: Any, call: dict[str, Any]) -> None:
-    hashes = [PipelineDenoiser(pipe, prompts, **call).weight_hash]
+    early = PipelineDenoiser(pipe, prompts, **call)
+    hashes = [early.weight_hash]
     for name in names:
         changed(getattr(pipe, name))
         hashes.append(PipelineDenoiser(pipe, prompts, **call).weight_hash)
+        assert early.weight_hash == hashes[-1]
     assert len(set(hashes)) == len(names) + 1
 
 

@@ -61,19 +61,20 @@ def test_another_files_error_is_left_as_it_is(tmp_path):
 HOLD = "import sys; from solvers.files import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
 
 
-def test_a_folder_has_one_writer(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+@pytest.mark.parametrize("name", ["run", "run.json"])
+def test_a_folder_or_file_has_one_writer(tmp_path, name):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / name)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(ValueError, match=r"another process writes to .*run: wait for its end"),
-            claimed(tmp_path / "run"),
+            pytest.raises(ValueError, match=rf"another process writes to .*{name}: wait for its end"),
+            claimed(tmp_path / name),
         ):
             pass
         other.communicate("\n")
-    with claimed(tmp_path / "run"):
+    with claimed(tmp_path / name):
         pass
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_new_folder_in_which_nothing_is_left_goes_again(tmp_path):

@@ -200,7 +200,7 @@ def test_a_network_that_breaks_ends_a_method_in_one_line(cache, tmp_path, name):
     assert finished <= 4
 
 
-@pytest.mark.parametrize("name", ["base", "slam"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_loss_that_is_not_finite_ends_a_training_in_one_line(tmp_path, name, monkeypatch):
     make, data = NETWORKS[name]
     kind = type(make(None))

@@ -72,6 +72,27 @@ def test_a_fit_stops_after_the_step_and_goes_on(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+def test_a_signal_while_a_fit_validates_loses_no_step(tmp_path, monkeypatch, capsys):
+    """The checkpoint that it leaves goes on as if nothing had been."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    options = {"max_steps": 5, "val_check_interval": 3, "limit_val_batches": 3, "num_sanity_val_steps": 0}
+    steps = [f"--trainer.{name}={value}" for name, value in options.items()]
+    steps += ["--trainer.callbacks.every_n_train_steps", "100"]
+    main(fit(whole, *steps))
+    monkeypatch.setattr(safe_points, "GRACE", 1e9)
+    with monkeypatch.context() as patch:
+        calls = signalled(patch, BaseModel, "validation_step", 2)
+        line = interrupted(fit(broken, *steps), capsys)
+    path = broken / "last.ckpt"
+    assert (len(calls), line) == (2, f"stopped by SIGTERM: go on with --ckpt_path {path}")
+    assert torch.load(path, weights_only=True)["global_step"] == 3
+    main(fit(broken, *steps, "--ckpt_path", str(path)))
+    expected, found = weights(whole), weights(broken)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(safe_points, "GRACE", 0.0)
     signalled(monkeypatch, BaseModel, "training_step", 1)
@@ -146,9 +167,10 @@ def test_two_predictions_into_one_folder(tmp_path, digits, capsys):
     main(predict(tmp_path, digits))
 
 
-def test_two_fits_into_one_folder(tmp_path, capsys):
-    with claimed(tmp_path):
-        assert f"another process writes to {tmp_path}" in refused(fit(tmp_path), capsys)
+@pytest.mark.parametrize("name", ["", "out"])
+def test_two_fits_into_one_folder(tmp_path, capsys, name):
+    with claimed(tmp_path / name):
+        assert f"another process writes to {tmp_path / name}:" in refused(fit(tmp_path), capsys)
     assert not (tmp_path / "out").exists()
 
 
