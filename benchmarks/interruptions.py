@@ -37,7 +37,8 @@ COUNTS = (
     *("rank_code", "rank_lines", "rank_slow"),
 )
 SMALL = {
-    "base": "--trainer.max_steps=9 --trainer.callbacks.every_n_train_steps=2 --data.init_args.batch_size=16",
+    "base": "--trainer.max_steps=9 --trainer.callbacks.every_n_train_steps=2 --data.init_args.batch_size=16 "
+    "--trainer.limit_val_batches=2 --trainer.val_check_interval=3",
     "slam": "--trainer.max_steps=6 --trainer.callbacks.every_n_train_steps=2 --data.init_args.batch_size=8",
     "olss": "--model.init_args.method.init_args.calls=[2,3]",
     "solver_search": "--model.init_args.method.init_args.nfe=[2,3] --model.init_args.method.init_args.descent.steps=2",

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -112,7 +113,8 @@ def _read_description(file: Path) -> dict[str, Any]:
     for key, value in described.items():
         allowed = _TYPES.get(key, (str, int, float, bool, list, dict)) if isinstance(key, str) else ()
         if not allowed or type(value) not in allowed:
-            raise ValueError(f"{file} says {one_line(f'{key}: {value}', 60)}: write {_wanted(key, allowed)}")
+            shown = value if isinstance(value, str) else reprlib.repr(value)  # aliases make texts without an end
+            raise ValueError(f"{file} says {one_line(f'{key}: {shown}', 60)}: write {_wanted(key, allowed)}")
     unused = {"guidance_scale", "precision", "trust_remote_code"} & described.keys()
     if unused:
         raise ValueError(f"{file} sets {', '.join(sorted(unused))}, which belong to the run: leave them out there")

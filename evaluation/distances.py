@@ -161,6 +161,22 @@ def squared_errors(images: Tensor, reference: Tensor) -> Tensor:
     return (images.double() - reference.double()).square().flatten(1).mean(1)
 
 
+def error_figures(squared: Tensor) -> dict[str, float]:
+    """Root mean square, median, 99th percentile and worst of the images' errors: a mean hides its tail.
+
+    Args:
+        squared: mean squared difference per image, (batch,), at least one.
+    """
+    squared = squared.double()
+    errors = squared.sqrt()
+    return {
+        "rmse": float(squared.mean().sqrt()),
+        "median": float(errors.median()),
+        "p99": float(errors.quantile(0.99)),
+        "worst": float(errors.max()),
+    }
+
+
 def psnr(rmse: float) -> float:
     """Peak signal to noise ratio in dB of images in [-1, 1]; infinity at no error."""
     return float(20 * torch.log10(2 / torch.tensor(rmse, dtype=torch.float64)))

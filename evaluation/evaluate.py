@@ -60,7 +60,8 @@ def evaluate_table(
         fitted_seeds: half-open ranges the table was fitted on.
         reference_denoiser: the network of `reference`; default `denoiser`. (A student's teacher.)
     Returns:
-        Some of `rmse`, `psnr`, `fd`, `kid`, `precision`, `recall`, `inception_score`, and `nfe`, `num_images`.
+        Some of `rmse`, `median`, `p99`, `worst`, `psnr`, `fd`, `kid`, `precision`, `recall`, `inception_score`, and
+        `nfe`, `num_images`.
     Raises:
         ValueError: seeds that overlap, fewer images than processes, or images that are not finite.
     """

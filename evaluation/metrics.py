@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from evaluation import distances
 from evaluation.distances import require_finite
@@ -120,14 +121,13 @@ class InceptionScore(_Gathered):
 
 
 class ReferenceError(Metric):
-    """RMSE and PSNR of images to those of the reference solver from the same noises; images are not cut off."""
+    """Errors of images to those of the reference solver from the same noises; images are not cut off."""
 
     is_differentiable, higher_is_better, full_state_update = False, False, False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("errors", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, reference: Tensor) -> None:
         """Add images and their reference, (batch, ...) each.
@@ -135,20 +135,18 @@ class ReferenceError(Metric):
         Raises:
             ValueError: different shapes, or values that are not finite.
         """
-        errors = distances.squared_errors(images, reference)
-        self.total += errors.sum()
-        self.count += len(errors)
+        self.errors.append(distances.squared_errors(images, reference))
 
     def compute(self) -> dict[str, Tensor]:
-        """`rmse` and `psnr` (dB, range 2), float64.
+        """`rmse`, `median`, `p99` and `worst`, see `error_figures`, and `psnr` (dB, range 2), float64.
 
         Raises:
             ValueError: no images.
         """
-        if not self.count:
+        if not len(self.errors):
             raise ValueError("no images were given: call update before compute")
-        rmse = (self.total / self.count).sqrt()
-        return {"rmse": rmse, "psnr": _scalar(distances.psnr(float(rmse)))}
+        found = distances.error_figures(dim_zero_cat(self.errors))
+        return {name: _scalar(value) for name, value in (found | {"psnr": distances.psnr(found["rmse"])}).items()}
 
 
 def _scalar(value: float) -> Tensor:

@@ -12,7 +12,7 @@ from denoisers import network_calls
 from evaluation.args import Metric
 from evaluation.bootstrap import frechet_interval, kernel_interval, resamplings, rmse_interval
 from evaluation.contenders import Contender
-from evaluation.distances import Gaussian, inception_score, precision_recall, psnr, require_full_rank
+from evaluation.distances import Gaussian, error_figures, inception_score, precision_recall, psnr, require_full_rank
 from evaluation.extractors import Extractor
 from evaluation.statistics import DataStatistics
 from solvers import SolverTable
@@ -157,11 +157,10 @@ def _per_image(values: Mapping[str, Tensor], name: str, contender: Contender) ->
 
 
 def _errors(squared: Tensor, counts: Tensor | None) -> dict[str, Any]:
-    rmse = float(squared.double().mean().sqrt())
+    found = error_figures(squared)
     low, high = rmse_interval(squared, counts) if counts is not None else (None, None)
-    decibels = psnr(rmse)
-    found = {"rmse": rmse, "rmse_low": low, "rmse_high": high}
-    return found | {"psnr": decibels if math.isfinite(decibels) else None}
+    decibels = psnr(found["rmse"])
+    return found | {"rmse_low": low, "rmse_high": high, "psnr": decibels if math.isfinite(decibels) else None}
 
 
 def _distances(values: Mapping[str, Tensor], measure: Measure, counts: Tensor | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from data.shards import Trajectories, seed_ranges
 from data.sources import Batch
 from denoisers import Counted, Evaluations, calls_per_row, unguided
+from evaluation.distances import error_figures
 from olss.columns import Columns
 from olss.fit import Factor
 from olss.path import check_path, greedy_path, log_snr_path, uniform_path
@@ -271,22 +272,20 @@ class Solvers(Fitting):
         choosing, reporting = self._held()
         scores = {kind: float(self._errors(calls, fit, choosing).sqrt().mean()) for kind, fit in fits.items()}
         kind = min(scores, key=scores.__getitem__)
-        plan, errors = fits[kind].plan, self._errors(calls, fits[kind], reporting).sqrt()
+        plan, found = fits[kind].plan, error_figures(self._errors(calls, fits[kind], reporting))
         self.kept[calls] = kind
-        self.validation[calls] = {
-            "rmse": float(errors.square().mean().sqrt()),
-            "median": float(errors.median()),
-            "p99": float(errors.quantile(0.99)),
-            "worst": float(errors.max()),
+        for name, value in found.items():
+            self.run.log({f"olss/{calls}-calls/held_out/{name}": value}, bar=False, of_epoch=True)
+        self.validation[calls] = found | {
             "seeds": seed_ranges(reporting.seeds),
             "chosen_on": seed_ranges(choosing.seeds),
             "chosen_from": scores,
         }
-        found = self.validation[calls]
         unconditional = f", unconditional at rows {list(plan.unconditional)}" if plan.unconditional else ""
         self.run.say(
             f"OLSS, {calls} network calls: path {list(plan.path)}{unconditional}; weights: {kind}; held-out RMSE "
-            f"{found['rmse']:.4f}, median {found['median']:.4f}, worst {found['worst']:.4f}"
+            f"{found['rmse']:.4f}, median {found['median']:.4f}, 99 % below {found['p99']:.4f}, worst "
+            f"{found['worst']:.4f}"
         )
 
     def _errors(self, calls: int, fit: Fit, held: Batch) -> Tensor:

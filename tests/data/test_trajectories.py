@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from data.manifest import describe_teacher
 from data.shards import read_shard
-from data.teacher import TeacherTrajectories, TrajectoryShards
+from data.teacher import TeacherTrajectories, TrajectoryShards, name_broken
 from data.trajectories import FIRST_SEED, TrajectoryCache, generate_trajectories, run_teacher
 from data.trajectory_writer import TrajectoryWriter
 from solvers import NoiseSchedule, sample, start_noise
@@ -288,26 +288,50 @@ def test_processes_share_the_shards(tmp_path, world_size):
     assert torch.equal(TrajectoryCache(tmp_path).load().states, run_teacher(Toy(), TEACHER, SEEDS).states)
 
 
+def predict(denoiser, folder, devices=1):
+    """`train.py predict` of seven trajectories."""
+    module = TeacherTrajectories(
+        denoiser, str(folder), teacher="ddim:5", num_trajectories=7, shard_size=4, dtype="float64"
+    )
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto" if devices == 1 else "ddp_fork",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.predict(module, datamodule=TrajectoryShards(), return_predictions=False)
+
+
+class Breaks(Toy):
+    """Far off for one class."""
+
+    def forward(self, x, timestep, condition=None):
+        return super().forward(x, timestep, condition) * (1 + 9 * (condition == 0)).to(x).reshape(-1, 1, 1, 1)
+
+
+def test_seeds_at_which_the_teacher_breaks_are_named(tmp_path, recwarn):
+    predict(Breaks(), tmp_path)
+    (found,) = [str(one.message) for one in recwarn if "the teacher" in str(one.message)]
+    assert found.startswith(
+        f"the teacher ddim:5 breaks at 2 of 7 seeds ({FIRST_SEED + 1}, {FIRST_SEED + 4}): values up"
+    )
+    recwarn.clear()
+    name_broken({seed: 1.0 + 0.9 * (seed == 3) for seed in range(9)}, "ddim:5")
+    name_broken({}, "ddim:5")
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("devices", [1, 2, 3])
 def test_lightning_predict(tmp_path, devices):
     """Two shards on 1, 2 and 3 processes, then a nearly finished resume."""
     for unfinished in (False, True):
         if unfinished:
             (tmp_path / "shard-00001.tar").unlink()
-        module = TeacherTrajectories(
-            Toy(), str(tmp_path), teacher="ddim:5", num_trajectories=7, shard_size=4, dtype="float64"
-        )
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=devices,
-            strategy="auto" if devices == 1 else "ddp_fork",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.predict(module, datamodule=TrajectoryShards(), return_predictions=False)
+        predict(Toy(), tmp_path, devices)
         cache = TrajectoryCache(tmp_path)
         assert torch.equal(cache.load().states, run_teacher(Toy(), TEACHER, SEEDS[:7], torch.float64).states)
         assert len(read_shard(tmp_path / "shard-00001.tar", Nodes.of(TEACHER))) == 3

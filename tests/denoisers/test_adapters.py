@@ -324,6 +324,9 @@ def test_a_description_does_not_win_over_the_model_beside_it(tmp_path: Path, tru
     assert load_denoiser(tmp_path / "mine" / "unet").sample_shape == (4, 8, 8)
 
 
+NESTED = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 41))  # a text of 2^40 letters
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -341,7 +344,7 @@ def test_a_description_does_not_win_over_the_model_beside_it(tmp_path: Path, tru
         ("path: " + "[" * 5000, "is not valid YAML"),
         ("path: " + "a" * 5000, "is no model on disk"),
         ("path: \x00", "is not valid YAML"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\npath: *b", "says path: .*: write path: str"),
+        (f"a0: &a0 [x]\n{NESTED}path: *a40", "says path: .*: write path: str"),
     ],
 )
 def test_descriptions_of_wrong_types_get_one_line(tmp_path: Path, text: str, message: str) -> None:

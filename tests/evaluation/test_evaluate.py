@@ -12,6 +12,7 @@ from evaluation.rows import choose_metrics
 from solvers.named import named_solver
 from tests.evaluation.helpers import Mixture, compare_args, extractor, group, in_processes, statistics
 
+ERRORS = ("rmse", "median", "p99", "worst", "psnr")
 MEASURE = choose_metrics(None, extractor(), statistics(), 18, (3, 8, 8))
 
 
@@ -26,7 +27,7 @@ def test_it_gives_the_figures_of_a_comparison(tmp_path):
     args = compare_args(tmp_path, num_samples=18, bootstrap=0)
     rows = compare_groups([group(Mixture(), ["unipc:4"])], args, extractor(), statistics())
     found = evaluated()
-    assert set(found) == {"nfe", "num_images", "rmse", "psnr", "fd", "kid", "precision", "recall", "inception_score"}
+    assert set(found) == {"nfe", "num_images", *ERRORS, "fd", "kid", "precision", "recall", "inception_score"}
     assert found == pytest.approx({name: rows[1][name] for name in found}, rel=1e-4)
 
 
@@ -46,7 +47,7 @@ def test_what_few_or_latent_images_leave():
     assert "fd" in shipped_measure(picture, 129).metrics
     assert "fd" in shipped_measure(clothes, 129).metrics
     light = evaluated(measure=replace(MEASURE, extractor=None, metrics=("rmse",)))
-    assert set(light) == {"nfe", "num_images", "rmse", "psnr"}
+    assert set(light) == {"nfe", "num_images", *ERRORS}
 
 
 def test_a_guided_row_is_two_calls_in_every_report(tmp_path):

@@ -32,6 +32,9 @@ def test_values_are_those_of_the_functions():
     assert (found["precision"], found["recall"]) == (precision, recall)
     assert found["score"] == pytest.approx(distances.inception_score(FEATURES), rel=1e-12)
     assert found["rmse"] == pytest.approx(0.1 * float(FEATURES.square().mean().sqrt()), rel=1e-5)
+    errors = (0.1 * FEATURES).square().mean(1).sqrt().sort().values
+    assert found["median"] == pytest.approx(float(errors[23]), rel=1e-5)
+    assert float(errors[-2]) < found["p99"] < found["worst"] == pytest.approx(float(errors[-1]), rel=1e-5)
     assert found["psnr"] == pytest.approx(distances.psnr(found["rmse"]), rel=1e-12)
 
 

@@ -228,6 +228,8 @@ def test_the_artifact_says_how_it_came_about(tmp_path, cache):
     image = sample(Toy(), table, held_out.states[:, 0], held_out.condition)
     rmse = float((image - held_out.states[:, -1]).pow(2).mean().sqrt())
     assert abs(table.info["validation"]["rmse"] - rmse) < 1e-12
+    worst = float((image - held_out.states[:, -1]).flatten(1).square().mean(1).max().sqrt())
+    assert abs(table.info["validation"]["worst"] - worst) < 1e-12
     assert len(table.info["validation"]["row_errors"]) == 5
 
 

@@ -10,12 +10,14 @@ from lightning.pytorch import Callback
 from data.teacher_data import TeacherData
 from solver_search.method import Descent, SolverSearch
 from solvers import load_solver
+from solvers.files import claimed
 from tests.solver_search.toys import TwoPoints
 from tests.training.test_cli import fit as arguments
 from tests.training.test_resume import METHODS, NETWORKS, SCHEDULE, base, cache, digits, files, fit, training
 from train import main
 from training.ema import EMA
 from training.run_id import run_id
+from training.safe_points import SafePoints
 from training.solver_training import SolverTraining
 
 __all__ = ["cache"]  # a fixture
@@ -222,6 +224,14 @@ def test_a_loss_that_is_not_finite_ends_a_training_in_one_line(tmp_path, name, m
         assert str(left.value).isprintable()
     assert not (tmp_path / "out").exists()
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", ["olss-2.json", "solver-outputs"])
+def test_two_runs_do_not_write_the_same(cache, tmp_path, name):
+    """Also where their checkpoints are in different folders."""
+    with claimed(tmp_path / name), pytest.raises(ValueError, match=rf"another process writes to .*/{name}: wait"):
+        fit(training("olss", tmp_path), TeacherData(cache, holdout=4, batch_size=5), callbacks=[SafePoints()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_outputs_of_another_precision_are_not_taken_up(cache, tmp_path):
