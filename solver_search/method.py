@@ -10,6 +10,7 @@ from torch import Tensor
 from data.sources import Batch
 from data.teacher_data import Wanted
 from denoisers import Evaluations, class_labels, condition_to, with_scale
+from evaluation.distances import error_figures
 from solver_search.losses import Features, SearchLoss
 from solver_search.memory import describe
 from solver_search.objective import Compute, Objective
@@ -192,14 +193,16 @@ class Search(Fitting):
         """Judge where the stage is now."""
         found = self._judge()
         if found:
-            self.run.log({"val/rmse": found[1]}, of_epoch=True)
-            self.run.log({"val/loss": found[0]}, bar=False, of_epoch=True)
+            for name, value in found.items():
+                self.run.log({f"val/{name}": value}, bar=name == "rmse", of_epoch=True)
 
     def finish(self) -> None:
         """Write the stage's best table."""
         if self.stage is not None and self.stage.step:
             self._judge()
             self.finished[self.stage.nfe] = self.stage.best_table
+            if self.stage.best:
+                self.run.say(f"nfe {self.stage.nfe}: the best has {_listed(self.stage.best)} on held-out trajectories")
             self.run.save(self._result(self.stage))
             self.stage = None
 
@@ -246,24 +249,31 @@ class Search(Fitting):
         return stage
 
     @torch.no_grad()
-    def _judge(self) -> tuple[float, float] | None:
-        """Loss and RMSE of the stage on the trajectories held out, once a step; the best so far is kept and saved."""
+    def _judge(self) -> dict[str, float] | None:
+        """Loss and errors of the stage on the trajectories held out, once a step; the best so far is kept and saved."""
         stage = self.stage
         if stage is None or stage.judged == stage.step or not self.run.data.source.num_held:
             return None
-        stage.judged, total = stage.step, torch.zeros(3, dtype=torch.float64)
+        stage.judged, total, squared = stage.step, torch.zeros((), dtype=torch.float64), [torch.zeros(0)]
         for number, batch in enumerate(self.run.data.held_out_batches()):
             teacher, table = self._teacher(batch), stage.table
             if not number:
                 self._show(table, teacher)
-            loss, rmse = self.judge.value(stage.parameters, stage.theta, teacher), self.judge.rmse(table, teacher)
-            total += torch.tensor([loss, rmse**2, 1.0], dtype=torch.float64) * len(teacher)
-        loss, squared, count = self.run.sum(total).tolist()
-        loss, rmse = loss / count, (squared / count) ** 0.5
-        if loss < stage.best_loss:
-            stage.best_loss, stage.best_rmse, stage.best_theta = loss, rmse, stage.theta.clone()
+            total += self.judge.value(stage.parameters, stage.theta, teacher) * len(teacher)
+            squared.append(self.judge.squared_errors(table, teacher))
+        errors = self._together(torch.cat(squared).double())
+        found = error_figures(errors) | {"loss": float(self.run.sum(total)) / len(errors)}
+        if found["loss"] < stage.best_loss:
+            stage.best, stage.best_theta = found, stage.theta.clone()
             self.run.save(self._result(stage), is_final=False)
-        return loss, rmse
+        return found
+
+    def _together(self, values: Tensor) -> Tensor:
+        """Values of all processes, which may have unequal numbers of them, but together those held out."""
+        padded = torch.zeros(self.run.data.source.num_held, dtype=values.dtype)
+        padded[: len(values)] = values
+        counts = self.run.gather(torch.tensor(len(values))).tolist()
+        return torch.cat([part[:count] for part, count in zip(self.run.gather(padded), counts)])
 
     def _begun(self, stage: Stage) -> Stage:
         """The stage, its start judged on held-out trajectories: what a search ends with is never worse."""
@@ -272,10 +282,9 @@ class Search(Fitting):
             self.objective.evaluations.calls_each = 1  # its calls are counted one by one
         found = self._judge()
         if found:
-            loss, rmse = found
-            if not math.isfinite(loss):
+            if not math.isfinite(found["loss"]):
                 self._refuse_start(stage)
-            self.run.say(f"nfe {stage.nfe}: the start has loss {loss:.3g} and RMSE {rmse:.4f} on held-out trajectories")
+            self.run.say(f"nfe {stage.nfe}: the start has {_listed(found)} on held-out trajectories")
         return stage
 
     def _share(self, count: int) -> int:
@@ -343,7 +352,7 @@ class Search(Fitting):
             stage.best_table,
             self.objective.evaluations,
             data.source.record | {"seeds": data.seed_ranges()},
-            {} if stage.best_theta is None else {"rmse": stage.best_rmse, "loss": stage.best_loss},
+            stage.best,
             {
                 "nfe": stage.nfe,
                 "start": stage.start,
@@ -355,3 +364,7 @@ class Search(Fitting):
                 "precision": self.run.precision,
             },
         )
+
+
+def _listed(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

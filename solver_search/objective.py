@@ -81,14 +81,14 @@ class Objective:
         return float(self.mean(teacher, lambda part: self._loss(parameters, theta, part)[None])[0])
 
     @torch.no_grad()
+    def squared_errors(self, table: SolverTable, teacher: Batch) -> Tensor:
+        """Mean squared difference of each image of this process to the teacher's, (batch,) float64 on the CPU."""
+        ends = ((self._run(table, part)[-1], part.end) for part in self._parts(teacher))
+        return torch.cat([(end - wanted).double().flatten(1).square().mean(1).cpu() for end, wanted in ends])
+
     def rmse(self, table: SolverTable, teacher: Batch) -> float:
-        """Root mean squared error to the teacher's images."""
-
-        def squared(part: Trajectories) -> Tensor:
-            end = self._run(table, part)[-1]
-            return (end - part.end).double().square().mean()[None]
-
-        return float(self.mean(teacher, squared)[0].sqrt())
+        """Root mean squared error of this process's images to the teacher's."""
+        return float(self.squared_errors(table, teacher).mean().sqrt())
 
     def gradient(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> tuple[float, Tensor]:
         """The loss and its gradient (K,), by backpropagation through the whole run."""

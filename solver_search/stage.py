@@ -1,6 +1,7 @@
 """One evaluation count of a search: where it started, how far it is, and its best numbers so far."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class Stage:
         judged: the step that was last judged on trajectories held out; -1 before the start was.
         done: whether the stage has ended.
         best_theta: with the lowest validation loss, None without validation.
-        best_loss, best_rmse: on held-out trajectories.
+        best: its loss and errors on these trajectories, which chose it.
     """
 
     nfe: int
@@ -39,8 +40,12 @@ class Stage:
     judged: int = -1
     done: bool = False
     best_theta: Tensor | None = None
-    best_loss: float = float("inf")
-    best_rmse: float = float("nan")
+    best: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest loss on trajectories held out."""
+        return self.best.get("loss", math.inf)
 
     @property
     def table(self) -> SolverTable:

@@ -93,7 +93,10 @@ def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds
         info = table.info
         assert info["fitted_on"]["seeds"] == [[FIRST, FIRST + 16]]
         assert info["fitted_on"]["evaluations"]["tangent"] > 0
-        assert 0 < info["validation"]["rmse"] < start
+        found = info["validation"]
+        assert 0 < found["median"] <= found["rmse"] * 2**0.5
+        assert found["rmse"] < min(found["worst"], start)
+        assert found["median"] <= found["p99"] <= found["worst"]
     assert _rmse(_table(search, 4), denoiser) < _rmse(_table(search, 3), denoiser)
 
 
@@ -199,7 +202,7 @@ def test_two_processes_equal_one(cache, tmp_path, optimizer, batch_size):
     one = run("one")
     _same(pair, one, 1e-6)
     assert pair.info["fitted_on"]["evaluations"] == one.info["fitted_on"]["evaluations"]
-    assert pair.info["validation"]["rmse"] == pytest.approx(one.info["validation"]["rmse"], rel=1e-6)
+    assert pair.info["validation"] == pytest.approx(one.info["validation"], rel=1e-6)
 
 
 def test_fresh_trajectories_are_the_teachers(tmp_path):
