@@ -49,6 +49,7 @@ def test_pictures_are_the_pipelines_own(kind: str, case: str, dtype: torch.dtype
 
 
 def test_an_autoencoder_that_leaves_float16_is_run_in_float32() -> None:
+    """As SDXL's does (huggingface/diffusers #4325)."""
     pipe = tiny_pipeline("sdxl")
     pipe.vae.decoder.conv_in.weight.data *= 3e4
     pipe.to(torch.float16)

@@ -42,6 +42,7 @@ class Labelled(nn.Module):
 @pytest.mark.parametrize("learned_variance", [False, True])
 @pytest.mark.parametrize("timestep", [torch.tensor(2.5), torch.tensor([2.5, 1.0])])
 def test_guidance_is_uncond_plus_scale_times_difference(learned_variance: bool, timestep: Tensor) -> None:
+    """Of the two formulas in use the one that pipelines have; the paper's adds 1 (huggingface/diffusers #5882)."""
     denoiser = Labelled(learned_variance)
     x, labels = torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.tensor([0, 2])
     output = GuidedDenoiser(denoiser, 4.0)(x, timestep, labels)
