@@ -211,7 +211,7 @@ def _make(target, table, labels, batch_size: int, sampler: Callable, share: Call
 
     from denoisers.generate import check_finite, generate
 
-    todo = share(target.missing())
+    todo = target.missing(share(target.blocks))
     with tqdm(total=sum(map(len, todo)) * table.num_rows, desc="sampling", unit="row", disable=None) as bar:
 
         def counted(*args: Any, callback: Callable, **options: Any) -> Any:

@@ -58,9 +58,9 @@ class SampleFolder:
         count = len(self.seeds)
         return [range(start, min(start + self.size, count)) for start in range(0, count, self.size)]
 
-    def missing(self) -> list[range]:
-        """Blocks that are still to be made."""
-        return [block for block in self.blocks if read_count(self._path(block), "samples") < len(block)]
+    def missing(self, blocks: Sequence[range]) -> list[range]:
+        """Those of some blocks that are still to be made."""
+        return [block for block in blocks if read_count(self._path(block), "samples") < len(block)]
 
     def keep(self, block: range, samples: Tensor) -> None:
         """Keep a block until all are there."""

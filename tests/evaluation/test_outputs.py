@@ -1,7 +1,10 @@
 """Samples of any shape in files of every format, and what an interruption leaves."""
 
 import io
+import json
+import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import sample
 from evaluation.outputs import SampleFolder
 from evaluation.pictures import image_grid, to_uint8
 from solvers import NoiseSchedule
+from tests.evaluation.helpers import in_processes
 from tests.test_sample import images_in
 from tests.tiny_models import tiny_checkpoint
 
@@ -76,6 +80,31 @@ def test_blocks_that_are_made_are_not_made_again(model, plain, tmp_path, monkeyp
     assert {file.name for file in (tmp_path / "a").iterdir()} == {"samples.npz", "grid.png", "manifest.json"}
 
 
+def test_processes_share_the_blocks(model, plain, tmp_path, monkeypatch):
+    """Also where one of them has made its share before the other looks."""
+    monkeypatch.setattr("sample.BLOCK", 2)
+
+    def share(rank: int) -> list[int]:
+        os.environ["RANK"] = str(rank)
+        missing, made, keep = SampleFolder.missing, [], SampleFolder.keep
+
+        def late(self, *args):
+            time.sleep(rank)
+            return missing(self, *args)
+
+        def kept(self, block, samples):
+            made.append(block.start)
+            keep(self, block, samples)
+
+        SampleFolder.missing, SampleFolder.keep = late, kept
+        run(model, tmp_path / "out", "--batch_size", "2")
+        return made
+
+    assert in_processes(share, 2, tmp_path / "ranks") == [[0, 4], [2]]
+    np.testing.assert_allclose(images_in(tmp_path / "out"), plain, atol=1e-5)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"samples.npz", "grid.png", "manifest.json"}
+
+
 class Vectors(torch.nn.Module):
     """Samples without height and width."""
 
@@ -100,11 +129,15 @@ def test_samples_that_are_no_pictures(tmp_path, capsys):
     assert not (tmp_path / "adm").exists()
 
 
-def test_a_comparison_of_vectors_has_a_report(tmp_path):
+@pytest.mark.parametrize("shape", [(6,), (2, 100), (3, 5, 8, 6)])
+def test_comparisons_of_vectors_sound_and_videos_have_a_report(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(Vectors, "sample_shape", shape)
     options = [f"--denoiser={__name__}.Vectors", "--solvers=[euler:2]", "--num_samples=3", "--reference=euler:4"]
     folders = [f"--output={tmp_path / 'out'}", f"--cache={tmp_path / 'cache'}"]
     sample.main(["compare", *options, "--metrics=[rmse]", "--bootstrap=0", *folders])
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") >= 2
+    (row,) = [row for row in json.loads((tmp_path / "out" / "report.json").read_text()) if not row["is_reference"]]
+    assert 0 < row["rmse"] < 1
 
 
 @pytest.mark.parametrize(
