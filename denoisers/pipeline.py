@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from denoisers.diffusers_base import read_schedule
 from denoisers.pipeline_arguments import batch_of, described, entries_of
-from denoisers.proxies import Injector, Recorder, Recording, scheduler_replaced
+from denoisers.proxies import Ender, Injector, Recorder, Recording, scheduler_replaced
 from solvers.identity import hash_modules
 from solvers.schedule import NoiseSchedule
 from solvers.standalone.table_scheduler import pipeline_guidance
@@ -171,6 +172,25 @@ class PipelineDenoiser(nn.Module):
             )
         return torch.stack(recording.states, 1), torch.stack(recording.outputs, 1)
 
+    def pictures(self, states: Tensor, condition: Tensor) -> Tensor:
+        """What the pipeline makes of final states, one by one: two evaluations each, and its decoding.
+
+        Args:
+            states: (batch, *sample_shape).
+            condition: int64 (batch, 2), prompts and seeds.
+        Returns:
+            Pictures (batch, channels, height, width) or videos (batch, channels, frames, height, width) in [-1, 1];
+            sound as the pipeline gives it; the states where its `call` says `output_type: latent`.
+        """
+        if self.call.get("output_type") == "latent":
+            return states
+        timestep = self._probe(PROBE_STEPS).timesteps[0]
+        made = []
+        for state, one in zip(states.split(1), condition.split(1)):
+            scheduler = Ender(copy.deepcopy(self.pipe.scheduler), state=state, timestep=timestep)
+            made.append(_planes(self._run(scheduler, 2, one, output_type="np")[0]))
+        return torch.cat(made)
+
     def _evaluate(self, x: Tensor, timestep: Tensor, condition: Tensor, **watch: Any) -> Tensor:
         outputs: list[Tensor] = []
         scheduler = copy.deepcopy(self.pipe.scheduler)
@@ -212,7 +232,7 @@ class PipelineDenoiser(nn.Module):
             self._probes[key] = recording
         return self._probes[key]
 
-    def _run(self, scheduler: Any, steps: int, condition: Tensor) -> None:
+    def _run(self, scheduler: Any, steps: int, condition: Tensor, **changed: Any) -> Any:
         """One generator stays outside a list, which not every pipeline takes, and so do arguments of one sample."""
         indices, seeds = condition.unbind(1)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
@@ -222,8 +242,14 @@ class PipelineDenoiser(nn.Module):
             arguments["batch_size"] = len(condition)
         arguments |= {"num_inference_steps": steps, "generator": generators if len(seeds) > 1 else generators[0]}
         with scheduler_replaced(self.pipe, scheduler), torch.no_grad():
-            self.pipe(**arguments, **self.call)
+            return self.pipe(**arguments, **self.call | changed)
 
 
 def _deterministic(table: SolverTable) -> str:
     return "FlowMatchEulerDiscreteScheduler" if table.prediction_type == "flow_prediction" else "DDIMScheduler"
+
+
+def _planes(output: Any) -> Tensor:
+    """Channels first and in [-1, 1], of a pipeline's pictures or videos as arrays; sound as it is."""
+    values = torch.as_tensor(np.asarray(output))
+    return 2 * values.float().movedim(-1, 1) - 1 if values.ndim > 3 else values.float()

@@ -153,8 +153,31 @@ class Injector(Proxy):
                 raise Finished
             self.outputs.append(None)
             self.begin()
-            state = self.state.to(sample).repeat(len(sample) // batch, *[1] * (sample.ndim - 1))
-            return SchedulerOutput(prev_sample=state) if arguments.get("return_dict", True) else (state, state)
+            return self._answer(sample, arguments)
+
+        return wrapped
+
+    def _answer(self, sample: Tensor, arguments: dict[str, Any]) -> Any:
+        """The state, in the place of a sample."""
+        state = self.state.to(sample).repeat(len(sample) // len(self.state), *[1] * (sample.ndim - 1))
+        return SchedulerOutput(prev_sample=state) if arguments.get("return_dict", True) else (state, state)
+
+
+class Ender(Injector):
+    """Makes a pipeline end with a given state, which it then decodes; it is told of two steps.
+
+    Args:
+        inner, state, timestep: as of an Injector.
+    """
+
+    @property
+    def step(self) -> Callable:
+        """Answers every call with the state."""
+
+        @functools.wraps(self.inner.step)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            arguments = _bind(self.inner.step, args, kwargs)
+            return self._answer(arguments["sample"], arguments)
 
         return wrapped
 

@@ -39,6 +39,12 @@ class Judged:
         """What is reported: the mean over images."""
         return float(self.reported.mean())
 
+    @property
+    def standard_error(self) -> float:
+        """Of `error`."""
+        count = len(self.reported)
+        return float(self.reported.std(correction=0)) / max(count - 1, 1) ** 0.5
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -107,9 +113,9 @@ class Judge:
         """(calls, error) of the yardstick wherever it was measured, on the half that reports."""
         return sorted(self._yardstick.values())
 
-    def pictures(self) -> Tensor:
-        """The teacher's images of the half that reports, the first of them."""
-        return self.cache.take(self.reporting[:PICTURES]).end
+    def shown(self) -> Trajectories:
+        """The first of the half that reports."""
+        return self.cache.take(self.reporting[:PICTURES]).ends()
 
     def _equal(self, taken: Judged) -> int | None:
         """The fewest calls of the yardstick whose error is no larger, found by halving."""

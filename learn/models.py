@@ -29,9 +29,10 @@ def open_subject(model: Any, options: LearnOptions) -> Subject:
     Raises:
         ValueError: a model that is not there or cannot be loaded, or options that do not fit it.
     """
-    if hasattr(model, "scheduler") or _is_pipeline(str(model)):
+    for_pipeline = options.call or options.prompts is not None or options.save_pipeline is not None
+    if hasattr(model, "scheduler") or _is_pipeline(str(model), bool(for_pipeline)):
         return _open_pipeline(model, options)
-    if options.call or options.prompts is not None or options.save_pipeline is not None:
+    if for_pipeline:
         raise ValueError(
             "call, prompts and save_pipeline are for diffusers pipelines, and this is none: leave them out"
         )
@@ -51,15 +52,18 @@ def _open_pipeline(model: Any, options: LearnOptions) -> Subject:
     from learn import pipelines
 
     load = "# pipe is your pipeline"
-    if not hasattr(model, "scheduler"):
+    is_loaded = not hasattr(model, "scheduler")
+    if is_loaded:
         path, model = str(model), pipelines.load_pipeline(str(model), options)
         load = f'from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained("{path}")'
+    if is_loaded or options.device != "auto":
+        model.to(present_device(options.device))
     return pipelines.open_pipeline(model, options, load)
 
 
-def _is_pipeline(path: str) -> bool:
-    """A pipeline's folder or hub name; a `denoiser.yaml` in it or beside it makes it a denoiser of its own."""
-    if os.path.isfile(os.path.join(path, DESCRIPTION)):
+def _is_pipeline(path: str, is_asked: bool) -> bool:
+    """A pipeline's folder or hub name; a `denoiser.yaml` makes it a denoiser, unless a pipeline's options are given."""
+    if os.path.isfile(os.path.join(path, DESCRIPTION)) and not is_asked:
         return False
     return os.path.isfile(os.path.join(path, "model_index.json")) or may_be_hub_name(path)
 
@@ -68,10 +72,11 @@ def _loaded(model: Any, options: LearnOptions) -> tuple[nn.Module, str, str]:
     """(denoiser, its name, how Python loads it)."""
     if isinstance(model, nn.Module):
         _check_denoiser(model, "the model")
-        device = present_device(options.device)
+        if options.device != "auto":
+            model.to(present_device(options.device))
         name = getattr(model, "name", None) or type(model).__name__
         return (
-            model.to(device).eval().requires_grad_(False),
+            model.eval().requires_grad_(False),
             name,
             f"{_GUIDED}denoiser = with_guidance(model, {{scale:g}})",
         )

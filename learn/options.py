@@ -23,7 +23,7 @@ class LearnOptions:
         teacher: the slow solver as name:steps; default: UniPC with 30 steps.
         method: `auto`: least squares, then a search by derivatives where that gains; `olss`: least squares alone.
         dtype: what the network computes in; states stay in float32.
-        device: of the network; `auto`: the GPU where there is one.
+        device: of the network; `auto`: the GPU where there is one, and for a model in memory where it is.
         batch_size: samples in a call of the network; halved where memory does not suffice.
         save_pipeline: folder for the pipeline with the learned scheduler in it.
         trust: a `denoiser.yaml` may name a class of your own.

@@ -2,12 +2,15 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -19,7 +22,7 @@ from denoisers.diffusers_load import locate
 from denoisers.diffusers_models import FAMILIES, from_pipeline
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, takes_prompts
-from learn.network import CountedNetwork, present_device
+from learn.network import CountedNetwork
 from learn.options import SHARD, LearnOptions
 from learn.subject import Subject, default_teacher
 from solvers.accelerate import STAND_INS
@@ -28,6 +31,11 @@ from solvers.standalone.table_scheduler import pipeline_guidance
 
 WITHOUT_PROMPTS = ("DiTPipeline", "DDPMPipeline", "DDIMPipeline")
 SIZES = ("height", "width", "negative_prompt", "output_type")  # arguments of a call that adapters know, or need not
+DECODED = 4  # pictures of a recorded pipeline in the report
+SAVED = (
+    "a saved pipeline runs solvers by its scheduler alone, which sees guided outputs: every row is guided, two calls; "
+    "without --save_pipeline solvers leave calls out, and accelerate_pipeline runs them"
+)
 OWN = re.compile(r"own:([1-9]\d*)")
 
 
@@ -58,10 +66,17 @@ class RecordedSubject(Subject):
         self.network.calls += self.steps * len(seeds)
         return record_seeds(self.recorder, self.steps, seeds)
 
+    def pictures(self, shown: Trajectories, states: torch.Tensor) -> torch.Tensor:
+        """Few of them: the pipeline itself decodes, one by one."""
+        return self.recorder.pictures(states[:DECODED].to(self.device), shown.condition).float().cpu()
+
 
 def load_pipeline(path: str, options: LearnOptions) -> Any:
     """The pipeline of a folder or a hub name; ValueError where there is none."""
     locate(path, any_network=True)
+    if not sys.stderr.isatty():
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()  # one line in a terminal, hundreds in a log
     return DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, options.dtype))
 
 
@@ -78,7 +93,6 @@ def open_pipeline(pipe: Any, options: LearnOptions, load: str) -> Subject:
     """
     _check_arguments(pipe, options)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(present_device(options.device))
     return (_adapted if has_adapter(pipe, options) else _recorded)(pipe, options, load)
 
 
@@ -96,8 +110,11 @@ def _adapted(pipe: Any, options: LearnOptions, load: str) -> Subject:
     guided = with_guidance(network, _guidance(pipe, options))
     name = options.teacher or default_teacher(denoiser.schedule)
     teacher = resolve_solver(name, denoiser.schedule)
-    if type(pipe).__name__ in STAND_INS and options.save_pipeline is None:
-        teacher = split_guidance(teacher, guided)
+    split = split_guidance(teacher, guided) if type(pipe).__name__ in STAND_INS else teacher
+    if options.save_pipeline is None:
+        teacher = split
+    elif split.has_branches:
+        print(SAVED)
     return Subject(type(pipe).__name__, load, guided, network, teacher, name, pipe)
 
 

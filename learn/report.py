@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from denoisers.generate import as_images
+from data.shards import Trajectories
 from evaluation.html import png_address
 from evaluation.svg import Chart, Series
 from learn.candidates import TITLES, YARDSTICKS
@@ -25,6 +27,7 @@ COLUMNS = (
     "ms / call",
     "its ms / call",
 )
+LARGEST = 256  # pixels of a picture
 ORDER = ("ddim", "euler", "dpmpp", "unipc", "ipndm")  # colours of the classical solvers
 
 
@@ -71,7 +74,7 @@ def about(subject: Subject, count: int) -> str:
     return (
         f"{subject.name}{guidance}. The teacher is {subject.teacher_name}, {subject.teacher_calls} network calls an "
         f"image. Errors are root-mean-square differences to its images from the same noise, the mean over {count} "
-        "noises that neither a fit nor a choice has seen."
+        "noises that neither a fit nor a choice has seen, \N{PLUS-MINUS SIGN} its standard error."
     )
 
 
@@ -82,7 +85,7 @@ def sentence(row: Mapping[str, Any], yardstick: str) -> str:
     else:
         equal = f"as near to the teacher as {row['as_near_as']} of {yardstick}"
     if row["is_learned"]:
-        return f"{row['calls']} calls of the learned solver are {equal} (error {row['error']:.4f})."
+        return f"{row['calls']} calls of the learned solver are {equal} (error {_error(row)})."
     return f"With {row['calls']} calls no learned solver is handed out, {TITLES[row['solver']]} is: {row['reason']}."
 
 
@@ -106,6 +109,10 @@ def error_chart(judge: Judge, choices: Sequence[Choice]) -> str:
     return Chart(shown, "network calls an image", "error to the teacher", log_y=log, x_ticks=_sparse(ticks)).svg()
 
 
+def _error(row: Mapping[str, Any]) -> str:
+    return f"{row['error']:.4f} \N{PLUS-MINUS SIGN} {row['standard_error']:.4f}"
+
+
 def _line(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
     ordered = sorted(points.items())
     return [calls for calls, _ in ordered], [error for _, error in ordered]
@@ -126,7 +133,7 @@ def _cells(row: Mapping[str, Any], yardstick: str) -> list[str]:
         str(row["calls"]),
         TITLES[row["solver"]],
         str(row["rows"]),
-        f"{row['error']:.4f}",
+        _error(row),
         TITLES[row["rival"]],
         f"{row['rival_error']:.4f}",
         equal,
@@ -137,22 +144,33 @@ def _cells(row: Mapping[str, Any], yardstick: str) -> list[str]:
 
 def _strips(subject: Subject, judge: Judge, choices: Sequence[Choice]) -> list[dict[str, Any]]:
     """Pictures of the same noises: the teacher's, then at each number of calls the yardstick's and the chosen one's."""
+    shown = judge.shown()
+    states = [shown.end, *(one.images for choice in choices for one in _shown(choice))]
+    titles = [("teacher", subject.teacher_calls, "")]
+    titles += [(o.candidate.title, o.candidate.calls, f"{o.error:.4f}") for choice in choices for o in _shown(choice)]
+    pictures = _pictures(subject, shown, states)
+    return [
+        {"title": title, "calls": calls, "error": error, "picture": png_address(part), "count": len(part)}
+        for (title, calls, error), part in zip(titles, pictures)
+    ]
 
-    def strip(title: str, calls: int, error: str, states: Any) -> dict[str, Any]:
-        pictures = as_images(subject.denoiser, states.to(subject.device)).cpu()
-        return {
-            "title": title,
-            "calls": calls,
-            "error": error,
-            "picture": png_address(pictures),
-            "count": len(pictures),
-        }
 
-    strips = [strip("teacher", subject.teacher_calls, "", judge.pictures())]
-    for choice in choices:
-        for one in _shown(choice):
-            strips.append(strip(one.candidate.title, one.candidate.calls, f"{one.error:.4f}", one.images))
-    return strips
+def _pictures(subject: Subject, shown: Trajectories, states: Sequence[Tensor]) -> Sequence[Tensor]:
+    """States as people see them; themselves where a decoder fails, which must not cost the report."""
+    try:
+        return [small(subject.pictures(shown, part)) for part in states]
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"the report shows latents: {subject.name} could not decode them ({reason})", flush=True)
+        return states
+
+
+def small(pictures: Tensor) -> Tensor:
+    """Pictures or videos of at most LARGEST pixels a side, by averages; a page of full size would be hundreds of MB."""
+    factor = -(-max(pictures.shape[-2:]) // LARGEST)
+    if pictures.ndim < 4 or factor == 1:
+        return pictures
+    return avg_pool2d(pictures.flatten(0, -4), factor, ceil_mode=True).unflatten(0, pictures.shape[:-3])
 
 
 def _shown(choice: Choice) -> list[Judged]:

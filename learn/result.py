@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from learn.judge import Choice
-from learn.options import LearnOptions
 from learn.subject import Subject
 from learn.usage import accelerated
 from solvers import SolverTable, identify, load_solver, save_solver
@@ -23,7 +22,7 @@ class Result:
         paths: the artifacts.
         rows: what is known of each, as in report.json.
         usage: lines of Python that use the solvers.
-        subject, options: what they were learned for.
+        subject: what they were learned for.
     """
 
     folder: Path
@@ -31,12 +30,11 @@ class Result:
     rows: Sequence[Mapping[str, Any]]
     usage: Sequence[str]
     subject: Subject
-    options: LearnOptions
 
     @property
     def pipeline(self) -> Any:
         """The pipeline they were learned for, a copy that shares its parts and runs them; None for other models."""
-        return None if self.subject.pipe is None else accelerated(self.subject, self.paths, self.options)
+        return None if self.subject.pipe is None else accelerated(self.subject, self.paths)
 
     def table(self, calls: int) -> SolverTable:
         """The solver of so many calls; ValueError where none was learned."""
@@ -79,6 +77,7 @@ def row_of(choice: Choice) -> dict[str, Any]:
         "solver": taken.candidate.name,
         "is_learned": taken.candidate.is_learned,
         "error": taken.error,
+        "standard_error": taken.standard_error,
         "rival": rival.candidate.name,
         "rival_error": rival.error,
         "as_near_as": choice.equal,

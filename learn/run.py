@@ -72,7 +72,7 @@ def _finish(
     spent = f"{progress.calls:,} network calls in {duration(progress.seconds)}, {expected}"
     write_rows(folder, rows)
     write_report(folder, subject, judge, choices, rows, spent, lines)
-    result = Result(folder, paths, rows, lines, subject, options)
+    result = Result(folder, paths, rows, lines, subject)
     if options.save_pipeline is not None:
         result.pipeline.save_pretrained(options.save_pipeline)
     print(f"took {spent}\nsolvers: {folder}/solver-*.json   report: {result.report}\n")

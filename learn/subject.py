@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from data.manifest import describe_teacher
+from data.shards import Trajectories
 from data.trajectories import run_teacher
 from data.trajectory_writer import TrajectoryWriter
 from denoisers import network_calls
 from denoisers.evaluations import calls_per_row
-from denoisers.generate import device_of
+from denoisers.generate import as_images, device_of
 from learn.network import CountedNetwork
 from learn.options import SHARD
 from solvers import NoiseSchedule, SolverTable
@@ -73,6 +74,10 @@ class Subject:
     def run(self, seeds: Sequence[int]) -> Any:
         """Trajectories of some seeds."""
         return run_teacher(self.denoiser, self.teacher, seeds, device=self.device)
+
+    def pictures(self, shown: Trajectories, states: torch.Tensor) -> torch.Tensor:
+        """States of some trajectories' noises as people see them, on the CPU; all of them, or the first."""
+        return as_images(self.denoiser, states.to(self.device)).cpu()
 
 
 def default_teacher(schedule: NoiseSchedule) -> str:

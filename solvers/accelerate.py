@@ -3,6 +3,8 @@
     with accelerate_pipeline(pipe, "olss-6.json"):
         image = pipe("a red bicycle", num_inference_steps=4, guidance_scale=7.5).images[0]
 
+Several solvers, or the folder of a saved scheduler, are chosen from by `num_inference_steps`.
+
 A pipeline calls its network for both halves of guidance at every step, and a scheduler sees what it makes of them. Here
 the network makes the calls that the solver's row asks for and hands their outputs to the scheduler; the pipeline gets
 equal numbers for both halves, of which its guidance formula, u + g (c - u), makes the same numbers again.
@@ -61,31 +63,35 @@ class Acceleration:
         self.restore()
 
 
-def accelerate_pipeline(pipe: Any, solver: Solver, *, guidance_scale: float | None = None) -> Acceleration:
-    """Make a pipeline run a solver, whichever network calls it makes.
+def accelerate_pipeline(
+    pipe: Any, solver: Solver | Sequence[Solver], *, guidance_scale: float | None = None
+) -> Acceleration:
+    """Make a pipeline run solvers, whichever network calls they make.
 
-    The pipeline gets `TableScheduler.for_pipeline`. Of a solver with calls of its own it also gets a stand-in for its
+    The pipeline gets `TableScheduler.for_pipeline`. Of solvers with calls of their own it also gets a stand-in for its
     network, which counts them in `network_calls`: call it with guidance, then, at the solver's scale and with as many
     steps as it has rows. Attributes of the stand-in are the network's; a saved pipeline holds the network itself.
 
     Args:
         pipe: a diffusers pipeline with its original scheduler.
-        solver: an artifact's path, or a SolverTable.
+        solver: an artifact's path, the folder of several or of a saved TableScheduler, a SolverTable, or a list of
+            these; each with another number of rows.
         guidance_scale: the scale the pipeline will be called with; None leaves it to be checked at the call, where the
             pipeline shows it.
     Raises:
         SolverError: the solver does not fit the pipeline, or calls that cannot be told apart in it.
     """
-    (table,) = load_tables(solver)
+    tables = load_tables(solver)
     if guidance_scale is not None:
         guidance_scale = pipeline_guidance(pipe, {"guidance_scale": guidance_scale})
-    table = _with_branches(table, guidance_scale)
+    tables = [_with_branches(table, guidance_scale) for table in tables]
     if "tables" in pipe.scheduler.config:
         raise SolverError("this pipeline runs a solver already: restore its own scheduler first")
-    scheduler = TableScheduler.for_pipeline(table, pipe, guidance_scale=guidance_scale)
+    scheduler = TableScheduler.for_pipeline(tables, pipe, guidance_scale=guidance_scale)
     components: dict[str, Any] = {"scheduler": scheduler}
-    if table.has_own_calls:
-        name, stand_in = _network(pipe, scheduler.all_branches)
+    own = [table for table in tables if table.has_own_calls]
+    if own:
+        name, stand_in = _network(pipe, {call.branch for table in own for call in table.calls})
         components[name] = stand_in(getattr(pipe, name), pipe=pipe, scheduler=scheduler, network_calls=0)
     replaced = {name: getattr(pipe, name) for name in components}
     for name, component in components.items():
@@ -96,7 +102,8 @@ def accelerate_pipeline(pipe: Any, solver: Solver, *, guidance_scale: float | No
 class BranchedNetwork(Proxy):
     """A pipeline's network that makes the calls of the scheduler's row and hands their outputs to the scheduler.
 
-    It is the network itself while the pipeline has another scheduler. Learned variances are dropped.
+    It is the network itself while the pipeline has another scheduler, or that one a table whose rows take one output
+    each. Learned variances are dropped.
 
     Args:
         inner: the network.
@@ -114,6 +121,9 @@ class BranchedNetwork(Proxy):
         if self.pipe.scheduler is not self.scheduler:
             return self.inner(*args, return_dict=return_dict, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
+        if self.scheduler.takes_one_output:
+            self._count(len(x))
+            return self.inner(*args, return_dict=return_dict, **kwargs)
         self.scheduler.receive(self._outputs(x, args, kwargs))
         channels = getattr(self.inner.config, "out_channels", None) or x.shape[1]
         answer = x.new_ones(len(x), channels, *x.shape[2:])
@@ -132,8 +142,11 @@ class BranchedNetwork(Proxy):
 
         args, kwargs = tree_map_only(Tensor, chosen, (args, kwargs))
         output = self.inner(*args, return_dict=False, **kwargs)[0]
-        object.__setattr__(self, "network_calls", self.network_calls + len(output))
+        self._count(len(output))
         return drop_learned_variance(output, x)
+
+    def _count(self, calls: int) -> None:
+        object.__setattr__(self, "network_calls", self.network_calls + calls)
 
 
 class DoubledNetwork(BranchedNetwork):

@@ -39,6 +39,7 @@ from solvers.table_json import table_from_dict, table_to_dict
 __all__ = ["SchedulerMixin", "TableScheduler", "load_tables"]
 
 NO_WORDS = {"continuous_vp": ("beta_min", "beta_max", "timestep_scale"), "flow": ("timestep_scale", "step_shifts")}
+CONFIG = "scheduler_config.json"
 Solver = str | Path | SolverTable
 CHECKS = tuple(dict.fromkeys((*identity.CHECKS, *STEP_CHECKS, "start scale")))
 
@@ -186,7 +187,7 @@ class TableScheduler(StandaloneScheduler):
 
 
 def load_tables(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
-    """One solver or several, each a table, an artifact's path, or the folder of several artifacts."""
+    """One solver or several: tables, artifacts' paths, or folders of several artifacts or of a saved scheduler."""
     solvers = [solver] if isinstance(solver, str | Path | SolverTable) else list(solver)
     return [table for entry in solvers for table in _tables(entry)]
 
@@ -194,7 +195,17 @@ def load_tables(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
 def _tables(solver: Solver) -> list[SolverTable]:
     if isinstance(solver, SolverTable):
         return [solver]
+    if Path(solver, CONFIG).is_file():
+        return _saved_tables(solver)
     return list(load_folder(solver).values()) if Path(solver).is_dir() else [load_solver(solver)]
+
+
+def _saved_tables(folder: str | Path) -> list[SolverTable]:
+    """Those of a saved scheduler, with what they were made for."""
+    config = TableScheduler.from_pretrained(folder).config
+    names = {"schedule": "schedule", "guidance_scale": "guidance_scale", "thresholding": "further_guidance"}
+    info = {name: config[known] for name, known in names.items() if config[known] is not None}
+    return [replace(table_from_dict(table), info=info) for table in config["tables"]]
 
 
 def _settings(table: SolverTable, schedule: NoiseSchedule | None, guidance_scale: Any) -> dict[str, Any]:
@@ -243,7 +254,7 @@ def _parts(pipe: Any) -> tuple[Any, type | None]:
 def _saved_parts(folder: Path) -> tuple[dict[str, Any], type | None]:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "scheduler" / CONFIG).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise SolverError(f"{folder} is not the folder of a saved diffusers pipeline ({error})") from error
     return config, getattr(diffusers, str(index.get("_class_name")), None)

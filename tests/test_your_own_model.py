@@ -24,6 +24,7 @@ SHORTER = {  # what a page for real models asks for, cut down to seconds
         "--model.method.calls=[8]",
         "--model.method.path=uniform",
     ],
+    ("learn",): ["--device=cpu", "--trajectories=2", "--method=olss"],
     ("sample", "compare"): ["--bootstrap=0", "--num_samples=4"],
 }
 
@@ -52,8 +53,12 @@ def run_block(language: str, text: str) -> None:
 def run_command(words: list[str]) -> None:
     import sample
     import train
+    from learn.cli import main as learn
 
     name, recorded = words[1].removesuffix(".py"), "configs/trajectories/pipeline.yaml" in words
+    if name == "learn":
+        learn([*words[2:], *SHORTER[("learn",)]])
+        return
     extra = SHORTER.get((name, words[2]), [])
     if words[2] == "predict":
         teacher = ["--model.num_trajectories=4", "--model.teacher=ddim:20"]
@@ -66,6 +71,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with the configs and checkpoints, as the current one."""
     for name in ("configs", "checkpoints"):
         (tmp_path / name).symlink_to(Path(name).absolute())
+    monkeypatch.setattr("learn.fits.ROUNDS", 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -86,6 +92,7 @@ def test_a_diffusers_model(workplace: Path) -> None:
     assert (workplace / "runs/mine/compare/report.json").is_file()
     assert (workplace / "runs/mine/scheduler/scheduler_config.json").is_file()
     assert (workplace / "runs/mine/recorded/olss-8.json").is_file()
+    assert (workplace / "runs/mine/learned/scheduler/scheduler_config.json").is_file()
 
 
 def test_an_official_checkpoint(workplace: Path) -> None:
@@ -95,11 +102,13 @@ def test_an_official_checkpoint(workplace: Path) -> None:
         run_block(language, text)
     assert (workplace / "runs/dit/olss-8.json").is_file()
     assert (workplace / "runs/sit/samples/samples.npz").is_file()
+    assert (workplace / "runs/sit/learned/solver-8.json").is_file()
 
 
 def test_your_own_network(workplace: Path) -> None:
     for language, text in blocks("3."):
         run_block(language, text)
+    assert (workplace / "runs/own/learned/report.html").is_file()
     assert (workplace / "runs/own/olss-8.json").is_file()
     assert (workplace / "runs/own/compare/report.json").is_file()
     sys.modules.pop("my_model", None)

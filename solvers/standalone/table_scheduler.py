@@ -124,6 +124,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return self._begin
 
     @property
+    def takes_one_output(self) -> bool:
+        """Whether the current table makes one call a row, whose output is what `step` receives."""
+        return self._plan.takes_one_output
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """Branches of the condition that the network is called with at the current row."""
         return tuple(branch for _, branch in self._plan.calls[self._row]) if self._row < len(self._plan) else ()

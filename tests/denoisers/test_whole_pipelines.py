@@ -34,6 +34,22 @@ def test_flux_in_bf16_is_told_what_the_pipeline_tells_it() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_final_states_are_decoded_as_the_pipeline_does(output_type: str) -> None:
+    pipe, call = tiny_pipeline("sd"), SIZE | {"output_type": output_type}
+    recorded = PipelineDenoiser(pipe, PROMPTS, **call)
+    condition = recorded.condition_of([0, 1])
+    states = torch.cat([recorded.record(3, one)[0][:, -1] for one in condition.split(1)])
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = pipe(PROMPTS, num_inference_steps=3, generator=seeds, **call | {"output_type": "pt"}).images
+    found = recorded.pictures(states, condition)
+    if output_type == "latent":
+        assert torch.equal(found, states)
+    else:
+        assert found.shape == (2, 3, 16, 16)
+        torch.testing.assert_close(found, 2 * expected - 1, rtol=1e-4, atol=1e-4)
+
+
 def test_a_network_is_told_its_scale_in_a_denoiser_of_its_own() -> None:
     """Guided ones share the network, and the given denoiser stays as it is; also below a wrapper."""
     pipe = tiny_pipeline("flux")

@@ -15,6 +15,7 @@ from denoisers import load_denoiser
 from learn import learn
 from learn.cli import main
 from solvers import NoiseSchedule, load_solver
+from tests.test_sample import asked_in_call
 from tests.tiny_models import tiny_checkpoint
 
 SMALL = ["--trajectories", "4", "--teacher", "unipc:6", "--guidance_scale", "1.5", "--device", "cpu"]
@@ -52,6 +53,7 @@ def test_each_count_has_a_solver_no_worse_than_the_usual_ones(run, model):
     for row in rows:
         table = load_solver(folder / f"solver-{row['calls']}.json", denoiser)
         assert table.nfe == row["network_calls"] <= row["calls"]
+        assert 0 < row["standard_error"] < row["error"]
         if row["is_learned"]:
             assert row["error"] <= min(row["errors"][name] for name in ("unipc", "dpmpp", "euler"))
         else:
@@ -165,6 +167,30 @@ def test_a_full_disk_loses_nothing_recorded(model, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(TrajectoryWriter, "store", full)
     assert "the disk is full" in fails(capsys, model, "--calls", 3, "--output", tmp_path, *SMALL)
     assert [path.name for path in (tmp_path / "trajectories").glob("*.tar")] == ["shard-00000.tar"]
+
+
+@pytest.mark.parametrize(("number", "shards"), [(9, 1), (60, 2)])
+def test_a_signal_loses_nothing_recorded_and_the_same_command_goes_on(
+    number, shards, run, model, tmp_path, capsys, monkeypatch
+):
+    """While the second shard is recorded, and in the fit."""
+    words = [str(model), "--calls", "3", "--output", str(tmp_path), *SMALL]
+    for name in ("ROUNDS", "STEPS"):
+        monkeypatch.setattr(f"learn.fits.{name}", 1)
+    monkeypatch.setattr("learn.subject.SHARD", 4)
+    with monkeypatch.context() as patch:
+        asked_in_call(patch, number)
+        with pytest.raises(SystemExit) as left:
+            main(words)
+    assert left.value.code == 143
+    line = capsys.readouterr().err.splitlines()[-1]
+    kept = f"what was recorded and learned stays in {tmp_path}; run the same command to go on"
+    assert line == f"stopped by SIGTERM: {kept}"
+    assert len(list((tmp_path / "trajectories").glob("*.tar"))) == shards
+    assert not (tmp_path / "report.html").exists()
+    main(words)
+    rows = [json.loads((folder / "report.json").read_text())[-1] for folder in (run[0], tmp_path)]
+    assert rows[1]["errors"] == pytest.approx(rows[0]["errors"], rel=1e-3)
 
 
 class OwnNetwork(torch.nn.Module):

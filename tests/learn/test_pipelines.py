@@ -1,7 +1,10 @@
 """Pipelines whole: by adapters and by recording, in Python and from a folder, and saved again."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +14,8 @@ from learn.cli import main
 from learn.models import open_subject
 from learn.options import LearnOptions
 from learn.pipelines import RecordedSubject
+from learn.report import _pictures, small
+from solvers import accelerate_pipeline
 from tests.tiny_pipelines import call_arguments, tiny_pipeline
 
 PROMPTS = ["a cat", "a dog"]
@@ -23,10 +28,17 @@ def arguments(kind):
 
 
 def learned(kind, folder, pipe=None, **options):
-    given = {"trajectories": 2, "teacher": "unipc:6", "method": "olss", "device": "cpu", "guidance_scale": 3.0}
+    given = {
+        "calls": [4],
+        "trajectories": 2,
+        "teacher": "unipc:6",
+        "method": "olss",
+        "device": "cpu",
+        "guidance_scale": 3.0,
+    }
     prompts = None if kind == "dit" else PROMPTS
     pipe = tiny_pipeline(kind) if pipe is None else pipe
-    return learn(pipe, prompts, calls=[4], output=folder, call=arguments(kind), **given | options)
+    return learn(pipe, prompts, output=folder, call=arguments(kind), **given | options)
 
 
 def pictures(pipe, kind, steps):
@@ -47,18 +59,55 @@ def test_guidance_is_split_where_the_pipeline_can_run_it(tmp_path):
     assert torch.as_tensor(pictures(faster, "sd", result.table(4).num_rows)).isfinite().all()
     assert faster.unet.network_calls == 2 * 4
     assert pipe.scheduler is own
-    assert "accelerate_pipeline" in "\n".join(result.usage)
+    values = {"pipe": tiny_pipeline("sd")}
+    assert result.usage[-1].endswith(f"# steps: {result.table(4).num_rows} for 4 calls")
+    exec("\n".join(result.usage), values)
+    assert len(values["result"].images) == 1
+
+
+def test_solvers_that_leave_calls_out_are_all_in_one_pipeline_and_one_folder(tmp_path):
+    result = learned("sd", tmp_path, calls=[4, 6])
+    tables = {count: result.table(count) for count in (4, 6)}
+    assert tables[4].num_rows != tables[6].num_rows
+    assert all(table.nfe < 2 * table.num_rows for table in tables.values())
+    other = tiny_pipeline("sd")
+    accelerate_pipeline(other, tmp_path / "scheduler", guidance_scale=3.0)
+    for faster in (result.pipeline, other):
+        for count, table in tables.items():
+            before = faster.unet.network_calls
+            assert torch.as_tensor(pictures(faster, "sd", table.num_rows)).isfinite().all()
+            assert faster.unet.network_calls - before == 2 * count
+
+
+@pytest.mark.slow
+def test_the_printed_lines_load_a_saved_pipeline_in_a_fresh_process(tmp_path):
+    """Without this project: isolated, in another folder."""
+    result = learned("sd", tmp_path / "out", save_pipeline=str(tmp_path / "saved"))
+    lines = [*result.usage, "import numpy; numpy.save('found.npy', numpy.asarray(result.images[0]))"]
+    (tmp_path / "use.py").write_text("\n".join(["import torch; torch.manual_seed(0)", *lines]))
+    done = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    call = {"num_inference_steps": result.table(4).num_rows, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = np.asarray(result.pipeline(PROMPTS[0], **call).images[0], dtype=float)
+    assert np.abs(np.load(tmp_path / "found.npy") - expected).max() <= 1
 
 
 def test_a_saved_pipeline_brings_the_scheduler_along(tmp_path, capsys):
     tiny_pipeline("sd").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "denoiser.yaml").write_text("prompts: [other]\n")  # what is asked for counts
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     words = ["--calls", "4", "8", "--guidance_scale", "3", "--prompts", tmp_path / "prompts.txt", "--call", "height=16"]
     words += ["width=16", "--trajectories", "2", "--teacher", "unipc:6", "--method", "olss", "--device", "cpu"]
     words += ["--output", tmp_path / "out", "--save_pipeline", tmp_path / "saved"]
+    capsys.readouterr()
     main([str(tmp_path / "model"), *map(str, words)])
-    printed = capsys.readouterr().out
-    assert "TableScheduler.from_pretrained" in printed
+    printed, log = capsys.readouterr()
+    assert "%|" not in log
+    assert "every row is guided, two calls" in printed
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
+    assert lines[1].endswith('saved", trust_remote_code=True)')
+    assert lines[2].endswith("# steps: 2 for 4 calls, 4 for 8 calls")
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     again.set_progress_bar_config(disable=True)
     for steps in (2, 4):
@@ -105,3 +154,37 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="neither a folder here nor a pipeline"):
         learn(tmp_path, PROMPTS, calls=[2])
+
+
+def recorded():
+    call = {"eta": 0.0, "height": 16, "width": 16}
+    return open_subject(tiny_pipeline("sd"), LearnOptions(prompts=PROMPTS, teacher="own:4", device="cpu", call=call))
+
+
+def test_pictures_of_a_recorded_pipeline_are_decoded():
+    subject = recorded()
+    run = subject.run(range(2))
+    assert _pictures(subject, run, [run.end])[0].shape == (2, 3, 16, 16)
+
+
+def test_a_decoder_that_fails_does_not_cost_the_report(capsys):
+    subject = recorded()
+    run = subject.run(range(2))
+    subject.pipe.vae = None
+    assert torch.equal(_pictures(subject, run, [run.end])[0], run.end)
+    assert "the report shows latents: StableDiffusionPipeline could not decode them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 3, 600, 300), (200, 100)),
+        ((1, 3, 5, 512, 512), (256, 256)),
+        ((2, 3, 8, 8), (8, 8)),
+        ((2, 1, 900), (1, 900)),
+    ],
+)
+def test_large_pictures_are_made_small(shape, expected):
+    found = small(torch.ones(shape))
+    assert found.shape == (*shape[:-2], *expected)
+    assert torch.allclose(found, torch.ones(()))

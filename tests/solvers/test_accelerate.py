@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,32 @@ def test_guided_outputs_left_out_become_calls(kind: str) -> None:
         accelerate_pipeline(pipe, ranged)
     with pytest.raises(SolverError, match=r"made for guidance scale 3.0, found 7.5"):
         accelerate_pipeline(pipe, table, guidance_scale=7.5)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_several_solvers_are_chosen_from_by_their_rows(saved: bool, tmp_path: Path) -> None:
+    """One with calls left out, one of the pipeline's own guidance, as a list or from a saved scheduler's folder."""
+    pipe = tiny_pipeline("sd")
+    denoiser, noise, condition = from_pipeline(pipe, 16, 16), start("sd", pipe), condition_of("sd", pipe)
+    fewer = solver("sd", pipe).guided(SCALE, rows=[0, 2])
+    plain = table_artifact(pipeline_table(pipe, "sd", STEPS - 1), pipe)
+    chosen: Any = [fewer, plain]
+    if saved:
+        TableScheduler.for_pipeline(chosen, pipe).save_pretrained(tmp_path)
+        chosen = tmp_path
+    accelerate_pipeline(pipe, chosen, guidance_scale=SCALE)
+    expected = sample(denoiser, fewer, noise, condition)
+    assert_close(run_pipeline("sd", pipe, noise, SCALE), as_pipeline_output("sd", pipe, expected))
+    assert pipe.unet.network_calls == fewer.nfe * len(PROMPTS)
+    expected = sample(with_guidance(denoiser, SCALE), plain, noise, condition)
+    assert_close(run_pipeline("sd", pipe, noise, SCALE, STEPS - 1), as_pipeline_output("sd", pipe, expected))
+    assert pipe.unet.network_calls == (fewer.nfe + 2 * plain.num_rows) * len(PROMPTS)
+
+
+def test_solvers_of_equally_many_rows_are_refused() -> None:
+    pipe = tiny_pipeline("sd")
+    with pytest.raises(ValueError, match="each with another number of steps"):
+        accelerate_pipeline(pipe, [solver("sd", pipe), solver("sd", pipe).guided(SCALE, rows=[0])])
 
 
 def tiny_wan() -> WanPipeline:
