@@ -202,7 +202,8 @@ def _tables(solver: Solver) -> list[SolverTable]:
 
 def _saved_tables(folder: str | Path) -> list[SolverTable]:
     """Those of a saved scheduler, with what they were made for."""
-    config = TableScheduler.from_pretrained(folder).config
+    scheduler: Any = TableScheduler.from_pretrained(folder)
+    config = scheduler.config
     names = {"schedule": "schedule", "guidance_scale": "guidance_scale", "thresholding": "further_guidance"}
     info = {name: config[known] for name, known in names.items() if config[known] is not None}
     return [replace(table_from_dict(table), info=info) for table in config["tables"]]
