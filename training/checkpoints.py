@@ -13,7 +13,7 @@ from solvers.files import atomic_write
 
 MARK = b"sha256 "
 COMMENT = len(MARK) + 64  # bytes; a zip archive ends with the length of its comment, two bytes, and the comment
-BY_NAME = ("last", "best", "hpc")  # checkpoints that Lightning finds by itself
+BY_NAME = ("last", "best")  # checkpoints that Lightning finds by itself
 
 
 class CheckedCheckpoints(TorchCheckpointIO):

@@ -1,8 +1,7 @@
 """LightningCLI with the edges taken off: one line per error, safe resume, one run folder."""
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import dedent
 from typing import Any, NoReturn
 
@@ -13,16 +12,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from training.arguments import OneLineErrors
 from training.checkpoints import check_named, use_checked
+from training.jobs import OfJob, is_restart, own_checkpoint, refuse_foreign
+from training.levers import BatchSizes, check_levers
 from training.progress import progress
 from training.quiet import be_quiet
 from training.result import ResultModule
 from training.safe_points import SafePoints
 
-RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # how often a job was started again
-
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors."""
+    """Lightning's parser with one-line errors, and a help that ends with what this project adds."""
+
+    added_help = ""
+
+    def format_help(self) -> str:
+        """Lightning's options first: there are hundreds of lines of them."""
+        return f"{super().format_help()}\n{self.added_help}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and leave with exit code 2."""
@@ -30,9 +35,15 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """Configs in subclass mode; the command line and the config decide, never a checkpoint's hyper-parameters."""
+    """Configs in subclass mode; the command line and the config decide, never a checkpoint's hyper-parameters.
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    Args:
+        args: the arguments; default: those of the process.
+        added_help: of a subcommand, what its help says of this project's modules.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, added_help: Callable[[str], str] = lambda _: "") -> None:
+        self._added_help = added_help
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -50,6 +61,8 @@ class CLI(LightningCLI):
         """Refuse a checkpoint that is not there, before any work."""
         config = self.config[self.subcommand]
         check_named(config.get("ckpt_path"))
+        if not config.get("ckpt_path"):
+            refuse_foreign(config.trainer.default_root_dir or ".")
         self._overwrites = bool(config.get("overwrite"))
         if self._overwrites:
             config["overwrite"] = False  # not for those who use the saved config again
@@ -57,12 +70,13 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Keep longer results; a run from the start is a new W&B run, one that goes on stays in the old one."""
         trainer = self.trainer
+        ckpt_path = self.config_init.fit.ckpt_path = own_checkpoint(trainer.callbacks) or self.config_init.fit.ckpt_path
+        check_levers(trainer, self.model, bool(ckpt_path))
         if isinstance(self.model, ResultModule):
             self.model.overwrite = self._overwrites
             if trainer.max_steps != -1 and not trainer.fast_dev_run:
                 self.model.check_output(trainer.max_steps)
-        is_restart = any(int(os.environ.get(name) or 0) for name in RESTARTS)
-        if not (self.config_init.fit.ckpt_path or trainer.fast_dev_run or is_restart):
+        if not (ckpt_path or trainer.fast_dev_run or is_restart()):
             for logger in trainer.loggers:
                 if hasattr(logger, "start_anew"):
                     logger.start_anew()
@@ -72,7 +86,7 @@ class CLI(LightningCLI):
         given = self.config_init[self.subcommand].trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
         has_bar = given.enable_progress_bar is False or any(isinstance(one, ProgressBar) for one in callbacks)
-        self.trainer_defaults["callbacks"] = [SafePoints(), *([] if has_bar else [progress()])]
+        self.trainer_defaults["callbacks"] = [SafePoints(), OfJob(), BatchSizes(), *([] if has_bar else [progress()])]
         be_quiet()
         trainer = super().instantiate_trainer(**kwargs)
         use_checked(trainer.strategy)
@@ -81,6 +95,7 @@ class CLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        parser.added_help = self._added_help(subcommand)
         if subcommand == "fit":
             parser.add_argument("--overwrite", action="store_true", help="Replace what a longer training has left.")
         return parser
@@ -89,16 +104,16 @@ class CLI(LightningCLI):
         """Leave the arguments alone: Lightning would replace them by those saved in the checkpoint."""
 
 
-def run(args: Sequence[str] | None = None) -> CLI:
+def run(args: Sequence[str] | None = None, added_help: Callable[[str], str] = lambda _: "") -> CLI:
     """Run the command line.
 
     Args:
-        args: the arguments; default: those of the process.
+        args, added_help: see `CLI`.
     Raises:
         ValueError: what a user can cause, in one line.
     """
     try:
-        return CLI(args)
+        return CLI(args, added_help)
     except (ValueError, MisconfigurationException) as error:
         raise ValueError(concise(str(error))) from error
 

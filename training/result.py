@@ -24,7 +24,7 @@ class ResultModule(lightning.LightningModule):
         super().__init__()
         self.output = None if output is None else Path(output)
         self._trial: tempfile.TemporaryDirectory | None = None
-        self._is_finished = False
+        self._is_finished = True  # until a fit starts: a search of the batch size trains before
         self._figures: dict[str, float] = {}
 
     @property

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGTERM, SIGUSR1
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,8 +79,9 @@ class SafePoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """All processes stop together, with one checkpoint; not while gradients are being accumulated."""
         step, self._step = self._step, trainer.global_step
-        if step != self._step and trainer.strategy.reduce_boolean_decision(stop.asked is not None, all=False):
-            stop.ask(SIGTERM)  # where another process was asked
+        is_any = partial(trainer.strategy.reduce_boolean_decision, all=False)
+        if step != self._step and is_any(stop.asked is not None):
+            stop.ask(SIGUSR1 if is_any(stop.asked == SIGUSR1) else SIGTERM)  # where another process was asked
             self._save(trainer, trainer.save_checkpoint)
             stop.check()
         is_whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)  # one process writes all of it

@@ -1,10 +1,13 @@
-"""SIGTERM and SIGINT: what runs gets a few seconds to reach a safe point, then the command ends with one line.
+"""Signals: what runs gets a few seconds to reach a safe point, then the command ends with one line.
+
+After SIGUSR1, which a cluster sends in good time, it gets as long as it takes.
 
 The handler notes a signal, or breaks the main thread's work off with `Interrupted`. Python's handlers wait for the end
 of a call into C, which may never come, so a thread watches: it ends the process where nothing else does, and where
 another process of the same run was lost.
 """
 
+import math
 import os
 import select
 import signal
@@ -18,8 +21,9 @@ from subprocess import Popen
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 4.0  # seconds for work that has safe points to reach one
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of a process that Lightning starts, of srun
 LAST = 4.0  # seconds after those until the process is ended from outside its main thread
 
 
@@ -34,6 +38,7 @@ class Stop:
         asked: the signal; None before.
         grace: seconds from a signal until work is broken off where it is; 0 for work that loses nothing by it.
         kept: says what is saved and how to go on.
+        again: called last by the first process; may start the command again, and says so.
         children: other processes of the run that this one has started.
         is_leaving: nothing more is broken off.
     """
@@ -42,6 +47,7 @@ class Stop:
         self.asked: signal.Signals | None = None
         self.grace = 0.0
         self.kept: Callable[[], str] = lambda: "nothing was begun"
+        self.again: Callable[[], str] = lambda: ""
         self.children: Sequence[Popen] = ()
         self._since = 0.0
         self.is_leaving = self._is_saving = False
@@ -74,8 +80,13 @@ class Stop:
             signal.signal(signum, self._handle)
 
     def line(self) -> str:
-        """What is said of the signal."""
-        return f"stopped by {self.asked.name if self.asked else 'nobody'}: {self.kept()}"
+        """What is said of the signal; said once."""
+        return f"stopped by {self.asked.name if self.asked else 'nobody'}: {self.kept()}{self.again()}"
+
+    @property
+    def patience(self) -> float:
+        """Seconds from the signal until work is broken off."""
+        return math.inf if self.grace and self.asked == signal.SIGUSR1 else self.grace
 
     def exit_code(self) -> int:
         """As a shell has it for a process that a signal ends."""
@@ -111,14 +122,14 @@ class Stop:
             waited = time.monotonic() - self._since
             if self.asked is None:
                 self._end_if_lost()
-            elif waited >= self.grace + LAST and not self._is_saving:
+            elif waited >= self.patience + LAST and not self._is_saving:
                 self._end(self.exit_code(), self.line() if is_first_process() else "")
-            elif waited >= self.grace and not self.is_leaving:
+            elif waited >= self.patience and not self.is_leaving:
                 signal.pthread_kill(threading.main_thread().ident or 0, self.asked)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.ask(signum)
-        if time.monotonic() - self._since >= self.grace and not (self._is_saving or self.is_leaving):
+        if time.monotonic() - self._since >= self.patience and not (self._is_saving or self.is_leaving):
             self.check()
 
     def _end_if_lost(self) -> None:
@@ -170,6 +181,7 @@ def _leave_to_parent() -> None:
     if _is_obeyed():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -178,4 +190,4 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 def is_first_process() -> bool:
     """Whether this is the process of a run that speaks to the user."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), "0")) == 0

@@ -105,6 +105,27 @@ def test_subcommands_are_lightnings():
     assert train.SUBCOMMANDS.keys() == CLI.subcommands().keys()
 
 
+@pytest.mark.parametrize("subcommand", ["fit", "predict"])
+def test_help_names_the_modules_of_this_project(subcommand, capsys):
+    with pytest.raises(SystemExit):
+        main([subcommand, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith(train.modules(subcommand).rstrip())
+    for path, _, name in train.MODULES[subcommand]:
+        model = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())["model"]
+        method = model["init_args"].get("method", {}).get("class_path")
+        assert path == model["class_path"] + (f" with {method}" if method else "")
+
+
+def test_help_forgets_no_module():
+    roots = [Path(name) for name in ("base", "slam", "olss", "solver_search", "timestep_tuner", "data")]
+    found = {path for subcommand in train.MODULES.values() for path, _, _ in subcommand}
+    kinds = r"^class (\w+)\((?:NetworkModule|ResultModule|lightning\.LightningModule|Method)\b"
+    for file in (file for root in roots for file in root.rglob("*.py")):
+        for name in re.findall(kinds, file.read_text(), re.MULTILINE):
+            assert any(path.endswith(f"{'.'.join(file.with_suffix('').parts)}.{name}") for path in found), name
+
+
 def modules_at_the_top(path: Path) -> set[str]:
     """What a file imports when it is imported itself."""
     names = set()

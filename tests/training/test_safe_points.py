@@ -22,11 +22,11 @@ from training import safe_points
 from training.signals import stop
 
 
-def interrupted(arguments: list[str], capsys) -> str:
-    """The line that `train.py` ends with after SIGTERM."""
+def interrupted(arguments: list[str], capsys, code: int = 143) -> str:
+    """The line that `train.py` ends with after a signal."""
     with pytest.raises(SystemExit) as left:
         main(arguments)
-    assert left.value.code == 143
+    assert left.value.code == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("stopped", "error"))]
     assert len(lines) == 1
     return lines[0]
@@ -38,14 +38,14 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "out" / "model.safetensors")
 
 
-def signalled(monkeypatch, owner: type, name: str, call: int) -> list[int]:
-    """Raise SIGTERM in a call of a method; returns the list of calls, which grows."""
+def signalled(monkeypatch, owner: type, name: str, call: int, signum: int = signal.SIGTERM) -> list[int]:
+    """Raise a signal in a call of a method; returns the list of calls, which grows."""
     method, calls = getattr(owner, name), []
 
     def replaced(self, *args, **kwargs):
         calls.append(len(calls))
         if len(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signum)
         return method(self, *args, **kwargs)
 
     monkeypatch.setattr(owner, name, replaced)
