@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Collection
+from signal import SIGUSR1
 from typing import NoReturn
 
 from training.signals import is_first_process, obeyed, stop
@@ -40,6 +41,8 @@ def guarded(function: Callable, *args, **kwargs):
                 raise
             if is_first_process():
                 print(stop.line(), file=sys.stderr)
+            elif stop.asked == SIGUSR1:
+                time.sleep(PATIENCE)  # a process that is gone may end the first, which has the job queued again
             sys.exit(stop.exit_code())
         finally:
             stop.end_children()

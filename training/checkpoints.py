@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from solvers.files import atomic_write
 
@@ -53,7 +53,16 @@ def check_named(path: str | None) -> None:
 
 
 def use_checked(strategy: Strategy) -> None:
-    """Let a strategy write and read checked checkpoints, where it would have used Lightning's plain ones."""
+    """Let a strategy write and read checked checkpoints, where it would have used Lightning's plain ones.
+
+    Raises:
+        ValueError: it writes and reads them by itself.
+    """
+    if type(strategy) is ModelParallelStrategy:
+        raise ValueError(
+            "checkpoints of ModelParallelStrategy have no checksum: give --trainer.strategy.class_path "
+            "training.sharded.Sharded, which shards in the same way"
+        )
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = CheckedCheckpoints()
 

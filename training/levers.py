@@ -1,5 +1,6 @@
 """What Lightning offers and a module cannot follow is refused; the search of a batch size ends at the data."""
 
+import copy
 import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,7 +53,8 @@ class BatchSizes(Callback):
         """The data are open."""
         for finder in trainer.callbacks:
             if isinstance(finder, BatchSizeFinder):
-                samples = len(trainer.datamodule.train_dataloader().dataset)
+                aside = copy.copy(trainer.datamodule)  # which has made no loader yet, as a checkpoint would say
+                samples = len(aside.train_dataloader().dataset)
                 doublings = int(math.log2(max(1.0, samples / finder._init_val)))
                 finder._max_trials = min(finder._max_trials, doublings + 1)
 

@@ -21,6 +21,7 @@ from slam.module import SLAM
 from slam.objective import Objective, Weights
 from slam.tables import student_table
 from solvers import NoiseSchedule, load_solver, named_solver, student_path
+from training.checkpoints import verify
 from training.ema import EMA
 from training.network import AdamW
 
@@ -442,22 +443,31 @@ def sharded_rank(rank, port, folder):
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="slam",
     )
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    from training.checkpoints import use_checked
+    from training.sharded import Sharded
 
-    module = make("flow", output=str(folder / "sharded"), steps=(1,))
-    strategy = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint=False)
-    trainer(max_steps=2, strategy=strategy, devices=2).fit(module, digits(50))
+    def fit(steps, **options):
+        strategy = Sharded("gloo")
+        use_checked(strategy)
+        module = make("flow", output=str(folder / "sharded"), steps=(1,))
+        running = trainer(max_steps=steps, strategy=strategy, devices=2)
+        running.fit(module, digits(50), **options)
+        return running
+
+    fit(1).save_checkpoint(folder / "one.ckpt")
+    fit(2, ckpt_path=folder / "one.ckpt", weights_only=True)
 
 
 @pytest.mark.skipif(not hasattr(torch.distributed, "fsdp"), reason="without FSDP2")
 def test_sharded_training_equals_ddp(tmp_path):
-    """ModelParallelStrategy shards student, target and teacher over two processes; the export is whole."""
+    """Student, target and teacher are sharded over two processes; checkpoints and the export are whole."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(sharded_rank, (port, tmp_path), nprocs=2, start_method="fork")
+    verify(tmp_path / "one.ckpt")
     module = make("flow", output=str(tmp_path / "ddp"), steps=(1,))
     trainer(max_steps=2, strategy="ddp_fork", devices=2).fit(module, digits(50))
     sharded, whole = (load_denoiser(tmp_path / name / "student") for name in ("sharded", "ddp"))

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from solvers.files import atomic_write
 from tests.training.test_cli import fit
 from train import main
 from training.checkpoints import CheckedCheckpoints, check_named, use_checked
+from training.sharded import Sharded
 
 CONTENT = {"weights": torch.arange(40.0), "step": 3, "names": ["a", ("b", None)]}
 
@@ -76,6 +78,11 @@ def test_other_ways_to_write_checkpoints_are_left_alone():
     use_checked(own)
     assert isinstance(plain.checkpoint_io, CheckedCheckpoints)
     assert type(own.checkpoint_io) is Own
+    with pytest.raises(ValueError, match=r"no checksum: give .*class_path training\.sharded\.Sharded"):
+        use_checked(ModelParallelStrategy())
+    sharded = Sharded()
+    use_checked(sharded)
+    assert isinstance(sharded.checkpoint_io, CheckedCheckpoints)
 
 
 def refused(capsys, *arguments):

@@ -205,3 +205,21 @@ def test_a_requeued_job_is_the_same_wandb_run(tmp_path, slurm):
     assert len(runs) == 2
     assert set(runs) == {(tmp_path / "wandb_run_id.txt").read_text()}
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 400
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("one_node", "1"), ("several_nodes", "4")])
+def test_the_batch_files_start_a_process_for_each_gpu(tmp_path, name, nodes):
+    script = Path(f"configs/cluster/{name}.sbatch")
+    lines = [line.removeprefix("#SBATCH --") for line in script.read_text().splitlines() if "#SBATCH --" in line]
+    settings = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert settings["signal"].startswith("SIGUSR1@")
+    assert (settings["nodes"], settings["ntasks-per-node"]) == (nodes, settings["gpus-per-node"])
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    given = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": nodes, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    options = "--config configs/slam/digits.yaml --seed 1"
+    command = ["bash", str(script), *options.split()[1:]]
+    found = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
+    started = f"python train.py fit {options} --trainer.devices 8 --trainer.num_nodes {nodes} --trainer.strategy ddp"
+    assert found.stdout.split() == ["--kill-on-bad-exit=1", *started.split()]
