@@ -8,8 +8,10 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Sto
 
 from data.images import ImageData
 from denoisers import load_denoiser
-from tests.training.test_resume import base, fit
+from tests.training.test_resume import base, fit, slam
+from training.ema import EMA
 from training.levers import BatchSizes, check_levers
+from training.sharded import Sharded
 
 METHOD, NETWORK = SimpleNamespace(automatic_optimization=False), SimpleNamespace(automatic_optimization=True)
 
@@ -41,6 +43,15 @@ def test_what_a_network_cannot_follow_is_refused():
         check_levers(trainer(callbacks=[LearningRateFinder()]), NETWORK, is_resumed=False)
     with pytest.raises(ValueError, match="BatchSizeFinder would change the batches of the checkpoint"):
         check_levers(trainer(callbacks=[BatchSizeFinder()]), NETWORK, is_resumed=True)
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path):
+    options = {"strategy": Sharded(), "devices": 2}
+    with pytest.raises(ValueError, match="BaseModel shards no network"):
+        check_levers(trainer(**options), base(tmp_path), is_resumed=False)
+    check_levers(trainer(**options), slam(tmp_path), is_resumed=False)
+    with pytest.raises(ValueError, match="EMA cannot copy a sharded network"):
+        check_levers(trainer(callbacks=[EMA()], **options), slam(tmp_path), is_resumed=False)
 
 
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
