@@ -46,12 +46,14 @@ def test_what_a_network_cannot_follow_is_refused():
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path):
-    options = {"strategy": Sharded(), "devices": 2}
+    def sharded(*callbacks):
+        return trainer(strategy=Sharded(), devices=2, callbacks=list(callbacks))
+
     with pytest.raises(ValueError, match="BaseModel shards no network"):
-        check_levers(trainer(**options), base(tmp_path), is_resumed=False)
-    check_levers(trainer(**options), slam(tmp_path), is_resumed=False)
+        check_levers(sharded(), base(tmp_path), is_resumed=False)
+    check_levers(sharded(), slam(tmp_path), is_resumed=False)
     with pytest.raises(ValueError, match="EMA cannot copy a sharded network"):
-        check_levers(trainer(callbacks=[EMA()], **options), slam(tmp_path), is_resumed=False)
+        check_levers(sharded(EMA()), slam(tmp_path), is_resumed=False)
 
 
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
