@@ -148,26 +148,14 @@ def overhead(table: SolverTable, denoiser: nn.Module, batch: int = 16, repeats: 
     return min(shares)
 
 
-def peak_memory(table: SolverTable, denoiser: nn.Module, batch: int = 64, repeats: int = 5) -> int:
-    """Bytes that sampling takes at most, the network's own included (Linux); the most of some runs.
-
-    Raises:
-        OSError: a system without /proc/self/clear_refs.
-    """
+def peak_memory(table: SolverTable, denoiser: nn.Module, batch: int = 64) -> int:
+    """Bytes of tensors that sampling holds at most, the network's own included."""
     noise, labels = start_noise(range(batch), denoiser.sample_shape), class_labels(denoiser, range(batch))
-    peaks = []
-    for _ in range(repeats):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins at what is in use now
-        before = _resident("VmHWM")
-        with torch.no_grad():
-            sample(denoiser, table, noise, labels)
-        peaks.append(_resident("VmHWM") - before)
-    return max(peaks)
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    with torch.no_grad(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        sample(denoiser, table, noise, labels)
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    changes = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(changes.cumsum(0).max())
 
 
 def embedded(table: SolverTable, channels: int) -> SolverTable:

@@ -1,9 +1,5 @@
 """`train.py predict`: teacher trajectories by Lightning, on as many processes as the trainer has."""
 
-import math
-import warnings
-from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
 import lightning
@@ -18,8 +14,6 @@ from data.trajectory_writer import TrajectoryWriter
 from denoisers import load_denoiser, split_guidance
 from solvers.named import default_solver, resolve_solver
 
-FAR = 2.0  # times the median of the largest values: no sample of a sound teacher
-SHOWN = 8  # seeds in a warning
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -95,9 +89,6 @@ def stored_dtype(name: str) -> torch.dtype:
 class StoreTrajectories(lightning.Callback):
     """Hands each shard to the module's writer, which works in the background."""
 
-    def __init__(self) -> None:
-        self._largest: dict[int, float] = {}
-
     def on_predict_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -110,15 +101,12 @@ class StoreTrajectories(lightning.Callback):
         """Queue a shard."""
         for trajectories in outputs:
             pl_module.writer.write(batch, trajectories)
-            largest = trajectories.states[:, -1].abs().flatten(1).amax(1)
-            self._largest |= zip(trajectories.seeds, largest.tolist())
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: TeacherTrajectories) -> None:
         """Wait for the last shard and complete the manifest; all processes must have made theirs."""
         pl_module.writer.close()
         trainer.strategy.barrier("shards are written")
         pl_module.writer.check_complete()
-        name_broken(self._largest, pl_module.solver)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: TeacherTrajectories, exception: BaseException
@@ -126,25 +114,6 @@ class StoreTrajectories(lightning.Callback):
         """Wait for the last shard."""
         if hasattr(pl_module, "writer"):
             pl_module.writer.abandon()
-
-
-def name_broken(largest: Mapping[int, float], solver: str) -> None:
-    """Warn of samples with values far outside those of the others: the teacher itself fails there.
-
-    Args:
-        largest: absolute value in the sample of each seed.
-        solver: the teacher's.
-    """
-    usual = median(largest.values()) if largest else math.inf
-    broken = [seed for seed, value in largest.items() if value > FAR * usual]
-    if broken:
-        listed = ", ".join(map(str, broken[:SHOWN])) + ", ..." * (len(broken) > SHOWN)
-        warnings.warn(
-            f"the teacher {solver} breaks at {len(broken)} of {len(largest)} seeds ({listed}): values up to "
-            f"{max(largest.values()):.3g} where half of the samples stay below {usual:.3g}; figures against these "
-            "samples say little: look at them, and train the model longer or take another teacher",
-            stacklevel=2,
-        )
 
 
 class TrajectoryShards(lightning.LightningDataModule):

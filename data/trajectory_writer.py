@@ -1,8 +1,11 @@
 """Writes shards of trajectories while the network works on the next ones, and the manifest beside them."""
 
+import math
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,6 +14,9 @@ from data.manifest import FORMAT_VERSION, check_same
 from data.shard_writer import SeedShards, ShardWriter
 from data.shards import Trajectories, seed_ranges, write_shard
 from denoisers.generate import check_finite
+
+FAR = 2.0  # times the median of the largest values: no sample of a sound teacher
+SHOWN = 8  # seeds in a warning
 
 
 class TrajectoryWriter(SeedShards, ShardWriter):
@@ -42,6 +48,7 @@ class TrajectoryWriter(SeedShards, ShardWriter):
         self.teacher, self.seeds, self.shard_size = teacher, list(seeds), shard_size
         self.solver = solver
         self._timesteps = torch.tensor(teacher["table"]["timesteps"], dtype=torch.float64)
+        self._largest: dict[int, float] = {}
         check_same(self.folder, self.manifest({}))
 
     def write(self, shard: int, value: Trajectories) -> None:
@@ -52,7 +59,13 @@ class TrajectoryWriter(SeedShards, ShardWriter):
         """
         value = value.to("cpu")
         check_finite(value.states, value.seeds)
+        self._largest |= zip(value.seeds, value.end.abs().flatten(1).amax(1).tolist())
         super().write(shard, value)
+
+    def check_complete(self) -> None:
+        """Also names the samples of this run on which the teacher itself fails."""
+        super().check_complete()
+        name_broken(self._largest, self.solver or "of these trajectories")
 
     def store(self, shard: int, value: Trajectories) -> None:
         """Write a shard and its record."""
@@ -91,3 +104,22 @@ class TrajectoryWriter(SeedShards, ShardWriter):
         rows = 2 * len(self._timesteps) + 1
         elements = torch.Size(self.teacher["sample_shape"]).numel()
         return rows * elements * getattr(torch, self.teacher["dtype"]).itemsize
+
+
+def name_broken(largest: Mapping[int, float], solver: str) -> None:
+    """Warn of samples with values far outside those of the others: the teacher itself fails there.
+
+    Args:
+        largest: absolute value in the sample of each seed.
+        solver: the teacher's.
+    """
+    usual = median(largest.values()) if largest else math.inf
+    broken = [seed for seed, value in largest.items() if value > FAR * usual]
+    if broken:
+        listed = ", ".join(map(str, broken[:SHOWN])) + ", ..." * (len(broken) > SHOWN)
+        warnings.warn(
+            f"the teacher {solver} breaks at {len(broken)} of {len(largest)} seeds ({listed}): values up to "
+            f"{max(largest.values()):.3g} where half of the samples stay below {usual:.3g}; figures against these "
+            "samples say little: look at them, and train the model longer or take another teacher",
+            stacklevel=2,
+        )

@@ -12,9 +12,9 @@ from safetensors.torch import load
 
 from data.manifest import describe_teacher
 from data.shards import read_shard
-from data.teacher import TeacherTrajectories, TrajectoryShards, name_broken
+from data.teacher import TeacherTrajectories, TrajectoryShards
 from data.trajectories import FIRST_SEED, TrajectoryCache, generate_trajectories, run_teacher
-from data.trajectory_writer import TrajectoryWriter
+from data.trajectory_writer import TrajectoryWriter, name_broken
 from solvers import NoiseSchedule, sample, start_noise
 from solvers.named import named_solver
 from solvers.nodes import Nodes
