@@ -47,7 +47,7 @@ class PipelineTrajectories(TeacherTrajectories):
                 f"{denoiser} is a {type(self.denoiser).__name__}: recording needs `family: pipeline` in its file; "
                 "for a model with an adapter use data.teacher.TeacherTrajectories"
             )
-        self.num_inference_steps, self.solver = num_inference_steps, f"own:{num_inference_steps}"
+        self.num_inference_steps = num_inference_steps
         self.seeds = range(first_seed, first_seed + (num_trajectories or len(self.denoiser.entries)))
         self.folder, self.shard_size = folder, shard_size
 
