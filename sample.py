@@ -2,11 +2,12 @@
 
     python sample.py generate --denoiser checkpoints/cifar10-dit --solver unipc:8 --output samples
     python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --output report
-    python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json
+    python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json [MORE ...]
     python sample.py export   checkpoints/solvers/cifar10-dit/olss-8.json --to diffusers --output scheduler
 
-A solver is an artifact's path, or `name:steps` for a tabulated diffusers scheduler, with a distilled model's own steps
-`name@[1000,937.5,625]` or `name@sigma[1,0.94,0.63]`; in a comparison, SOLVER+parataa is it in parallel rounds.
+A solver is an artifact's path, `wandb:entity/project/name:alias` for one that lies in W&B, or `name:steps` for a
+tabulated diffusers scheduler, with a distilled model's own steps `name@[1000,937.5,625]` or `name@sigma[1,0.94,0.63]`;
+in a comparison, SOLVER+parataa is it in parallel rounds.
 """
 
 import json
@@ -25,6 +26,7 @@ from training.arguments import OneLineErrors, guarded
 from training.signals import stop
 
 BLOCK = 128  # samples kept at a time: what an interruption can cost
+POSITIONAL = ("inspect", "export")  # solvers follow
 LISTS = ("--solvers", "--labels", "--metrics")  # values follow with spaces between them
 
 
@@ -117,22 +119,38 @@ def compare(**options) -> None:
     run(CompareArgs(**options), {"parataa": parallel_sample})
 
 
-def inspect(solver: str, denoiser: str | None = None, output: str | None = None, trust: bool = False) -> None:
-    """Print a solver's rows and diagnostics, and draw its coefficients and timesteps.
+def inspect(solver: list[str], denoiser: str | None = None, output: str | None = None, trust: bool = False) -> None:
+    """Print a solver's rows and diagnostics, and draw its coefficients and timesteps; of several, a table of all.
 
     Args:
-        solver: an artifact's path, name:steps or name@[timesteps].
+        solver: an artifact's path, name:steps or name@[timesteps]; several of them, or the folders of several.
         denoiser: checkpoint folder whose noise schedule name:steps uses; default the linear VP schedule.
         output: PNG file of the drawing; default runs/inspect/<solver>.png.
         trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
     """
     from denoisers import load_denoiser
-    from evaluation.pictures import draw_table, save_figure
     from solvers import NoiseSchedule
+    from solvers.artifact import load_folder
     from solvers.named import resolve_solver
 
     schedule = NoiseSchedule.linear() if denoiser is None else load_denoiser(denoiser, trust_remote_code=trust).schedule
-    table = resolve_solver(solver, schedule)
+    tables: dict[str, Any] = {}
+    for name in solver:
+        if Path(name).is_dir():
+            tables |= {str(Path(name, file)): table for file, table in load_folder(name).items()}
+        else:
+            tables[name] = resolve_solver(name, schedule)
+    if len(solver) == len(tables) == 1 and not Path(solver[0]).is_dir():
+        _inspect_one(solver[0], tables[solver[0]], output)
+    elif output is not None:
+        raise ValueError(f"a drawing is of one solver, these are {len(tables)}: leave --output out")
+    else:
+        _print_summary(tables)
+
+
+def _inspect_one(solver: str, table: Any, output: str | None) -> None:
+    from evaluation.pictures import draw_table, save_figure
+
     _print_table(solver, table)
     path = Path(output or f"runs/inspect/{Path(solver).name.removesuffix('.json').replace(':', '-')}.png")
     original = table.info.get("fitted_on", {}).get("original_timesteps")
@@ -141,12 +159,12 @@ def inspect(solver: str, denoiser: str | None = None, output: str | None = None,
 
 
 def export(
-    solver: str, to: Literal["diffusers", "comfyui", "numpy"] = "diffusers", output: str = "runs/export"
+    solver: list[str], to: Literal["diffusers", "comfyui", "numpy"] = "diffusers", output: str = "runs/export"
 ) -> None:
     """Write a solver for another program: diffusers, ComfyUI or plain NumPy.
 
     Args:
-        solver: an artifact's path, or the folder of several with different numbers of steps (diffusers, ComfyUI).
+        solver: an artifact's path; several with different numbers of steps, or their folder (diffusers, ComfyUI).
         to: a diffusers scheduler folder, a ComfyUI custom-node folder, or one NumPy file.
         output: folder to write.
     """
@@ -290,6 +308,25 @@ def _print_table(name: str, table) -> None:
     print(f"noise level rises at   {table.noise_level_rises() or 'no row'}")
 
 
+def _print_summary(tables: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from evaluation.contenders import display_names
+
+    errors = ("rmse", "median", "p99", "worst")
+    title = "errors on the samples that each one's method held out"
+    view = Table("solver", "method", "calls", "rows", "made for", "guidance", *errors, title=title)
+    names = display_names(list(tables))
+    for name, table in tables.items():
+        info = table.info
+        made_for = info.get("denoiser", {}).get("name") or "any"
+        facts = (info.get("method", "name"), table.nfe, table.num_rows, made_for, info.get("guidance_scale", "any"))
+        found = [info.get("validation", {}).get(error) for error in errors]
+        view.add_row(names[name], *map(str, facts), *("" if one is None else f"{one:.4g}" for one in found))
+    Console(width=None if sys.stdout.isatty() else 160).print(view)
+
+
 def _write_json(path: Path, value: dict) -> None:
     from solvers.files import atomic_write
 
@@ -301,7 +338,7 @@ def _lists_joined(args: Sequence[str]) -> list[str]:
     """`--solvers a b` as `--solvers ["a", "b"]`, which is how jsonargparse reads a list; `--trust` alone is true."""
     groups: list[list[str]] = []
     for word in args:
-        if word.startswith("--") or not groups:
+        if word.startswith("--") or word == "-h" or not groups:
             groups.append(["--trust=true" if word == "--trust" else word])
         else:
             groups[-1].append(word)
@@ -309,7 +346,7 @@ def _lists_joined(args: Sequence[str]) -> list[str]:
 
 
 def _is_list(group: list[str]) -> bool:
-    return group[0] in LISTS or (group[0].startswith("--") and len(group) > 2)
+    return group[0] in (*LISTS, *POSITIONAL) or (group[0].startswith("--") and len(group) > 2)
 
 
 def _list_joined(group: list[str]) -> list[str]:
@@ -329,7 +366,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: Sequence[str]) -> None:
-    values = _parser().parse_args(_lists_joined(args))
+    from training.stored import local
+
+    values = _parser().parse_args([local(word) for word in _lists_joined(args)])
     stop.kept = lambda: KEPT.get(values.command, "nothing was written")
     COMMANDS[values.command](**values[values.command].as_dict())
 
@@ -344,7 +383,7 @@ def _parser() -> Parser:
         if command is compare:
             part.add_class_arguments(CompareArgs, as_group=False)
         else:
-            part.add_function_arguments(command, as_group=False, as_positional=command in (inspect, export))
+            part.add_function_arguments(command, as_group=False, as_positional=name in POSITIONAL)
         subcommands.add_subcommand(name, part, help=summary)
     return parser
 

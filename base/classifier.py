@@ -27,6 +27,8 @@ class ClassifierModule(ResultModule):
         seed: seed of the crops.
     """
 
+    kind = "classifier"
+
     def __init__(
         self,
         network: Classifier,

@@ -9,15 +9,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from denoisers import load_denoiser
 from denoisers.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_weights, save_denoiser
 from denoisers.dit import DiT
+from solvers.identity import identify
 from solvers.named import default_solver, named_solver
 from solvers.prediction import per_sample, to_output
 from solvers.table import SolverTable
 from training.arguments import check_choice
 from training.ema import averaged_network
 from training.network import AdamW, NetworkModule
+from training.record import log_origin, takes_pictures
 from training.result import recorded
+from training.run_card import Origin
 
 TIME_SAMPLING = ("uniform", "logit_normal")
 
@@ -36,11 +40,13 @@ class BaseModel(NetworkModule):
         class_dropout: probability that a label becomes the null class.
         init_from: checkpoint folder whose weights to start from (same network, any schedule).
         compile: compile the network for training.
-        sample_every: steps between pictures of samples in the logger (20 steps of DDIM or Euler); 0 for none.
+        sample_every: steps between pictures of samples in the logger (20 steps of DDIM or Euler); 0: at the end.
         seed: seed of timesteps, noises and dropped labels.
     Raises:
         ValueError: an option out of its range, or weights that do not fit.
     """
+
+    kind = "base"
 
     def __init__(
         self,
@@ -114,12 +120,18 @@ class BaseModel(NetworkModule):
     def sample_tables(self) -> dict[str, SolverTable]:
         """20 steps of DDIM or Euler."""
         schedule = self.network.schedule
-        return {"samples": named_solver(default_solver(schedule, 20), schedule)}
+        return {"base": named_solver(default_solver(schedule, 20), schedule)}
 
     @rank_zero_only
     def write(self, folder: Path) -> None:
         """Write the checkpoint folder."""
         save_denoiser(self.result, folder, self._training_record())
+
+    def finish(self) -> None:
+        """Write the output, and say which network others will come from."""
+        super().finish()
+        if self.output is not None and self.global_rank == 0 and takes_pictures(self.logger):
+            log_origin(self.logger, Origin.of_model(identify(load_denoiser(self.destination)), self.destination))
 
     def written_steps(self, folder: Path) -> float | None:
         """Of the checkpoint folder."""

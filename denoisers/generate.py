@@ -45,7 +45,7 @@ def generate(
         images = []
         for batch, condition in batches:
             noise = start_noise(batch, denoiser.sample_shape).to(device_of(denoiser))
-            with torch.inference_mode():
+            with torch.no_grad():  # no inference mode: what a network caches may be part of a later gradient
                 step = lambda row, state: bar.update(len(state))  # noqa: E731
                 images.append(sampler(denoiser, table, noise, condition, seeds=batch, callback=step).float().cpu())
     return torch.cat(images)

@@ -28,8 +28,10 @@ def _run(model: str, values: dict[str, Any]) -> None:
 
     warnings.filterwarnings("ignore")  # of libraries; what concerns the user is printed
     from learn.run import learn
+    from training.stored import local
 
     stop.kept = lambda: f"what was recorded and learned stays in {values['output']}; run the same command to go on"
+    values["teacher"] = values["teacher"] and local(values["teacher"])
     values["call"] = dict(map(_pair, values["call"]))
     values["prompts"] = None if values["prompts"] is None else _lines(Path(values["prompts"]))
     try:

@@ -259,7 +259,7 @@ class Solvers(Fitting):
         """Figures of the newest rows, and of the solvers that are complete."""
         for (calls, kind), fit in self.fits.items():
             if fit.errors:
-                name, shown = f"olss/{calls}-calls/{kind}", kind == "numbers"
+                name, shown = f"train/olss-{calls}/{kind}", kind == "numbers"
                 self.run.log({f"{name}/row_error": fit.errors[-1]}, bar=shown, of_epoch=True)
                 self.run.log({f"{name}/condition": fit.conditions[-1]}, bar=False, of_epoch=True)
         for calls in self.options.budgets:
@@ -274,8 +274,6 @@ class Solvers(Fitting):
         kind = min(scores, key=scores.__getitem__)
         plan, found = fits[kind].plan, error_figures(self._errors(calls, fits[kind], reporting))
         self.kept[calls] = kind
-        for name, value in found.items():
-            self.run.log({f"olss/{calls}-calls/held_out/{name}": value}, bar=False, of_epoch=True)
         self.validation[calls] = found | {
             "seeds": seed_ranges(reporting.seeds),
             "chosen_on": seed_ranges(choosing.seeds),

@@ -22,7 +22,7 @@ class Exports:
         steps: numbers of evaluations that artifacts are written for.
         every: training steps between exports; 0: at the end only.
         keep: leave each of those in a folder of its own, `output`/step-<step>, instead of replacing the last.
-        upload_student: also upload the student to W&B, at the end.
+        upload_student: the student goes to W&B too, with each artifact.
     Raises:
         ValueError: no steps.
     """

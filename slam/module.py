@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from denoisers import condition_length, load_denoiser
+from denoisers import calls_per_row, condition_length, load_denoiser
 from slam.export import STUDENT_NAME, Exports, data_origin, export
 from slam.lines import teacher_points
 from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
@@ -19,8 +19,9 @@ from solvers import NoiseSchedule, SolverTable, default_solver, identify
 from solvers.prediction import per_sample
 from training.ema import averaged_network
 from training.network import AdamW, NetworkModule
-from training.record import upload, upload_solver
+from training.record import upload_solver
 from training.result import recorded
+from training.run_card import Origin, RunCard, about_model
 from training.testing import Evaluation, TableModule
 
 
@@ -40,7 +41,7 @@ class SLAM(NetworkModule, TableModule):
         lora_rank: train adapters of this rank instead of all weights.
         gradient_checkpointing: recompute the student's blocks in the backward pass.
         exports: what is written, and when.
-        sample_every: steps between pictures of 1, 2 and 4 evaluations in the logger; 0 for none.
+        sample_every: steps between pictures of 1, 2 and 4 evaluations in the logger; 0: at the end.
         seed: seed of points, gammas and noises.
         evaluation: what `train.py test` measures.
         trust_remote_code: a `denoiser.yaml` may name a class of your own, see `load_denoiser`.
@@ -49,6 +50,7 @@ class SLAM(NetworkModule, TableModule):
     Source: arXiv 2404.13903.
     """
 
+    kind = "slam"
     teacher: Any
 
     def __init__(
@@ -164,7 +166,28 @@ class SLAM(NetworkModule, TableModule):
 
     def sample_tables(self) -> dict[str, SolverTable]:
         """Up to 4 evaluations."""
-        return {f"samples/{count}-step": table for count, table in self.tables.items() if count <= 4}
+        return {f"slam-{count}": table for count, table in self.tables.items() if count <= 4}
+
+    def show(self, step: int, num_images: int = 40) -> None:
+        """With the errors of all numbers of evaluations."""
+        super().show(step, num_images)
+        spent = self.images * (2 + calls_per_row(self.teacher))  # student, target and teacher
+        for name, table in self.current_tables().items():
+            self.examine(name, table, spent)
+
+    @property
+    def card(self) -> RunCard:
+        """By the teacher."""
+        model = self.identity.name or type(self.teacher).__name__
+        return RunCard(self.kind, model, [f"slam-{count}" for count in self.tables])
+
+    def about(self) -> dict[str, Any]:
+        """With the teacher and its steps."""
+        return super().about() | about_model(self.identity, self.default_reference)
+
+    def origins(self) -> list[Origin]:
+        """With the teacher."""
+        return [*super().origins(), Origin.of_model(self.identity)]
 
     def after_step(self, step: int) -> None:
         """Throughput and exports."""
@@ -197,12 +220,12 @@ class SLAM(NetworkModule, TableModule):
         return max((steps for steps in found if steps is not None), default=None)
 
     def finish(self) -> None:
-        """Write the output, and upload it."""
+        """Write the output, upload it, and show how good it is."""
         super().finish()
         for path in self.artifact_paths().values():
-            upload_solver(self.logger, path)
-        if self.output and self.exports.upload_student:
-            upload(self.logger, self.destination, f"student-{self.output.resolve().name}", "model")
+            student = path.parent / STUDENT_NAME if self.exports.upload_student else None
+            upload_solver(self.logger, path, self.card.model, self.origins(), student)
+        self.show_results()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was spent."""

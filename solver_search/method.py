@@ -22,7 +22,8 @@ from solvers import SolverTable, sample
 from solvers.artifact import table_from_dict, table_to_dict
 from training.arguments import check_choice
 from training.method import Fitting, Method, Result, Run
-from training.record import log_table
+from training.record import log_table, takes_pictures
+from training.run_card import SPENT
 
 OPTIMIZERS = ("lm", "lbfgs", "lion", "adam")
 SHOWN = 16  # images in the log
@@ -108,7 +109,7 @@ class SolverSearch(Method):
     @property
     def artifacts(self) -> list[str]:
         """solver-search-<nfe>."""
-        return [f"solver-search-{nfe}" for nfe in self.nfes]
+        return [_name(nfe) for nfe in self.nfes]
 
     @property
     def wanted(self) -> Wanted:
@@ -167,7 +168,7 @@ class Search(Fitting):
     def tables(self) -> dict[str, SolverTable]:
         """The finished tables and the one that is searched."""
         current = {} if self.stage is None else {self.stage.nfe: self.stage.table}
-        return {f"solver-search-{nfe}": table for nfe, table in (current | self.finished).items()}
+        return {_name(nfe): table for nfe, table in (current | self.finished).items()}
 
     def step(self, batch: Batch | tuple[int, ...]) -> None:
         """One step of the optimiser, after the end of a stage of the next one."""
@@ -185,16 +186,15 @@ class Search(Fitting):
         stage.done |= stage.step >= self.options.descent.steps
         if stage.done:
             self.end_epoch()
-        calls = float(self.objective.evaluations.calls)
-        self.run.log({"train/loss": loss, "train/rmse": loss**0.5, "nfe": float(stage.nfe), "evaluations": calls})
-        log_table(self.run.logger, "table", stage.table, f"nfe {stage.nfe}, step {stage.step}")
+        self._log(stage, loss)
 
     def end_epoch(self) -> None:
         """Judge where the stage is now."""
         found = self._judge()
         if found:
             for name, value in found.items():
-                self.run.log({f"val/{name}": value}, bar=name == "rmse", of_epoch=True)
+                key = f"validation/{_name(self.stage.nfe)}/{name}"
+                self.run.log({key: value}, bar=name == "rmse", of_epoch=True)
 
     def finish(self) -> None:
         """Write the stage's best table."""
@@ -316,6 +316,21 @@ class Search(Fitting):
         stage.theta.copy_(stage.parameters.project(stage.theta))
         return float(loss), stage.theta
 
+    def _log(self, stage: Stage, loss: float) -> None:
+        """Figures and the table of a step, under the name of its artifact."""
+        name, found = f"train/{_name(stage.nfe)}", {"loss": loss, "rmse": loss**0.5}
+        if self.optimizer is None:
+            found["damping"] = stage.damping.value
+        else:
+            found["gradient_norm"] = float(stage.theta.grad.norm())
+            found["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.run.log({f"{name}/{key}": value for key, value in found.items()} | {SPENT: self._spent()})
+        log_table(self.run.logger, _name(stage.nfe), stage.table, f"nfe {stage.nfe}, step {stage.step}")
+
+    def _spent(self) -> float:
+        """Network calls of all processes."""
+        return float(self.objective.evaluations.summed(self.run.sum).calls)
+
     def _stop(self, stage: Stage, loss: float, good: Tensor, found: Tensor) -> None:
         """End the run at a loss that is not finite, the last good table saved."""
         if not stage.step:
@@ -336,19 +351,21 @@ class Search(Fitting):
 
     def _show(self, table: SolverTable, teacher: Batch) -> None:
         """Images of the current table above the teacher's, where the logger takes pictures."""
-        if self.run.rank or not hasattr(self.run.logger, "log_image"):
+        if self.run.rank or not takes_pictures(self.run.logger):
             return
         from evaluation.pictures import image_grid
 
         part = teacher[:SHOWN]
         with torch.no_grad():
             images = sample(self.run.denoiser, table, part.noise, part.condition)
-        self.run.logger.log_image("samples", [image_grid(torch.cat([images, part.end]), len(part))])
+        self.run.logger.log_image(
+            f"pictures/{_name(self.stage.nfe)}", [image_grid(torch.cat([images, part.end]), len(part))]
+        )
 
     def _result(self, stage: Stage) -> Result:
         options, data = self.options, self.run.data
         return Result(
-            f"solver-search-{stage.nfe}",
+            _name(stage.nfe),
             stage.best_table,
             self.objective.evaluations,
             data.source.record | {"seeds": data.seed_ranges()},
@@ -368,3 +385,8 @@ class Search(Fitting):
 
 def _listed(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def _name(nfe: int) -> str:
+    """Of the artifact."""
+    return f"solver-search-{nfe}"

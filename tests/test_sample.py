@@ -282,3 +282,24 @@ def test_samples_that_are_no_numbers_are_not_written(model, tmp_path, monkeypatc
     options = ("--denoiser", model, "--solver", "ddim:2", "--num_samples", 2, "--output", tmp_path)
     assert "2 of 2 samples hold NaN or infinity, the first has seed 0" in fails(capsys, "generate", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_inspect_of_several_is_a_table(model, tmp_path, capsys):
+    denoiser, solvers = load_denoiser(model), tmp_path / "solvers"
+    for steps, found in ((3, {"median": 0.25, "worst": 1.5}), (5, {})):
+        path = solvers / f"dpmpp-{steps}.json"
+        save_solver(
+            named_solver(f"dpmpp:{steps}", denoiser.schedule), path, identify(denoiser), method="m", validation=found
+        )
+    run("inspect", solvers)
+    listed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "dpmpp" in line]
+    assert [[cell.strip() for cell in row] for row in listed] == [
+        ["dpmpp-3", "m", "3", "3", "tiny", "1.0", "", "0.25", "", "1.5"],
+        ["dpmpp-5", "m", "5", "5", "tiny", "1.0", "", "", "", ""],
+    ]
+    run("inspect", solvers / "dpmpp-5.json", "ddim:4", "heun:3")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("dpmpp-5", "ddim:4", "heun:3"))
+    assert "a drawing is of one solver, these are 2" in fails(capsys, "inspect", solvers, "--output", "table.png")
+    run("export", solvers / "dpmpp-3.json", solvers / "dpmpp-5.json", "--output", tmp_path / "scheduler")
+    assert (tmp_path / "scheduler" / "scheduler_config.json").is_file()

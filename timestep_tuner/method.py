@@ -274,7 +274,7 @@ class Tuning(Fitting):
             f"{objective.evaluations.calls} network calls in this process"
         )
         self.run.save(self._result(index, stage))
-        log_tuned(self.run, self.options.names[index], stage, self.table(index), objective.base)
+        log_tuned(self.run, self.options.artifacts[index], stage, self.table(index), objective.base)
 
     def _project(self, ratios: Ratios, stage: Stage) -> None:
         """Back into the bounds; stop at a ratio that is no number."""
@@ -290,10 +290,14 @@ class Tuning(Fitting):
         index = len(self.finished)
         rows = range(len(losses)) if stage.row is None else [stage.row]
         stage.history.append(self.ratio.tolist())
-        name = self.options.names[index]
+        name, found = f"train/{self.options.artifacts[index]}", {"loss": losses.sum()}
         self.run.log({f"{name}/loss_{row}": loss for row, loss in zip(rows, losses)}, bar=False)
-        row = float(-1 if stage.row is None else stage.row)
-        self.run.log({"loss": losses.sum(), "solver": float(index + 1), "row": row})
+        if stage.row is not None:
+            found["row"] = float(stage.row)
+        found["learning_rate"] = self.options.descent.rate(stage.step)
+        if self.adam is not None:
+            found["gradient_norm"] = self.ratio.grad.norm()
+        self.run.log({f"{name}/{key}": value for key, value in found.items()})
 
     def _result(self, index: int, stage: Stage) -> Result:
         options, data, objective = self.options, self.run.data, self.objectives[index]

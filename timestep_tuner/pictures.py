@@ -7,18 +7,17 @@ import torch
 from solvers import SolverTable
 from timestep_tuner.judge import Stage
 from training.method import Run
+from training.record import takes_pictures
 
 
 def log_tuned(run: Run, name: str, stage: Stage, tuned: SolverTable, base: SolverTable) -> None:
-    """Ratios over the steps, timesteps before and after, and losses, where the logger takes pictures."""
-    if run.rank or not hasattr(run.logger, "log_image"):
+    """Ratios over the steps, and timesteps before and after, where the logger takes pictures."""
+    if run.rank or not takes_pictures(run.logger):
         return
     from evaluation.pictures import draw_table
 
-    run.logger.log_image(f"{name}/ratios", [draw_history(stage.history, name)])
-    run.logger.log_image(f"{name}/timesteps", [draw_table(tuned, name, base.timesteps)])
-    losses = {"before": sum(stage.before), "after": sum(stage.after)}
-    run.logger.log_metrics({f"{name}/held_out_{key}": value for key, value in losses.items()})
+    run.logger.log_image(f"tables/{name}-ratios", [draw_history(stage.history, name)])
+    run.logger.log_image(f"tables/{name}", [draw_table(tuned, name, base.timesteps)])
 
 
 def draw_history(history: list[list[float]], title: str) -> Any:

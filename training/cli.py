@@ -1,10 +1,14 @@
 """LightningCLI with the edges taken off: one line per error, safe resume, one run folder."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
 from textwrap import dedent
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,6 +22,9 @@ from training.progress import progress
 from training.quiet import be_quiet
 from training.result import ResultModule
 from training.safe_points import SafePoints
+from training.stored import local_configs, local_tree
+
+NOT_KEPT = ("config", "ckpt_path", "verbose", "weights_only", "overwrite")  # of a run's config
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -57,6 +64,10 @@ class CLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "runs"},
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
+        """With the options of a run in W&B, where one is named."""
+        self.config = parser.parse_args(local_configs(sys.argv[1:] if args is None else args))
+
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there, before any work."""
         config = self.config[self.subcommand]
@@ -66,6 +77,9 @@ class CLI(LightningCLI):
         self._overwrites = bool(config.get("overwrite"))
         if self._overwrites:
             config["overwrite"] = False  # not for those who use the saved config again
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        self._resolved = {key: value for key, value in yaml.safe_load(text).items() if key not in NOT_KEPT}
+        self.config[self.subcommand] = local_tree(config)
 
     def before_fit(self) -> None:
         """Keep longer results; a run from the start is a new W&B run, one that goes on stays in the old one."""
@@ -80,6 +94,22 @@ class CLI(LightningCLI):
             for logger in trainer.loggers:
                 if hasattr(logger, "start_anew"):
                     logger.start_anew()
+        self._describe()
+
+    def before_validate(self) -> None:
+        """Say what is measured."""
+        self._describe()
+
+    def before_test(self) -> None:
+        """Say what is measured."""
+        self._describe()
+
+    def _describe(self) -> None:
+        """Name the run where it is logged, and keep its resolved config there."""
+        notes = "\n".join(opening(path) for path in self.config[self.subcommand].config or [])
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "describe") and isinstance(self.model, ResultModule):
+                logger.describe(self.model.card, self._resolved, notes)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With callbacks of our own, where it may stop and what it shows, and with checkpoints that are checked."""
@@ -116,6 +146,12 @@ def run(args: Sequence[str] | None = None, added_help: Callable[[str], str] = la
         return CLI(args, added_help)
     except (ValueError, MisconfigurationException) as error:
         raise ValueError(concise(str(error))) from error
+
+
+def opening(path: Any) -> str:
+    """The comment at the top of a config."""
+    lines = Path(str(path)).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
 def concise(message: str) -> str:

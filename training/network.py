@@ -15,6 +15,7 @@ from data.loader import seed_of
 from denoisers.generate import as_images, generate
 from evaluation.pictures import image_grid
 from solvers.table import SolverTable
+from training.record import takes_pictures
 from training.result import ResultModule, refuse_shorter
 
 
@@ -79,14 +80,14 @@ class NetworkModule(ResultModule):
     Args:
         output: folder written at the end of training; none by default.
         optimizer: of the network.
-        sample_every: steps between pictures of samples in the logger; 0 for none.
+        sample_every: steps between pictures of samples in the logger; 0: at the end alone.
         seed: of all random numbers, see `generator`.
     """
 
     def __init__(self, output: str | None, optimizer: AdamW, sample_every: int, seed: int) -> None:
         super().__init__(output)
         self.adamw, self.sample_every, self.seed = optimizer, sample_every, seed
-        self._last_step = 0
+        self._last_step, self._last_shown = 0, -1
 
     @property
     @abstractmethod
@@ -134,15 +135,28 @@ class NetworkModule(ResultModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm, or each value, of the true gradients; Lightning refuses to with a fused optimizer."""
-        if not gradient_clip_val:
+        """Clip the norm, or each value, of the true gradients, and log them; Lightning refuses to if fused."""
+        is_due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if not (gradient_clip_val or is_due):
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of fp16
         if scaler is not None:
             scaler.unscale_(optimizer)
+        if is_due:
+            self._log_step(optimizer)
+        if not gradient_clip_val:
+            return
         by_value = gradient_clip_algorithm == "value"
         clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
         clip(self.trained.parameters(), gradient_clip_val)
+
+    def _log_step(self, optimizer: Any) -> None:
+        """The norm of the gradients before they are clipped, and the learning rate."""
+        found = [value.grad for value in self.trained.parameters() if value.grad is not None]
+        norm = torch.nn.utils.get_total_norm(found)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
+        self.log("train/gradient_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_train_start(self) -> None:
         """Steps count on from a checkpoint's."""
@@ -159,8 +173,9 @@ class NetworkModule(ResultModule):
         self._last_step = step
         if step % self.trainer.log_every_n_steps == 0:
             self.check_finite(self.trained)
-        if self.sample_every and step % self.sample_every == 0 and hasattr(self.logger, "log_image"):
-            self._log_samples()
+        if self.sample_every and step % self.sample_every == 0:
+            self._last_shown = step
+            self.show(step)
         self.after_step(step)
 
     def finish(self) -> None:
@@ -169,6 +184,8 @@ class NetworkModule(ResultModule):
         self.check_output(self.global_step)
         if self.destination is not None:
             self.write(self.destination)
+        if self._last_shown != self.global_step:
+            self.show(self.global_step)
 
     def claims(self) -> list[Path]:
         """The output."""
@@ -195,9 +212,9 @@ class NetworkModule(ResultModule):
                     f"{shapes.get(name)}; give the network's options of the training that wrote it"
                 )
 
-    def _log_samples(self, num_images: int = 40) -> None:
+    def show(self, step: int, num_images: int = 40) -> None:
         """Pictures, always from the same noises; sharded networks need all processes, others the first."""
-        if self.global_rank != 0 and self.device_mesh is None:
+        if not takes_pictures(self.logger) or (self.global_rank != 0 and self.device_mesh is None):
             return
         with self.trainer.precision_plugin.forward_context():
             found = {
@@ -210,7 +227,7 @@ class NetworkModule(ResultModule):
     @rank_zero_only
     def _log_image(self, name: str, images: Tensor) -> None:
         logger: Any = self.logger
-        logger.log_image(name, [image_grid(images, columns=10)])
+        logger.log_image(f"pictures/{name}", [image_grid(images, columns=10)])
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

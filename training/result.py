@@ -3,12 +3,16 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+
+from solvers.provenance import provenance
+from training.record import log_about
+from training.run_card import Origin, RunCard
 
 
 class ResultModule(lightning.LightningModule):
@@ -18,6 +22,7 @@ class ResultModule(lightning.LightningModule):
         output: folder of what it leaves; nothing is written without.
     """
 
+    kind: ClassVar[str] = "network"  # the method's name
     overwrite = False  # whether what a longer training has left may be replaced
 
     def __init__(self, output: str | Path | None = None) -> None:
@@ -34,6 +39,21 @@ class ResultModule(lightning.LightningModule):
             return self.output
         self._trial = self._trial or tempfile.TemporaryDirectory()
         return Path(self._trial.name)
+
+    @property
+    def card(self) -> RunCard:
+        """What the run is called."""
+        return RunCard(self.kind, "model" if self.output is None else self.output.resolve().name)
+
+    def about(self) -> dict[str, Any]:
+        """What people ask of a run beside its options."""
+        made = provenance()
+        return {"git_commit": made["git_commit"], "versions": made["versions"]}
+
+    def origins(self) -> list[Origin]:
+        """What the run learns from: the trajectories, where its data are some."""
+        folders = getattr(getattr(self.trainer, "datamodule", None), "folders", [])
+        return [Origin.of_trajectories(Path(folder)) for folder in folders]
 
     def finish(self) -> None:
         """Write what was learned; in all processes, once, also where a checkpoint leaves nothing to train."""
@@ -66,6 +86,7 @@ class ResultModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """A training begins, or goes on."""
         self._is_finished = False
+        log_about(self.logger, self.about(), self.origins())
 
     def on_train_end(self) -> None:
         """All steps have been made."""

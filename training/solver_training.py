@@ -14,8 +14,9 @@ from denoisers import load_denoiser, with_guidance
 from solvers import SolverTable, identify, save_solver
 from solvers.files import atomic_write
 from training.method import Fitting, Method, Result, Run
-from training.record import upload_solver
+from training.record import log_validation, upload_solver
 from training.result import recorded, refuse_shorter
+from training.run_card import Origin, RunCard, about_model
 from training.testing import Evaluation, TableModule
 
 
@@ -74,6 +75,23 @@ class SolverTraining(TableModule):
         """The artifacts, and what the method keeps meanwhile."""
         return [*self.artifact_paths().values(), *(self.fitting.folders if self.fitting else [])]
 
+    @property
+    def card(self) -> RunCard:
+        """By the model."""
+        return RunCard(self.method.name, self.identity.name or type(self.denoiser).__name__, self.method.artifacts)
+
+    def about(self) -> dict[str, Any]:
+        """With the network and the teacher."""
+        return super().about() | about_model(self.identity, self.trainer.datamodule.source.record.get("teacher"))
+
+    def origins(self) -> list[Origin]:
+        """With the model."""
+        return [*super().origins(), Origin.of_model(self.identity)]
+
+    def teacher_table(self) -> SolverTable:
+        """That of the trajectories, where there are some."""
+        return self.trainer.datamodule.source.table or super().teacher_table()
+
     def made_by(self) -> dict[str, str]:
         """With the method and the network."""
         weights, guidance = self.identity.weight_hash, self.identity.guidance_scale
@@ -119,6 +137,7 @@ class SolverTraining(TableModule):
             if self.global_rank == 0 and path is not None and not path.exists():
                 with atomic_write(path) as temporary:
                     temporary.write_text(text)
+        self.show_results()
 
     def keeps(self, name: str, calls: float, is_final: bool) -> bool:
         """Whether another training's artifact stays for now.
@@ -195,6 +214,9 @@ class TrainerRun(Run):
     def save(self, result: Result, is_final: bool = True) -> Path | None:
         """By the first process; the last version of an artifact goes to the logger too."""
         spent = result.spent.summed(self.sum)
+        self.module.examine(result.name, result.table, spent.calls)
+        if is_final:
+            log_validation(self.logger, result.name, result.validation, spent.calls)
         if self.folder is None or self.module.keeps(result.name, spent.calls, is_final):
             return None
         path = self.folder / f"{result.name}.json"
@@ -210,7 +232,7 @@ class TrainerRun(Run):
             )
         if is_final:
             self.module.written |= {result.name: path.read_text()} if self.rank == 0 else {}
-            upload_solver(self.logger, path)
+            upload_solver(self.logger, path, self.module.card.model, self.module.origins())
         return path
 
     def restart_clock(self) -> None:

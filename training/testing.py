@@ -3,17 +3,21 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from denoisers import network_calls
 from evaluation.contenders import fitted_seeds
 from evaluation.evaluate import evaluate_table, reference_images, shipped_measure
 from solvers import SolverTable, default_solver, load_solver, resolve_solver
+from solvers.identity import guidance_range, own_guidance
 from training.clock import Clock
-from training.record import log_table
+from training.exam import Exam, Taken
+from training.record import log_errors, log_results, log_table, takes_pictures
 from training.result import ResultModule
 
 
@@ -102,6 +106,51 @@ class TableModule(ResultModule):
     def default_reference(self) -> str:
         """The teacher."""
         return default_solver(self.denoiser.schedule)
+
+    @cached_property
+    def exam(self) -> Exam | None:
+        """What the tables are ranked by, where the logger asks for it; None for a range of guidance scales."""
+        wanted = self.logger.num_images if takes_pictures(self.logger) and hasattr(self.logger, "num_images") else 0
+        low, high = guidance_range(own_guidance(self.reference_denoiser))
+        return Exam(self.reference_denoiser, self.teacher_table(), wanted) if wanted and low == high else None
+
+    def teacher_table(self) -> SolverTable:
+        """The solver that the exam's images are compared with."""
+        network = self.reference_denoiser
+        return resolve_solver(self.default_reference, network.schedule, denoiser=network)
+
+    def examine(self, name: str, table: SolverTable, spent: float) -> None:
+        """Log the errors of a table.
+
+        Args:
+            name: of its artifact.
+            table: the solver.
+            spent: network calls that were spent on it.
+        """
+        if self._examines:
+            taken = self._taken(name, table)
+            log_errors(self.logger, f"held_out/{self._calls(table)}-calls", taken.figures, spent)
+
+    def show_results(self) -> None:
+        """Log a table of all solvers, with pictures, and the best errors."""
+        tables = self.current_tables()
+        if self._examines and tables:
+            taken = {name: self._taken(name, table) for name, table in tables.items()}
+            with self.trainer.precision_plugin.forward_context():
+                found = [self.exam.row(one, self._calls(tables[name])) for name, one in taken.items()]
+            log_results(self.logger, *zip(*found, strict=True))
+
+    def _taken(self, name: str, table: SolverTable) -> Taken:
+        with self.trainer.precision_plugin.forward_context():
+            return self.exam.take(name, table.detach(), self.denoiser)
+
+    def _calls(self, table: SolverTable) -> int:
+        return network_calls(table, self.denoiser)
+
+    @property
+    def _examines(self) -> bool:
+        """In the first process; sharded networks need all."""
+        return self.exam is not None and (self.global_rank == 0 or self.device_mesh is not None)
 
     def tables_to_test(self) -> list[str]:
         """Names of the tables.

@@ -269,7 +269,7 @@ def test_samples_are_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(BaseModel, "logger", property(lambda self: pictures))
     for schedule in SCHEDULES:
         trainer(tmp_path, max_steps=2).fit(model(schedule, sample_every=2), digits())
-    assert [key for key, _ in pictures.images] == ["samples", "samples"]
+    assert [key for key, _ in pictures.images] == ["pictures/base"] * 2
     assert pictures.images[0][1][0].shape == (4 * 18, 10 * 18, 3)
 
 

@@ -372,11 +372,18 @@ class Pictures(lightning.pytorch.loggers.CSVLogger):
 def test_pictures_losses_and_throughput_are_logged(tmp_path):
     logger = Pictures(tmp_path)
     trainer(max_steps=2, logger=logger, log_every_n_steps=1).fit(make(sample_every=2), digits())
-    assert set(logger.images) == {"samples/1-step", "samples/2-step", "samples/4-step"}
-    assert logger.images["samples/1-step"][0].shape == (4 * 18, 10 * 18, 3)
+    assert set(logger.images) == {"pictures/slam-1", "pictures/slam-2", "pictures/slam-4"}
+    assert logger.images["pictures/slam-1"][0].shape == (4 * 18, 10 * 18, 3)
     metrics = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
     assert "train/loss" in metrics
-    assert "train/images_per_second" in metrics
+    for name in ("images_per_second", "learning_rate", "gradient_norm"):
+        assert f"train/{name}" in metrics
+
+
+def test_the_last_samples_are_always_logged(tmp_path):
+    logger = Pictures(tmp_path)
+    trainer(max_steps=2, logger=logger).fit(make(sample_every=100), digits())
+    assert set(logger.images) == {"pictures/slam-1", "pictures/slam-2", "pictures/slam-4"}
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_start_with_the_lowest_loss_goes_on(cache, tmp_path):
     losses = {}
     for start in ("ddim", "unipc", "paper"):
         single = _search(TwoPoints(SCHEDULE), nfe=4, solver=start, steps=1)
-        losses[start] = _fit(single, TeacherData(cache, holdout=0)).callback_metrics["train/loss"]
+        losses[start] = _fit(single, TeacherData(cache, holdout=0)).callback_metrics["train/solver-search-4/loss"]
     assert load_solver(folder / "solver-search-4.json").info["config"]["start"] == min(losses, key=losses.get)
 
 

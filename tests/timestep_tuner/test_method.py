@@ -297,12 +297,14 @@ class Pictures(lightning.pytorch.loggers.CSVLogger):
 def test_pictures_and_losses_are_logged(cache, tmp_path):
     logger = Pictures(tmp_path)
     fit(make(steps=3), data(cache), logger=logger, log_every_n_steps=1)
-    assert set(logger.images) == {"ddim-4/ratios", "ddim-4/timesteps"}
-    lines = logger.images["ddim-4/ratios"][0].axes[0].get_lines()
+    assert set(logger.images) == {"tables/tuned-ddim-4", "tables/tuned-ddim-4-ratios"}
+    lines = logger.images["tables/tuned-ddim-4-ratios"][0].axes[0].get_lines()
     assert [len(line.get_xdata()) for line in lines] == [3, 3, 3]
     metrics = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
-    for name in ("ddim-4/loss_0", "ddim-4/loss_2", "ddim-4/held_out_before", "ddim-4/held_out_after"):
+    for name in ("train/tuned-ddim-4/loss_0", "train/tuned-ddim-4/loss_2", "train/tuned-ddim-4/learning_rate"):
         assert name in metrics
+    assert "validation/tuned-ddim-4/before" in metrics
+    assert "validation/tuned-ddim-4/after" in metrics
 
 
 def test_names():

@@ -63,7 +63,7 @@ def module(kind=BaseModel, **options):
 def test_samples_and_what_follows_a_step_come_once_per_step(tmp_path, monkeypatch, kind):
     steps, pictures = [], []
     monkeypatch.setattr(kind, "after_step", lambda self, step: steps.append(step))
-    monkeypatch.setattr(kind, "_log_samples", lambda self: pictures.append(self.global_step))
+    monkeypatch.setattr(kind, "show", lambda self, step: pictures.append(step))
     monkeypatch.setattr(kind, "logger", type("Logger", (), {"log_image": None}))
     options = {"limit_val_batches": 0, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     options |= {"enable_checkpointing": False, "default_root_dir": tmp_path}
