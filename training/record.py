@@ -37,11 +37,10 @@ def log_table(logger: Any, name: str, table: SolverTable, title: str | None = No
 
 @rank_zero_only
 def log_about(logger: Any, about: dict[str, Any], origins: Sequence[Origin]) -> None:
-    """What a run is about into its config, and lines to what it came from, which W&B draws online alone."""
-    if keeps_artifacts(logger):
-        logger.log_hyperparams({ABOUT: about | {"made_from": _records(origins)}})
-        for origin in [] if logger.experiment.offline else origins:
-            logger.experiment.use_artifact(_artifact(origin))
+    """What a run is about into W&B's config of it, and lines to what it came from, which W&B draws online alone."""
+    logger.log_hyperparams({ABOUT: about | {"made_from": _records(origins)}})
+    for origin in [] if logger.experiment.offline else origins:
+        logger.experiment.use_artifact(_artifact(origin))
 
 
 @rank_zero_only

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from solvers.provenance import provenance
-from training.record import log_about
+from training.record import keeps_artifacts, log_about
 from training.run_card import Origin, RunCard
 
 
@@ -86,7 +86,8 @@ class ResultModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """A training begins, or goes on."""
         self._is_finished = False
-        log_about(self.logger, self.about(), self.origins())
+        if keeps_artifacts(self.logger):
+            log_about(self.logger, self.about(), self.origins())
 
     def on_train_end(self) -> None:
         """All steps have been made."""

@@ -92,5 +92,4 @@ def test_without_wandb_nothing_happens(tmp_path):
     for logger in (None, SimpleNamespace(), DummyLogger()):
         assert not takes_pictures(logger)
         log_table(logger, "olss-4", None)
-        log_about(logger, {}, [])
         upload_solver(logger, tmp_path / "missing.json", "tiny")
