@@ -204,8 +204,14 @@ class TrainerRun(Run):
         return self.trainer.precision_plugin.forward_context()
 
     def log(self, values: dict[str, float | Tensor], bar: bool = True, of_epoch: bool = False) -> None:
-        """With Lightning."""
-        self.module.log_dict(values, prog_bar=bar, batch_size=1, on_step=not of_epoch, on_epoch=of_epoch)
+        """With Lightning, but a step's to the loggers from here: it repeats them in every later step of an epoch."""
+        options = {"prog_bar": bar, "logger": of_epoch, "on_step": not of_epoch, "on_epoch": of_epoch}
+        self.module.log_dict(values, batch_size=1, **options)
+        step = self.module.global_step
+        if not of_epoch and step % self.trainer.log_every_n_steps == 0:
+            found = {name: float(value) for name, value in values.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(found, step=step - 1)
 
     def say(self, message: str) -> None:
         """In the first process."""
