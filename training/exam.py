@@ -7,6 +7,7 @@ from torch import Tensor
 
 from denoisers import calls_per_row, network_calls
 from denoisers.generate import as_images, generate
+from evaluation.distances import error_figures
 from solvers import SolverTable, baseline_names, named_solver
 
 SHOWN = 8  # images of a solver in the table of results
@@ -25,7 +26,7 @@ class Taken:
     @property
     def figures(self) -> dict[str, float]:
         """Over all images."""
-        return spread(self.errors)
+        return error_figures(self.errors.square())
 
 
 @dataclass
@@ -94,13 +95,3 @@ class Exam:
 
         images = as_images(self.denoiser, states[:SHOWN])
         return image_grid(images, columns=len(images))
-
-
-def spread(errors: Tensor) -> dict[str, float]:
-    """Of the errors of images: their root mean square, median, 99th percentile and the worst."""
-    return {
-        "rmse": float(errors.square().mean().sqrt()),
-        "median": float(errors.median()),
-        "p99": float(errors.quantile(0.99)),
-        "worst": float(errors.max()),
-    }

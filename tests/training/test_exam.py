@@ -6,11 +6,12 @@ import torch
 
 from data.teacher_data import TeacherData
 from denoisers.generate import generate
+from evaluation.distances import error_figures
 from solver_search.method import Descent, SolverSearch
 from solvers import NoiseSchedule, named_solver
 from tests.solver_search.toys import TwoPoints
 from tests.training.test_resume import SCHEDULE, cache, fit
-from training.exam import COLUMNS, Exam, spread
+from training.exam import COLUMNS, Exam
 from training.run_card import SPENT
 from training.solver_training import SolverTraining
 
@@ -48,7 +49,7 @@ def test_errors_are_those_to_the_teachers_images():
     taken = exam.take("ours", named_solver("unipc:3", SCHEDULE))
     expected = errors(denoiser, "unipc:3")
     torch.testing.assert_close(taken.errors, expected, rtol=0, atol=0)
-    assert taken.figures == spread(expected)
+    assert taken.figures == error_figures(expected.square())
     assert taken.figures["worst"] == float(expected.max())
     assert taken.figures["rmse"] == pytest.approx(float(expected.square().mean() ** 0.5))
     rival = exam.classical(3)
