@@ -13,6 +13,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _runs_elsewhere(monkeypatch, tmp_path):
+    """A folder `wandb` in the repository would pass for a package of it."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+
 @pytest.fixture
 def device():
     """A GPU, or with TEST_DEVICE=cpu the CPU, so that the tests of a GPU can be rehearsed without one."""
