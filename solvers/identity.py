@@ -96,8 +96,7 @@ def lifted_checks(allow_mismatch: str | Sequence[str], known: Sequence[str] = CH
     Raises:
         SolverError: no name of a known check.
     """
-    named = isinstance(allow_mismatch, str | list | tuple)
-    names = [allow_mismatch] if isinstance(allow_mismatch, str) or not named else list(allow_mismatch)
+    names: list[Any] = list(allow_mismatch) if isinstance(allow_mismatch, list | tuple) else [allow_mismatch]
     if unknown := [name for name in names if name not in known]:
         raise SolverError(f"allow_mismatch is {unknown[0]!r}: name the check that it lifts, one of {', '.join(known)}")
     return names

@@ -45,13 +45,16 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     if listed is not None:
         name = _known(listed[1], schedule)
         timesteps = _given_timesteps(listed[3], listed[2] is not None, schedule)
-        build = partial(listed_table, timesteps=timesteps)
+        build = (
+            partial(ipndm, schedule, timesteps)
+            if name == "ipndm"
+            else partial(listed_table, entries(schedule)[name], schedule, timesteps=timesteps)
+        )
     else:
         name, spacing, steps = _parsed(text, schedule)
-        timesteps = _timesteps(schedule, steps, spacing) if name == "ipndm" else None
-        build = partial(spaced_table, steps=steps, spacing=spacing)
+        build = partial(_named_table, name, schedule, steps, spacing)
     try:
-        return ipndm(schedule, timesteps) if name == "ipndm" else build(entries(schedule)[name], schedule)
+        return build()
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{text!r} cannot be built for this schedule: {error}") from error
 
@@ -172,6 +175,13 @@ def _check_levels(levels: Tensor, timesteps: Tensor, schedule: NoiseSchedule) ->
         raise ValueError(f"noise levels {levels.tolist()} leave the schedule's range [{low:.4g}, {high:.4g}]")
 
 
+def _named_table(name: str, schedule: NoiseSchedule, steps: int, spacing: str) -> SolverTable:
+    """A solver with so many steps of its own."""
+    if name == "ipndm":
+        return ipndm(schedule, _timesteps(schedule, steps, spacing))
+    return spaced_table(entries(schedule)[name], schedule, steps=steps, spacing=spacing)
+
+
 def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> Tensor:
     """Timesteps of our own solvers, spaced as diffusers spaces them, (n,)."""
     line = partial(torch.linspace, dtype=torch.float64)
@@ -181,8 +191,8 @@ def _timesteps(schedule: NoiseSchedule, n: int, spacing: str) -> Tensor:
             return line(total - 1, 0, n + 1)[:-1].round()
         return (total - torch.arange(n, dtype=torch.float64) * (total / n)).round() - 1
     if schedule.kind == "edm":
-        ends = schedule.at_time(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
-        return schedule.at_time(line(1, 0, n)) if spacing == "karras" else line(*ends, n)
+        first, last = schedule.at_time(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+        return schedule.at_time(line(1, 0, n)) if spacing == "karras" else line(first, last, n)
     sigma = line(1, 1e-3, n) if spacing == "linspace" else line(1, 1 / n, n)
     if schedule.kind == "flow":
         shift = schedule.shift_at(n)

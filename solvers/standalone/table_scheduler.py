@@ -379,7 +379,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if "timesteps" in given and not _close(timesteps, self.timesteps):
             raise ValueError(f"timesteps are {list(timesteps)}: this solver's own are {self.timesteps.tolist()}")
         if "shift" in given:
-            self._check_shift(float(mu))
+            self._check_shift(float(given["shift"]))
 
     def _check_guidance(self) -> None:
         """Refuse guidance other than the tables', as far as the call of the pipeline shows it."""
