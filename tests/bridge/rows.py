@@ -25,6 +25,7 @@ SIZE = {"height": 16, "width": 16, "output_type": "latent"}
 SHORT = {"max_sequence_length": LENGTH}
 BOTH = ("prompt_embeds", "negative_prompt_embeds")
 MASKED = (*BOTH, "prompt_attention_mask", "negative_prompt_attention_mask")
+TWICE_MASKED = (*MASKED, *(f"{name}_2" for name in ("prompt_embeds", "negative_prompt_embeds", *MASKED[len(BOTH) :])))
 
 
 @dataclass(frozen=True)
@@ -581,16 +582,7 @@ ROWS: tuple[Row, ...] = (
         "HunyuanDiTPipeline",
         "image",
         lambda: hunyuan_dit(diffusers.DDPMScheduler(clip_sample=False)),
-        embedded(
-            8,
-            (
-                *MASKED,
-                "prompt_embeds_2",
-                "negative_prompt_embeds_2",
-                "prompt_attention_mask_2",
-                "negative_prompt_attention_mask_2",
-            ),
-        ),
+        embedded(8, TWICE_MASKED),
         SIZE | {"use_resolution_binning": False},
         refused="draws fresh noise at its steps",
         note="DDPM",
@@ -599,16 +591,7 @@ ROWS: tuple[Row, ...] = (
         "HunyuanDiTPipeline",
         "image",
         lambda: hunyuan_dit(ddim()),
-        embedded(
-            8,
-            (
-                *MASKED,
-                "prompt_embeds_2",
-                "negative_prompt_embeds_2",
-                "prompt_attention_mask_2",
-                "negative_prompt_attention_mask_2",
-            ),
-        ),
+        embedded(8, TWICE_MASKED),
         SIZE | {"use_resolution_binning": False},
         note="DDIM",
     ),

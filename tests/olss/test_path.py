@@ -192,6 +192,17 @@ def test_search_is_never_worse_than_its_starts():
     assert previous < best
 
 
+def test_only_plans_that_are_good_on_few_trajectories_are_judged_on_all():
+    search = PlanSearch(Toy(), teacher(STEPS), DATA[:12], DATA[12:])
+    plans = starting_plans(teacher(STEPS), 2)
+    best, score = search.best(2, rounds=0)
+    few, everything = ([plan for plan, size in search.scored if size == count] for count in (8, 12))
+    assert set(few) == set(plans)
+    assert len(everything) == max(len(plans) // 4, 4) < len(plans)
+    assert set(everything) == set(sorted(plans, key=lambda plan: search.scored[plan, 8])[: len(everything)])
+    assert score == search.scored[best, 12] == min(search.scored[plan, 12] for plan in everything)
+
+
 def test_a_plan_is_scored_once():
     calls = []
 
