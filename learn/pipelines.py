@@ -27,7 +27,7 @@ from learn.options import SHARD, LearnOptions
 from learn.subject import Subject, default_teacher
 from solvers.accelerate import STAND_INS
 from solvers.named import resolve_solver
-from solvers.standalone.table_scheduler import pipeline_guidance
+from solvers.standalone.table_scheduler import check_keeps_scheduler, pipeline_guidance
 
 WITHOUT_PROMPTS = ("DiTPipeline", "DDPMPipeline", "DDIMPipeline")
 SIZES = ("height", "width", "negative_prompt", "output_type")  # arguments of a call that adapters know, or need not
@@ -92,6 +92,8 @@ def open_pipeline(pipe: Any, options: LearnOptions, load: str) -> Subject:
             recorded.
     """
     _check_arguments(pipe, options)
+    if options.save_pipeline is not None:
+        check_keeps_scheduler(type(pipe))
     pipe.set_progress_bar_config(disable=True)
     return (_adapted if has_adapter(pipe, options) else _recorded)(pipe, options, load)
 

@@ -66,7 +66,8 @@ def _load(solver: Solver | Sequence[Solver]) -> list[SolverTable]:
 
 
 def _diffusers(tables: list[SolverTable], output: Path, pipeline: Path | None, allow_mismatch: Any) -> Path:
-    from solvers.scheduler import TableScheduler
+    from solvers.scheduler import TableScheduler, saved_parts
+    from solvers.standalone.table_scheduler import check_keeps_scheduler
 
     if any(table.has_own_calls for table in tables):
         raise SolverError(
@@ -76,6 +77,7 @@ def _diffusers(tables: list[SolverTable], output: Path, pipeline: Path | None, a
     if pipeline is None:
         scheduler = TableScheduler.from_solver(tables, allow_mismatch=allow_mismatch)
     else:
+        check_keeps_scheduler(saved_parts(pipeline)[1])
         scheduler = TableScheduler.for_pipeline(tables, pipeline, allow_mismatch=allow_mismatch)
     files = {
         "scheduler_config.json": scheduler.to_json_string(),

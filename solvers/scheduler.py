@@ -248,11 +248,12 @@ def _num_train_timesteps(schedule: dict[str, Any] | None) -> int:
 def _parts(pipe: Any) -> tuple[Any, type | None]:
     """The scheduler (or its config) and the class of a pipeline, a pipeline's folder, or a bare scheduler."""
     if isinstance(pipe, str | Path):
-        return _saved_parts(Path(pipe))
+        return saved_parts(Path(pipe))
     return (pipe.scheduler, type(pipe)) if hasattr(pipe, "scheduler") else (pipe, None)
 
 
-def _saved_parts(folder: Path) -> tuple[dict[str, Any], type | None]:
+def saved_parts(folder: Path) -> tuple[dict[str, Any], type | None]:
+    """The scheduler's config and the class of a saved pipeline; SolverError where the folder holds none."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "scheduler" / CONFIG).read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ or, with a `space`, one channel matrix per band of spatial frequencies.
 import inspect
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -327,7 +328,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return alpha * noise - sigma * sample
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """The config and, beside it, this file, by which a pipeline loads with `trust_remote_code=True`."""
+        """The config and, beside it, this file, by which a pipeline loads with `trust_remote_code=True`.
+
+        Raises:
+            ValueError: saved with a pipeline that would not load it, see `check_keeps_scheduler`.
+        """
+        pipe, _ = calling_pipeline(self, "save_pretrained")
+        check_keeps_scheduler(None if pipe is None else type(pipe))
         path = Path(save_directory, f"{self.__module__}.py")
         source = Path(__file__).read_text(encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -497,12 +504,30 @@ def is_guidance(name: str) -> bool:
     return ("guidance" in name or "cfg" in name) and name not in ("guidance_scale", "true_cfg_scale")
 
 
-def calling_pipeline(scheduler: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The pipeline whose call leads here, and its arguments; (None, {}) where there is none."""
+def check_keeps_scheduler(pipeline_class: type | None) -> None:
+    """Refuse the class of a pipeline that, whenever it is loaded, makes a scheduler of diffusers of its scheduler.
+
+    Raises:
+        ValueError: such a class.
+    """
+    try:
+        source = "" if pipeline_class is None else inspect.getsource(pipeline_class.__init__)
+    except (OSError, TypeError):  # there is no source to look at
+        return
+    if re.search(r"\bscheduler = \w+\.from_config\(", source):
+        raise ValueError(
+            f"a saved {pipeline_class.__name__} makes a scheduler of diffusers of its own when it is loaded, so this "
+            "solver would be lost: save the scheduler alone, pipe.scheduler.save_pretrained(folder), and after loading "
+            "set pipe.scheduler = TableScheduler.from_pretrained(folder)"
+        )
+
+
+def calling_pipeline(scheduler: Any, name: str = "__call__") -> tuple[Any, Mapping[str, Any]]:
+    """The pipeline whose call, or method of this name, leads here, and its arguments; (None, {}) without one."""
     frame = inspect.currentframe()
     while frame is not None:
         pipe = frame.f_locals.get("self")
-        if frame.f_code.co_name == "__call__" and getattr(pipe, "scheduler", None) is scheduler:
+        if frame.f_code.co_name == name and getattr(pipe, "scheduler", None) is scheduler:
             return pipe, frame.f_locals
         frame = frame.f_back
     return None, {}

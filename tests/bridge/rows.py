@@ -39,6 +39,7 @@ class Row:
         prompts: as `record_trajectories` takes them.
         call: further arguments of every call.
         refused: a pattern of the line that refuses it; None where solvers are learned for it.
+        unsaved: a pattern of the line that refuses to save it with a solver in it.
         note: which of several rows of a class this is.
     """
 
@@ -48,6 +49,7 @@ class Row:
     prompts: Any = TEXT
     call: Mapping[str, Any] = field(default_factory=lambda: SIZE)
     refused: str | None = None
+    unsaved: str | None = None
     note: str = ""
 
     @property
@@ -399,6 +401,7 @@ ROWS: tuple[Row, ...] = (
         lambda: of("DDIMPipeline", unet=tiny_unet(), scheduler=ddim()),
         None,
         {"output_type": "np"},
+        unsaved="makes a scheduler of diffusers of its own when it is loaded",
     ),
     Row(
         "DDPMPipeline",

@@ -1,12 +1,14 @@
-"""Every row: its own scheduler as a table, and a learned solver that beats plain sampling, or the line that refuses."""
+"""Every row: its own scheduler as a table, a learned solver that beats plain sampling, saved; or the line refusing."""
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.bridge.measure import measure
+from tests.bridge.measure import Again, fresh_process, measure
 from tests.bridge.page import MEASURED, PAGE, page
 from tests.bridge.rows import ROWS, Row
 
@@ -14,18 +16,28 @@ QUICK = ("DDIMPipeline", "DDPMPipeline", "CogVideoXPipeline DPM", "WanPipeline")
 MARKS = [() if row.label in QUICK else pytest.mark.slow for row in ROWS]
 
 
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Again]:
+    with fresh_process(tmp_path_factory.mktemp("fresh")) as run:
+        yield run
+
+
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.label.replace(" ", "-"), marks=marks) for row, marks in zip(ROWS, MARKS)]
 )
-def test_a_pipeline(row: Row, tmp_path: Path) -> None:
-    found = measure(row, tmp_path)
-    assert ("refused" in found) == (row.refused is not None), found
-    if row.refused is not None:
-        assert re.search(row.refused, found["refused"])
-        assert "\n" not in found["refused"]
-    else:
+def test_a_pipeline(row: Row, tmp_path: Path, again: Again) -> None:
+    assert_as_expected(row, measure(row, tmp_path, again))
+
+
+def assert_as_expected(row: Row, found: dict[str, Any]) -> None:
+    for name, expected in (("refused", row.refused), ("unsaved", row.unsaved)):
+        assert re.search(expected or "^$", found.get(name, "")), found
+        assert "\n" not in found.get(name, "")
+    if row.refused is None:
         assert found["own"] < 1e-4
         assert found["learned"] < found["plain"]
+        # weights read from a file lie elsewhere: 3e-8 in the image encoder of Stable Video Diffusion end as 2e-4
+        assert row.unsaved or found["saved"] < 1e-3
 
 
 def test_the_page_is_current() -> None:
@@ -34,9 +46,7 @@ def test_the_page_is_current() -> None:
     assert list(measured) == [row.label for row in ROWS]
     assert PAGE.read_text() == page(measured)
     for row in ROWS:
-        found = measured[row.label]
-        assert re.search(row.refused or "^$", found.get("refused", ""))
-        assert row.refused or (found["own"] < 1e-4 and found["learned"] < found["plain"])
+        assert_as_expected(row, measured[row.label])
 
 
 def test_there_are_rows_of_every_kind() -> None:

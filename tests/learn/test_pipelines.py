@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 
 from learn import learn
 from learn.cli import main
@@ -16,7 +16,7 @@ from learn.options import LearnOptions
 from learn.pipelines import RecordedSubject
 from learn.report import _pictures, small
 from solvers import accelerate_pipeline
-from tests.tiny_pipelines import call_arguments, tiny_pipeline
+from tests.tiny_pipelines import call_arguments, tiny_pipeline, tiny_unet
 
 PROMPTS = ["a cat", "a dog"]
 PASSED = ("guidance_scale", "num_inference_steps", "prompt", "class_labels", "output_type")
@@ -146,6 +146,13 @@ def test_what_an_adapter_does_not_know_is_recorded(tmp_path):
 def test_bad_input(options, reason):
     with pytest.raises(ValueError, match=reason):
         open_subject(tiny_pipeline("sd"), LearnOptions(**{"prompts": PROMPTS, "device": "cpu"} | options))
+
+
+def test_a_pipeline_that_would_not_load_its_solver_is_refused_before_anything_is_made(tmp_path):
+    pipe = DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match="a saved DDIMPipeline makes a scheduler of diffusers"):
+        learn(pipe, calls=[4], device="cpu", output=tmp_path / "out", save_pipeline=str(tmp_path / "saved"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):

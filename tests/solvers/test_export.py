@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 
 from denoisers import with_guidance
 from denoisers.diffusers_models import from_pipeline
@@ -19,6 +19,7 @@ from solvers import (
     NoiseSchedule,
     SolverError,
     SolverTable,
+    TableScheduler,
     export_solver,
     load_solver,
     row_noise,
@@ -28,7 +29,7 @@ from solvers import (
     tabulate,
 )
 from tests.analytic import two_point_denoiser
-from tests.tiny_pipelines import call_arguments, tiny_pipeline
+from tests.tiny_pipelines import call_arguments, tiny_pipeline, tiny_unet
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -212,6 +213,24 @@ def test_a_saved_pipeline_that_does_not_fit_stays_as_it_is(tmp_path):
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     with pytest.raises(SolverError, match="is not the folder of a saved diffusers pipeline"):
         export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "none")
+
+
+def test_a_saved_pipeline_that_loads_its_own_scheduler_is_refused(tmp_path):
+    """A DDIMPipeline makes a DDIMScheduler of any scheduler, and would run plain DDIM without a word."""
+    pipe = DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(tmp_path / "pipe")
+    before = (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text()
+    path = artifact(tmp_path, learned_table("epsilon"), NoiseSchedule.from_scheduler(pipe.scheduler))
+    reason = "a saved DDIMPipeline makes a scheduler of diffusers .* save the scheduler alone"
+    with pytest.raises(ValueError, match=reason):
+        export_solver(path, "diffusers", tmp_path / "export", pipeline=tmp_path / "pipe")
+    assert (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text() == before
+    pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
+    with pytest.raises(ValueError, match=reason):
+        pipe.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "model_index.json").exists()
+    pipe.scheduler.save_pretrained(tmp_path / "alone")
+    assert TableScheduler.from_pretrained(tmp_path / "alone").config["tables"] == pipe.scheduler.config["tables"]
 
 
 def test_exports_keep_every_double(tmp_path):
