@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.image_shards import ARRAYS, read_shards
+from data.image_shards import read_shards
 from data.shards import Trajectories
 from denoisers import check_labels, index_condition
 from solvers import start_noise
@@ -29,7 +29,7 @@ def read_images(folder: str, pattern: str, denoiser: Any) -> tuple[Tensor, Any]:
     Raises:
         ValueError: no shards, or samples that do not fit the denoiser.
     """
-    values, labels = read_shards(folder, pattern, ARRAYS)
+    values, labels = read_shards(folder, pattern, arrays=True)
     data = torch.from_numpy(values)
     if data.dtype == torch.uint8:
         data = data.float() * (2 / 255) - 1

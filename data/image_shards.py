@@ -1,34 +1,22 @@
-"""Webdataset shards of images with labels, NAME.jpg (.png, or .npy for latents) and NAME.cls: read into memory."""
+"""Webdataset shards of images with labels, NAME.jpg (any picture, or .npy for latents) and NAME.cls: into memory."""
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data.manifest import read_record
+from data.pictures import decode_picture, picture_extensions
+from solvers.text import decode_text
 
 MANIFEST_NAME = "samples.json"  # beside shards that a teacher made
-
-
-def decode_picture(content: bytes) -> np.ndarray:
-    """A picture file as uint8 (3, height, width), a grey one (1, height, width)."""
-    with Image.open(io.BytesIO(content)) as image:
-        if image.mode == "L":
-            return np.asarray(image)[None]
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def read_array(content: bytes) -> np.ndarray:
     """A .npy file's array; pickled objects are refused."""
     return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-PICTURES: dict[str, Callable[[bytes], np.ndarray]] = dict.fromkeys(("jpg", "jpeg", "png"), decode_picture)
-ARRAYS = PICTURES | {"npy": read_array}
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -38,15 +26,13 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def read_shards(
-    folder: str | Path, pattern: str, decoders: Mapping[str, Callable[[bytes], np.ndarray]] = PICTURES
-) -> tuple[np.ndarray, np.ndarray]:
+def read_shards(folder: str | Path, pattern: str, arrays: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Decode all images of the webdataset shards that match, in the order of their names.
 
     Args:
         folder: where the shards are, .tar or .tar.gz.
         pattern: glob pattern of their names.
-        decoders: by extension, what turns a file into an array.
+        arrays: also read .npy files, of latents.
     Returns:
         (images (n, channels, height, width), uint8 where they were pictures, labels int64 (n,)); pictures have three
         channels as soon as one of them has colour.
@@ -59,7 +45,7 @@ def read_shards(
             f"no image shards {pattern} in {Path(folder)}: give the folder that holds them with "
             "--data.init_args.data_dir (or DATA_DIR), or use --data.init_args.source cifar10 to download CIFAR-10"
         )
-    samples = [sample for path in paths for sample in _read_shard(path, decoders)]
+    samples = [sample for path in paths for sample in _read_shard(path, arrays)]
     channels = max(len(image) for image, _ in samples)
     images = [np.repeat(image, channels, axis=0) if len(image) == 1 else image for image, _ in samples]
     if len({image.shape for image in images}) != 1:
@@ -81,18 +67,27 @@ def describe_samples(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def _read_shard(path: Path, decoders: Mapping[str, Callable]) -> list[tuple[np.ndarray, int]]:
+def _read_shard(path: Path, arrays: bool) -> list[tuple[np.ndarray, int]]:
     images: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
     with tarfile.open(path) as archive:
         for member in archive:
             key, extension = split_name(member.name)
-            if extension in decoders:
-                images[key] = decoders[extension](archive.extractfile(member).read())
-            elif extension == "cls":
-                labels[key] = int(archive.extractfile(member).read())
+            try:
+                if extension in picture_extensions():
+                    images[key] = decode_picture(_content(archive, member))
+                elif arrays and extension == "npy":
+                    images[key] = read_array(_content(archive, member))
+                elif extension == "cls":
+                    labels[key] = int(decode_text(_content(archive, member)))
+            except ValueError as error:
+                raise ValueError(f"{member.name} in {path}: {error}") from error
     if not images or images.keys() != labels.keys():
         raise ValueError(
             f"{path}: {len(images)} images and {len(labels)} .cls labels, each image needs one of the same key"
         )
     return [(images[key], labels[key]) for key in images]
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return archive.extractfile(member).read()  # type: ignore[union-attr]

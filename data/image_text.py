@@ -1,6 +1,5 @@
-"""Webdataset shards of pictures with captions, NAME.jpg (or .png) and NAME.txt, read in batches; damage is named."""
+"""Webdataset shards of pictures with captions, NAME.jpg (any picture) and NAME.txt, in batches; damage is named."""
 
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.image_shards import PICTURES, split_name
+from data.image_shards import split_name
+from data.pictures import cover, picture_extensions, read_picture
+from solvers.text import decode_text
 
 Files = dict[str, bytes]  # content by extension
 
@@ -94,21 +94,11 @@ def decode(files: Files, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     Raises:
         ValueError: it has no picture or caption.
     """
-    extension = next((name for name in PICTURES if name in files), None)
+    extension = next((name for name in picture_extensions() if name in files), None)
     if extension is None or "txt" not in files:
-        missing = "caption (.txt)" if extension else "picture (.jpg, .jpeg or .png)"
+        missing = "caption (.txt)" if extension else "picture (.jpg, .png, ...)"
         raise ValueError(f"it has no {missing}, only {', '.join(files)}")
-    with Image.open(io.BytesIO(files[extension])) as image:
-        return cover(image.convert("RGB"), size), files["txt"].decode("utf-8").strip()
-
-
-def cover(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """A picture scaled until it covers (height, width), and cut at its centre: uint8 (3, height, width)."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-    return np.asarray(scaled.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+    return cover(read_picture(files[extension]), size), decode_text(files["txt"]).strip()
 
 
 def _collect(path: Path, decoding: list[tuple[str, Future]], damage: Damage) -> Iterator[ImageTextBatch]:

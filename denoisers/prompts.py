@@ -9,6 +9,7 @@ import torch
 from denoisers.diffusers_base import DiffusersDenoiser
 from denoisers.diffusers_models import from_pipeline
 from solvers.conditions import concatenate_conditions
+from solvers.text import read_text
 
 Encode = Callable[..., dict[str, Any]]
 
@@ -64,7 +65,7 @@ def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
         return list(prompts)
     if not Path(prompts).is_file():
         raise ValueError(f"{prompts} does not exist: give a text file with one prompt a line, or a list of prompts")
-    lines = [line.strip() for line in Path(prompts).read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{prompts} has no prompts: write one a line")
     return lines

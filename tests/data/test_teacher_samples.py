@@ -6,7 +6,7 @@ import lightning
 import pytest
 import torch
 
-from data.image_shards import ARRAYS, describe_samples, read_shards
+from data.image_shards import describe_samples, read_shards
 from data.teacher import TrajectoryShards
 from data.teacher_samples import TeacherSamples
 from data.trajectories import FIRST_SEED
@@ -59,7 +59,7 @@ def test_shards_hold_the_teachers_samples(tmp_path, channels, tolerance):
     denoiser = Toy(channels)
     predict(make(tmp_path, denoiser))
     assert len(list(tmp_path.glob("*.tar"))) == 3
-    values, labels = read_shards(tmp_path, "*.tar", ARRAYS)
+    values, labels = read_shards(tmp_path, "*.tar", arrays=True)
     assert labels.tolist() == [seed % 3 for seed in range(FIRST_SEED, FIRST_SEED + 10)]
     found = torch.from_numpy(values)
     if channels < 4:
