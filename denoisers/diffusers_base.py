@@ -134,7 +134,8 @@ class DiffusersDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.name = network, name
-        self.scheduler_config = dict(getattr(scheduler, "config", scheduler))
+        config = dict(getattr(scheduler, "config", scheduler))
+        self.scheduler_config = {"_class_name": type(scheduler).__name__} | config
         own = self._own_size() if height is None or width is None else (0, 0)
         sides = (own[0] if height is None else height // vae_scale, own[1] if width is None else width // vae_scale)
         self.size = Size(*sides, vae_scale)

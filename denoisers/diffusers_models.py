@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, PromptDenoiser, check_components
+from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, check_components
+from denoisers.prompt_transformer import PromptTransformer
 from denoisers.prompt_unet import PromptUNet
 
 
@@ -39,7 +40,7 @@ class ClassTransformer(DiffusersDenoiser):
         return self.network(x, timestep=timestep, class_labels=condition, return_dict=False)[0]
 
 
-class PixArt(PromptDenoiser):
+class PixArt(PromptTransformer):
     """`PixArtTransformer2DModel`; the 1024 pixel model is also told resolution and aspect ratio."""
 
     def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -49,7 +50,7 @@ class PixArt(PromptDenoiser):
         return self.network(x, hidden, timestep, **arguments)[0]
 
 
-class SD3(PromptDenoiser):
+class SD3(PromptTransformer):
     """`SD3Transformer2DModel`."""
 
     @property
@@ -62,7 +63,7 @@ class SD3(PromptDenoiser):
         return self.network(hidden_states=x, timestep=timestep, **condition, return_dict=False)[0]
 
 
-class Flux(PromptDenoiser):
+class Flux(PromptTransformer):
     """`FluxTransformer2DModel`: a state is packed, (tokens, 4 * latent channels), as in the pipeline.
 
     Like the pipeline it rounds timesteps to the network's dtype before it divides by 1000: bf16 is told 612 for 610.17.

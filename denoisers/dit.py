@@ -1,6 +1,5 @@
 """DiT: the diffusion transformer whose parameters are named as in the public DiT and SiT checkpoints."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from denoisers.checkpoint import WEIGHTS_NAME, save_denoiser
+from denoisers.gamma import GammaEmbedder, sinusoids
 from solvers.schedule import NoiseSchedule
 
 CONVENTIONS = ("scheduler", "sit")
@@ -225,32 +225,6 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Labels (batch,) -> (batch, hidden)."""
         return self.embedding_table(labels)
-
-
-class GammaEmbedder(nn.Module):
-    """Sines of 1 - gamma, then an MLP without biases: zero at gamma = 1, whatever the weights."""
-
-    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
-        super().__init__()
-        self.num_frequencies = num_frequencies
-        first = nn.Linear(num_frequencies, hidden_size, bias=False)
-        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size, bias=False))
-
-    def forward(self, gamma: Tensor) -> Tensor:
-        """Gammas (batch,) in [0, 1] -> (batch, hidden)."""
-        sines = sinusoids(100 * (1 - gamma), self.num_frequencies)[:, self.num_frequencies :]
-        return self.mlp(sines.to(self.mlp[0].weight.dtype))
-
-
-def sinusoids(timestep: Tensor, num_frequencies: int, max_period: float = 10000.0) -> Tensor:
-    """(cos, sin) of timestep * max_period^(-i / num_frequencies): (batch,) -> (batch, 2 * num_frequencies).
-
-    Computed in float32 (float64 for float64 timesteps) whatever the autocast: at timestep 999 bf16 has steps of 4.
-    """
-    timestep = timestep if timestep.dtype == torch.float64 else timestep.float()
-    exponent = torch.arange(num_frequencies, device=timestep.device, dtype=timestep.dtype) / num_frequencies
-    angle = timestep[:, None] * torch.exp(-math.log(max_period) * exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def position_embedding(hidden_size: int, side: int) -> Tensor:

@@ -1,9 +1,11 @@
 """Students of SLAM: networks that are also told where on a line between two teacher points their state lies."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from denoisers.protocol import Denoiser
@@ -16,7 +18,8 @@ class Student(Denoiser, Protocol):
     A denoiser offers students by a method `with_gamma()`, which returns one: float32 copies of its weights, all
     trainable, in training mode, and an embedding of gamma that starts at zero, so that the student starts with the
     denoiser's outputs at every gamma. gamma = 1 is "as the teacher": leaving gamma out means 1, so a student is an
-    ordinary denoiser wherever it is sampled.
+    ordinary denoiser wherever it is sampled. Weights of the same names are the same: with LoRA the denoiser's own stand
+    in for the copies.
 
     | attribute | meaning |
     |---|---|
@@ -65,6 +68,33 @@ def with_gamma(denoiser: nn.Module) -> Any:
         name = getattr(denoiser, "name", None) or type(denoiser).__name__
         raise ValueError(
             f"{name} cannot be distilled, because its network takes no gamma: use a DiT or SiT checkpoint, a diffusers "
-            "UNet2DConditionModel, or give the denoiser a method with_gamma (see denoisers/gamma.py)"
+            "model with prompts (denoisers/diffusers_models.py), or give the denoiser a method with_gamma (see "
+            "denoisers/gamma.py)"
         )
     return make()
+
+
+class GammaEmbedder(nn.Module):
+    """Sines of 1 - gamma, then an MLP without biases: zero at gamma = 1, whatever the weights."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        first = nn.Linear(num_frequencies, hidden_size, bias=False)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size, bias=False))
+
+    def forward(self, gamma: Tensor) -> Tensor:
+        """Gammas (batch,) in [0, 1] -> (batch, hidden)."""
+        sines = sinusoids(100 * (1 - gamma), self.num_frequencies)[:, self.num_frequencies :]
+        return self.mlp(sines.to(self.mlp[0].weight.dtype))
+
+
+def sinusoids(timestep: Tensor, num_frequencies: int, max_period: float = 10000.0) -> Tensor:
+    """(cos, sin) of timestep * max_period^(-i / num_frequencies): (batch,) -> (batch, 2 * num_frequencies).
+
+    Computed in float32 (float64 for float64 timesteps) whatever the autocast: at timestep 999 bf16 has steps of 4.
+    """
+    timestep = timestep if timestep.dtype == torch.float64 else timestep.float()
+    exponent = torch.arange(num_frequencies, device=timestep.device, dtype=timestep.dtype) / num_frequencies
+    angle = timestep[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,4 +1,4 @@
-"""A Stable Diffusion student as a folder that diffusers loads: its U-Net, LCMScheduler, the rest of the teacher."""
+"""A student as a folder that diffusers loads: its network, a scheduler for it, the rest of the teacher's pipeline."""
 
 import inspect
 import os
@@ -8,44 +8,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 from diffusers import DiffusionPipeline, LCMScheduler
 
 from denoisers.diffusers_base import Source
+from solvers.schedule import NoiseSchedule
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-ALONE = ("height", "width", "dtype")  # options of a network without text encoder and autoencoder
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ALONE = ("height", "width", "num_frames", "dtype")  # options of a network without text encoder and autoencoder
 
 
 def save_pipeline(
     network: Any,
+    component: str,
     folder: str | Path,
-    scheduler: LCMScheduler,
+    scheduler_config: Mapping[str, Any],
+    teacher_points: int = 50,
     source: Source | None = None,
     beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a student's U-Net and scheduler and, where its teacher's folder is known, the rest of that pipeline.
+    """Write a student's network and scheduler and, where its teacher's folder is known, the rest of that pipeline.
 
-    `load_denoiser` takes the folder, or its `unet`, with the teacher's prompts and size; `StableDiffusionPipeline` and
-    `LatentConsistencyModelPipeline` take the folder where it is a whole pipeline.
+    `load_denoiser` takes the folder, or the network's in it, with the teacher's prompts and size; the teacher's class
+    of pipeline (of Stable Diffusion also `LatentConsistencyModelPipeline`) takes it where it is a whole pipeline.
 
     Args:
-        network: the student's `UNet2DConditionModel`, in the dtype to store.
+        network: the student's, in the dtypes to store.
+        component: what the pipeline calls it, unet or transformer.
         folder: created if missing; files of the same names are replaced, each at once.
-        scheduler: see `lcm_scheduler`.
+        scheduler_config: of the teacher.
+        teacher_points: number of the teacher's points that the student was distilled on.
         source: where the teacher was loaded from.
         beside: texts of further files beside the weights, by their names.
     Returns:
-        The U-Net's weights.
+        The network's weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    scheduler = student_scheduler(scheduler_config, teacher_points)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        _save_parts(Path(temporary), network, scheduler, source)
+        _save_parts(Path(temporary), network, component, scheduler, source)
         for name, text in (beside or {}).items():
-            Path(temporary, "unet", name).write_text(text, encoding="utf-8")
+            Path(temporary, component, name).write_text(text, encoding="utf-8")
         _move(Path(temporary), folder)
-    return folder / WEIGHTS
+    return folder / component / WEIGHTS
+
+
+def student_scheduler(config: Mapping[str, Any], teacher_points: int) -> Any:
+    """LCMScheduler; of a flow model, for which diffusers has none with a student's steps, the teacher's own."""
+    if NoiseSchedule.from_scheduler(config).kind == "flow":
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    return lcm_scheduler(config, teacher_points)
 
 
 def lcm_scheduler(config: Mapping[str, Any], original_inference_steps: int = 50) -> LCMScheduler:
@@ -61,20 +75,20 @@ def lcm_scheduler(config: Mapping[str, Any], original_inference_steps: int = 50)
     return LCMScheduler(**kept)
 
 
-def _save_parts(folder: Path, network: Any, scheduler: LCMScheduler, source: Source | None) -> None:
-    pipe = None if source is None else _pipeline(network, scheduler, source)
+def _save_parts(folder: Path, network: Any, component: str, scheduler: Any, source: Source | None) -> None:
+    pipe = None if source is None else _pipeline(network, component, scheduler, source)
     if pipe is None:
-        network.save_pretrained(folder / "unet", max_shard_size="1TB")
+        network.save_pretrained(folder / component, max_shard_size="1TB")
         scheduler.save_pretrained(folder / "scheduler")
     else:
         pipe.save_pretrained(folder, max_shard_size="1TB")
     options = {} if source is None else source.options
     if pipe is None:
         options = {name: value for name, value in options.items() if name in ALONE}
-        _describe(folder / "unet", options)
-        _describe(folder, {"path": "unet", **options})
+        _describe(folder / component, options)
+        _describe(folder, {"path": component, **options})
     else:
-        _describe(folder / "unet", {"path": "..", **options})
+        _describe(folder / component, {"path": "..", **options})
         _describe(folder, options)
 
 
@@ -83,11 +97,11 @@ def _describe(folder: Path, options: dict[str, Any]) -> None:
     Path(folder, "denoiser.yaml").write_text(text, encoding="utf-8")
 
 
-def _pipeline(network: Any, scheduler: LCMScheduler, source: Source) -> DiffusionPipeline | None:
+def _pipeline(network: Any, component: str, scheduler: Any, source: Source) -> DiffusionPipeline | None:
     """The teacher's pipeline around the student; None where parts are missing: then this project alone can load it."""
     try:
         weights = {"torch_dtype": network.dtype, "variant": source.variant}
-        pipe = DiffusionPipeline.from_pretrained(source.root, unet=network, **weights)
+        pipe = DiffusionPipeline.from_pretrained(source.root, **{component: network}, **weights)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"the student is saved without the other parts of {source.root}: {reason}", stacklevel=2)

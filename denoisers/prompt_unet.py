@@ -1,19 +1,14 @@
 """`UNet2DConditionModel` as a denoiser, and its students of SLAM, told gamma where LCM's networks are told a scale."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from denoisers.diffusers_base import PromptDenoiser
-from denoisers.pipeline_folder import lcm_scheduler, save_pipeline
-from solvers.files import atomic_write
-from solvers.identity import hash_weights
+from denoisers.pipeline_student import PipelineStudent, arguments, dtypes
 
 EMBEDDING_WIDTH = 256
 
@@ -71,7 +66,7 @@ class PromptUNet(PromptDenoiser):
         return PromptUNetStudent(self)
 
 
-class PromptUNetStudent(PromptUNet):
+class PromptUNetStudent(PromptUNet, PipelineStudent):
     """A trainable `UNet2DConditionModel` that is told gamma, see `denoisers.gamma.Student`.
 
     Args:
@@ -80,70 +75,26 @@ class PromptUNetStudent(PromptUNet):
         ValueError: a teacher with a guidance embedding of its own.
     """
 
+    component = "unet"
+
     def __init__(self, teacher: PromptUNet) -> None:
         size, network = teacher.size, student_network(teacher.network)
         super().__init__(network, teacher.scheduler_config, *size.pixels, vae_scale=size.vae_scale, name=teacher.name)
         self.conditions, self.source = teacher.conditions, teacher.source
-        self.stored_dtype = teacher.network.dtype
+        self.stored = dtypes(teacher.network)
         self.train()
 
     @property
-    def gamma_embedding(self) -> nn.Module:
+    def gamma_embedding(self) -> nn.Module:  # type: ignore[override]
         """The projection of gamma's sinusoids onto those of the timestep."""
         return self.network.time_embedding.cond_proj
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass."""
-        return self.network.is_gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        if value:
-            self.network.enable_gradient_checkpointing()
-        else:
-            self.network.disable_gradient_checkpointing()
-
-    def save(self, folder: str | Path, training: dict[str, Any], weights: Mapping[str, Tensor]) -> tuple[Path, str]:
-        """Write a diffusers folder with LCMScheduler, see `denoisers.gamma.Student` and `save_pipeline`.
-
-        Weights have the teacher's dtype; `training` goes into unet/training.json, and its
-        `teacher_points` into the scheduler's config.
-
-        Returns:
-            unet/diffusion_pytorch_model.safetensors in `folder`, whose folder `load_denoiser` loads, and its hash.
-        """
-        named = {name.removeprefix("network."): value.to(self.stored_dtype) for name, value in weights.items()}
-        with torch.device("meta"):
-            network: Any = UNet2DConditionModel(**arguments(self.network))
-        network.load_state_dict(named, assign=True)
-        path = save_pipeline(
-            network,
-            folder,
-            lcm_scheduler(self.scheduler_config, training.get("teacher_points", 50)),
-            self.source,
-            {"training.json": json.dumps(training, indent=2) + "\n"},
-        )
-        return path, hash_weights(named)
-
-    def save_lora(self, file: str | Path, adapters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Write what was learned as a LoRA of the teacher's pipeline, for `pipe.load_lora_weights(folder)`.
+    def further_lora(self, weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """What stands for gamma = 1, none where it adds nothing.
 
         The pipeline's network is not told gamma. At gamma = 1 that adds a constant to the timestep's sinusoids, which
         is a LoRA of the next layer, see `constant_reader`.
-
-        Args:
-            file: the .safetensors file.
-            adapters: layer.lora_A.weight (rank, inputs) and layer.lora_B.weight (outputs, rank), at scale 1.
-            weights: all weights of the student, as for `save`.
         """
-        named = {**adapters, **self._gamma_lora(weights, rank=len(next(iter(adapters.values()))))}
-        named = {f"unet.{name.removeprefix('network.')}": value.to(self.stored_dtype) for name, value in named.items()}
-        with atomic_write(file) as temporary:
-            save_file({name: value.contiguous() for name, value in named.items()}, temporary, {"format": "pt"})
-
-    def _gamma_lora(self, weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-        """The factors that stand for gamma = 1, none where it adds nothing; a file has one rank for all its layers."""
         embedding = "network.time_embedding"
         gamma = gamma_sinusoids(torch.ones(1), self.network.config.time_cond_proj_dim)[0]
         constant = weights[f"{embedding}.cond_proj.weight"].float() @ gamma
@@ -181,11 +132,6 @@ def constant_reader(network: Any) -> Tensor:
     features = network.time_proj(torch.arange(1000)).double().cpu()
     ridge = 1e-6 * torch.eye(features.shape[1], dtype=torch.float64)
     return torch.linalg.solve(features.T @ features / len(features) + ridge, features.mean(0)).float()
-
-
-def arguments(network: Any) -> Any:
-    """Arguments of the constructor; diffusers' config also holds notes to itself."""
-    return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
 def gamma_sinusoids(gamma: Tensor, width: int) -> Tensor:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from training.sharded import whole
 
 
 def add_lora(student: Any, rank: int) -> None:
@@ -24,6 +25,9 @@ def add_lora(student: Any, rank: int) -> None:
     names = [name for name, module in student.named_modules() if id(module) in inside]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), student)
     student.gamma_embedding.requires_grad_(True)
+    for value in student.parameters():
+        if value.requires_grad:
+            value.data = value.data.float()  # peft takes the format of the layer
 
 
 def plain_weights(student: nn.Module) -> dict[str, Tensor]:
@@ -45,11 +49,6 @@ def adapter_weights(student: nn.Module) -> dict[str, Tensor]:
         down, up = (whole(state[f"{name}.lora_{part}.default.weight"].detach()) for part in "AB")
         found |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": scale * up}
     return found
-
-
-def whole(value: Tensor) -> Tensor:
-    """A sharded tensor gathered from all processes; any other as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _adapted(student: nn.Module) -> Iterator[tuple[str, float]]:

@@ -12,12 +12,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from denoisers import calls_per_row, condition_length, load_denoiser
 from slam.export import STUDENT_NAME, Exports, data_origin, export
 from slam.lines import teacher_points
-from slam.networks import follow, load_network, make_student, make_target, make_teacher, shard
+from slam.networks import (
+    check_precision,
+    follow,
+    load_network,
+    make_student,
+    make_target,
+    make_teacher,
+    shard,
+    shares,
+    told_scale,
+)
 from slam.objective import Objective, Weights, predictions
 from slam.tables import student_table
 from solvers import NoiseSchedule, SolverTable, default_solver, identify
 from solvers.prediction import per_sample
-from training.ema import averaged_network
+from training.ema import averaged_network, averages
 from training.network import AdamW, NetworkModule
 from training.record import upload_solver
 from training.result import recorded
@@ -76,7 +86,8 @@ class SLAM(NetworkModule, TableModule):
         self.schedule: NoiseSchedule = network.schedule
         self.points = teacher_points(self.schedule, num_points)
         self.tables = {count: student_table(self.schedule, count, num_points) for count in sorted(set(exports.steps))}
-        self.student = make_student(network, lora_rank, gradient_checkpointing, objective.tells_gamma)
+        told, options = told_scale(network, guidance_scale), (lora_rank, gradient_checkpointing, objective.tells_gamma)
+        self.student = make_student(told, *options, shared=shares(network, teacher_dtype))
         self.target = make_target(self.student)
         guided = make_teacher(network, guidance_scale, teacher_dtype)
         object.__setattr__(self, "teacher", guided)  # no submodule: not in checkpoints, and keeps its dtype
@@ -95,6 +106,11 @@ class SLAM(NetworkModule, TableModule):
         Of a run that has finished, and is tested without a checkpoint, the exported student.
         """
         return averaged_network(self.trainer, self.target) if self._exported is None else self._exported
+
+    @property
+    def decoder(self) -> Any:
+        """The teacher."""
+        return self.teacher
 
     @property
     def denoiser(self) -> Any:
@@ -130,17 +146,18 @@ class SLAM(NetworkModule, TableModule):
         return super().tables_to_test()
 
     def configure_model(self) -> None:
-        """Shard all three networks where the strategy has a mesh (ModelParallelStrategy)."""
+        """Shard all networks where the strategy has a mesh (ModelParallelStrategy)."""
         if self.device_mesh is not None and not getattr(self, "_sharded", False):
             # over all processes: the strategy's own meshes let those of a machine train apart, each on its gradients
             mesh = init_device_mesh(self.device_mesh.device_type, (self.trainer.world_size,))
-            for network in (self.student, self.target, self.teacher):
+            for network in (self.student, self.target, self.teacher, *averages(self.trainer)):
                 shard(network, mesh)
             self._sharded = True
 
     def setup(self, stage: str) -> None:
         """Bring the teacher to this process's device; refuse data of another kind before training."""
         self.teacher.to(self.trainer.strategy.root_device)
+        check_precision(self.student, str(self.trainer.precision))
         check = getattr(getattr(self.trainer, "datamodule", None), "check", None)
         if stage == "fit" and check is not None:
             check(self.teacher)

@@ -1,19 +1,20 @@
 """The networks of a run: the teacher in its own number format, the student, and its average, the target."""
 
-import copy
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from denoisers import load_denoiser, map_condition, with_guidance
 from denoisers.gamma import with_gamma
 from denoisers.protocol import DenoiserWrapper
 from slam.lora import add_lora
+from solvers.identity import Guidance
 from solvers.schedule import NoiseSchedule
+from training.ema import average_of
+from training.sharded import own_part
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,8 +24,7 @@ class OwnDtype(DenoiserWrapper):
 
     def __init__(self, denoiser: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__(denoiser.to(dtype) if dtype else denoiser)
-        floats = {value.dtype for value in denoiser.parameters() if value.is_floating_point()}
-        self.own = max(floats, key=lambda one: one.itemsize, default=torch.get_default_dtype())
+        self.own = widest(denoiser)
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
         """The output in the dtype of the state, (batch, *sample_shape)."""
@@ -52,7 +52,7 @@ def load_network(teacher: str | nn.Module, trust_remote_code: bool = False) -> A
     return network
 
 
-def make_teacher(network: nn.Module, guidance_scale: float, dtype: str | None) -> Any:
+def make_teacher(network: nn.Module, guidance_scale: Guidance, dtype: str | None) -> Any:
     """The network guided, frozen, in evaluation mode and in its number format; `network` itself changes its format.
 
     Raises:
@@ -64,23 +64,52 @@ def make_teacher(network: nn.Module, guidance_scale: float, dtype: str | None) -
     return with_guidance(own.eval().requires_grad_(False), guidance_scale)
 
 
-def make_student(network: nn.Module, lora_rank: int | None, gradient_checkpointing: bool, told: bool) -> Any:
+def make_student(
+    network: nn.Module, lora_rank: int | None, gradient_checkpointing: bool, told: bool, shared: bool = False
+) -> Any:
     """A student with a network's weights; its embedding of gamma is frozen where it is not told gamma.
 
+    Args:
+        network: the denoiser to start from, not guided.
+        lora_rank: of adapters; None: all weights are trained.
+        gradient_checkpointing: of the student.
+        told: whether it is told gamma.
+        shared: weights beside the adapters are the network's own, not copies of them.
     Raises:
         ValueError: a teacher that offers no student, or a rank below 1.
     """
     student = with_gamma(network)
     student.gradient_checkpointing = gradient_checkpointing
     if lora_rank is not None:
+        if shared:
+            share(student, network)
         add_lora(student, lora_rank)
     student.gamma_embedding.requires_grad_(told)
     return student
 
 
+def share(student: nn.Module, network: nn.Module) -> None:
+    """Give a student the very weights of the network that it starts from, by their names."""
+    theirs = dict(network.named_parameters())
+    for name in [name for name, _ in student.named_parameters() if name in theirs]:
+        owner, _, last = name.rpartition(".")
+        setattr(student.get_submodule(owner), last, theirs[name])
+
+
+def told_scale(network: Any, guidance_scale: Guidance) -> Any:
+    """What a student starts from: the network, told the scale where it is one that is."""
+    return network.told(guidance_scale) if getattr(network, "is_told_guidance", False) else network
+
+
+def widest(network: nn.Module) -> torch.dtype:
+    """The widest number format of a network's weights."""
+    floats = {value.dtype for value in network.parameters() if value.is_floating_point()}
+    return max(floats, key=lambda one: one.itemsize, default=torch.get_default_dtype())
+
+
 def make_target(student: Any) -> Any:
-    """A frozen copy of the student."""
-    target = copy.deepcopy(student).eval().requires_grad_(False)
+    """A frozen copy of what is trained, around the same other weights."""
+    target = average_of(student)
     target.gradient_checkpointing = False
     return target
 
@@ -89,7 +118,7 @@ def make_target(student: Any) -> Any:
 def follow(target: nn.Module, student: nn.Module, decay: float) -> None:
     """target = decay target + (1 - decay) student, in what is trained; on each process's own shard."""
     pairs = zip(target.parameters(), student.parameters())
-    trained = [(_local(mean), _local(value)) for mean, value in pairs if value.requires_grad]
+    trained = [(own_part(mean), own_part(value)) for mean, value in pairs if value.requires_grad]
     means, values = (list(column) for column in zip(*trained))
     torch._foreach_lerp_(means, values, 1 - decay)
 
@@ -103,5 +132,21 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else what a backward pass never visits stays whole
 
 
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
+def shares(network: nn.Module, teacher_dtype: str | None) -> bool:
+    """Whether adapters can stand around the teacher's own weights: autocast in bf16 takes none in float16."""
+    own = {str(value.dtype).removeprefix("torch.") for value in network.parameters()}
+    return "float16" not in ({teacher_dtype} if teacher_dtype else own)
+
+
+def check_precision(student: nn.Module, precision: str) -> None:
+    """Refuse to train around frozen weights in bf16 without autocast.
+
+    Raises:
+        ValueError: the trainer's precision is another.
+    """
+    frozen = {value.dtype for value in student.parameters() if not value.requires_grad}
+    if torch.bfloat16 in frozen and not precision.startswith("bf16"):
+        raise ValueError(
+            f"the student's frozen weights are the teacher's, in bfloat16, and trainer.precision is {precision}: train "
+            "with --trainer.precision bf16-mixed, or the teacher with --model.teacher_dtype float32"
+        )

@@ -1,11 +1,14 @@
 """Exponential moving average of a network's weights, kept beside it and in the checkpoint."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+
+from training.sharded import load_whole, own_part, whole_weights
 
 
 class EMA(Callback):
@@ -28,12 +31,22 @@ class EMA(Callback):
         self._step = 0
         self._restored: dict[str, Tensor] | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the network before a module shards it: a sharded one cannot be copied."""
+        if stage == "fit" or (self.network is None and self._restored is not None):
+            self.network = average_of(getattr(pl_module, self.attribute))
+
+    @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy the network, or take up the average of the checkpoint."""
-        self.network = copy.deepcopy(getattr(pl_module, self.attribute)).eval().requires_grad_(False)
+        """Start from the network, or take up the average of the checkpoint."""
+        assert self.network is not None
+        self.network.to(pl_module.device)
         self._step = trainer.global_step
-        if self._restored is not None:
-            self.network.load_state_dict(self._restored)
+        if self._restored is None:
+            for average, value in self._pairs(pl_module):
+                average.copy_(value)
+        else:
+            load_whole(self.network, self._restored)
             self._restored = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,24 +60,42 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Follow the weights, once per optimiser step."""
+        """Follow the weights, once per optimiser step; each process those that it holds."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         weight = 1 - min(self.decay, (1 + self._step) / (10 + self._step))
-        for average, value in zip(self.network.parameters(), getattr(pl_module, self.attribute).parameters()):
+        for average, value in self._pairs(pl_module):
             average.lerp_(value, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights."""
-        return {} if self.network is None else self.network.state_dict()
+        """The averaged weights; of a sharded network whole, in the first process (collective)."""
+        return {} if self.network is None else whole_weights(self.network)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Keep the averaged weights until the network exists."""
         self._restored = state or None
 
+    def _pairs(self, pl_module: LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+        """Average and value of what this process holds of all that is trained."""
+        values = dict(getattr(pl_module, self.attribute).named_parameters())
+        for name, average in self.network.named_parameters():
+            if values[name].requires_grad:
+                yield own_part(average), own_part(values[name])
+
+
+def average_of(network: nn.Module) -> nn.Module:
+    """A frozen copy of a network to hold an average; what is not trained is shared, not copied."""
+    frozen: dict[int, Any] = {id(value): value for value in network.parameters() if not value.requires_grad}
+    return copy.deepcopy(network, frozen).eval().requires_grad_(False)
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """The networks of EMA callbacks."""
+    found = [callback.network for callback in trainer.callbacks if isinstance(callback, EMA)]
+    return [network for network in found if network is not None]
+
 
 def averaged_network(trainer: Trainer, default: nn.Module) -> nn.Module:
     """The EMA callback's network, or `default` when the trainer has no such callback."""
-    networks = [callback.network for callback in trainer.callbacks if isinstance(callback, EMA)]
-    return networks[0] if networks and networks[0] is not None else default
+    return next(iter(averages(trainer)), default)

@@ -8,8 +8,6 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Sto
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from training.ema import EMA
-
 FORMATS = ("32-true", "bf16-mixed", "16-mixed")  # in which weights stay as they are
 ANOTHER = f"and a solver would be another network's: use one of {', '.join(FORMATS)}"
 BATCHES = "a step sees data.batch_size samples: set that, or compute.micro_batch of the method for memory"
@@ -29,17 +27,10 @@ def check_levers(trainer: Trainer, module: LightningModule, is_resumed: bool) ->
         raise ValueError("LearningRateFinder finds no rate to set here: give --model.optimizer.learning_rate")
     if _has(trainer, BatchSizeFinder) and is_resumed:
         raise ValueError("BatchSizeFinder would change the batches of the checkpoint: leave one of them out")
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        _check_sharded(trainer, module)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not is_overridden("configure_model", module):
+        raise ValueError(f"{type(module).__name__} shards no network: use --trainer.strategy ddp")
     if not module.automatic_optimization:
         _check_own_steps(trainer)
-
-
-def _check_sharded(trainer: Trainer, module: LightningModule) -> None:
-    if not is_overridden("configure_model", module):
-        raise ValueError(f"{type(module).__name__} shards no network: use --trainer.strategy ddp")
-    if _has(trainer, EMA):
-        raise ValueError("EMA cannot copy a sharded network: leave it out, SLAM's target is an average too")
 
 
 def _check_own_steps(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from evaluation.pictures import image_grid
 from solvers.table import SolverTable
 from training.record import takes_pictures
 from training.result import ResultModule, refuse_shorter
+from training.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class NetworkModule(ResultModule):
     def result(self) -> Any:
         """The denoiser that is shown and written."""
 
+    @property
+    def decoder(self) -> Any:
+        """The denoiser that decodes what is shown."""
+        return self.result
+
     @abstractmethod
     def sample_tables(self) -> dict[str, SolverTable]:
         """What the pictures of samples are made with, by their name in the logger."""
@@ -153,9 +159,7 @@ class NetworkModule(ResultModule):
     def _log_step(self, optimizer: Any) -> None:
         """The norm of the gradients before they are clipped, and the learning rate."""
         found = [value.grad for value in self.trained.parameters() if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm(found)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
-        self.log("train/gradient_norm", norm)
+        self.log("train/gradient_norm", whole(torch.nn.utils.get_total_norm(found)))
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_train_start(self) -> None:
@@ -222,7 +226,7 @@ class NetworkModule(ResultModule):
                 for name, table in self.sample_tables().items()
             }
         for name, states in found.items():
-            self._log_image(name, as_images(self.result, states))
+            self._log_image(name, as_images(self.decoder, states))
 
     @rank_zero_only
     def _log_image(self, name: str, images: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from solvers.provenance import provenance
 from training.record import keeps_artifacts, log_about
 from training.run_card import Origin, RunCard
+from training.sharded import own_part
 
 
 class ResultModule(lightning.LightningModule):
@@ -126,7 +127,7 @@ class ResultModule(lightning.LightningModule):
         """
         loss = self.trainer.callback_metrics.get("train/loss", torch.zeros(()))
         values = [loss, *(value.detach() for value in network.parameters() if value.requires_grad)]
-        is_finite = all(bool(torch.isfinite(getattr(value, "_local_tensor", value)).all()) for value in values)
+        is_finite = all(bool(torch.isfinite(own_part(value)).all()) for value in values)
         if not self.trainer.strategy.reduce_boolean_decision(is_finite, all=True):
             raise ValueError(
                 f"the loss ({float(loss):g}) or the network's weights are not finite after {self.global_step} steps: "

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from training.checkpoints import verify
 
@@ -31,3 +34,25 @@ class Sharded(ModelParallelStrategy):
         """
         verify(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes (collective); any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def own_part(value: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor; any other as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """A network's `state_dict`; of a sharded one gathered in the first process's main memory (collective)."""
+    if not any(isinstance(value, DTensor) for value in network.parameters()):
+        return network.state_dict()
+    return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """The inverse of `whole_weights`, with the weights in every process."""
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))
