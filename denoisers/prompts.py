@@ -1,17 +1,32 @@
-"""Prompts as conditions: one function per model family, in the names of the network's own arguments."""
+"""Prompts as conditions, by a pipeline's own `encode_prompt`, in the names of the network's arguments."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from denoisers.diffusers_base import DiffusersDenoiser
 from denoisers.diffusers_models import from_pipeline
 from solvers.conditions import concatenate_conditions
 from solvers.text import read_text
 
-Encode = Callable[..., dict[str, Any]]
+HIDDEN, NULL = "encoder_hidden_states", "null/"
+MASK, PIXART_MASK, POOLED = "encoder_hidden_states_mask", "encoder_attention_mask", "pooled_projections"
+PIXART = (HIDDEN, PIXART_MASK, NULL + HIDDEN, NULL + PIXART_MASK)
+RETURNED: dict[str, tuple[str | None, ...]] = {  # by a pipeline's `encode_prompt`, as arguments of its network
+    "StableDiffusionPipeline": (HIDDEN, NULL + HIDDEN),
+    "StableDiffusionXLPipeline": (HIDDEN, NULL + HIDDEN, "text_embeds", NULL + "text_embeds"),
+    "PixArtAlphaPipeline": PIXART,
+    "PixArtSigmaPipeline": PIXART,
+    "StableDiffusion3Pipeline": (HIDDEN, NULL + HIDDEN, POOLED, NULL + POOLED),
+    "FluxPipeline": (HIDDEN, POOLED, None),
+    "WanPipeline": (HIDDEN, NULL + HIDDEN),
+    "QwenImagePipeline": (HIDDEN, MASK),
+}
 
 
 def encode_prompts(
@@ -27,7 +42,7 @@ def encode_prompts(
     Args:
         pipe: a diffusers pipeline of a family with prompts; its network may be absent.
         prompts: at least one.
-        negative_prompt: the prompt guidance moves away from; None is the pipeline's own default.
+        negative_prompt: the prompt guidance moves away from; None is the pipeline's own default, which may be none.
         denoiser: the one the condition is for, whose image size SDXL and PixArt are told; None takes the pipeline's.
         batch_size: prompts encoded at once.
         options: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
@@ -38,21 +53,22 @@ def encode_prompts(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}: give a list of at least one prompt")
-    encode = _ENCODERS.get(type(pipe).__name__)
-    if encode is None:
+    if not takes_prompts(pipe):
         raise ValueError(
             f"the prompts of {type(pipe).__name__} cannot be encoded here, only those of "
-            f"{', '.join(_ENCODERS)}: record any other pipeline with data.record_trajectories"
+            f"{', '.join(RETURNED)}: record any other pipeline with data.record_trajectories"
         )
     denoiser = denoiser or from_pipeline(pipe)
     parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     with torch.no_grad():
-        return concatenate_conditions([encode(pipe, denoiser, part, negative_prompt, **options) for part in parts])
+        return concatenate_conditions(
+            [_encode(pipe, denoiser, part, _each(negative_prompt, part), options) for part in parts]
+        )
 
 
 def takes_prompts(pipe: Any) -> bool:
     """Whether `encode_prompts` knows a pipeline."""
-    return type(pipe).__name__ in _ENCODERS
+    return type(pipe).__name__ in RETURNED
 
 
 def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
@@ -71,35 +87,52 @@ def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
     return lines
 
 
-def _stable_diffusion(pipe, denoiser, prompts, negative, **options) -> dict[str, Any]:
-    hidden, null = pipe.encode_prompt(prompts, pipe._execution_device, 1, True, _each(negative, prompts), **options)
-    return {"encoder_hidden_states": hidden, "null": {"encoder_hidden_states": null}}
+def _encode(pipe: Any, denoiser: Any, prompts: list[str], negative: list[str] | None, options: Any) -> dict[str, Any]:
+    """The condition of some prompts; a negative one that `encode_prompt` does not return is encoded by itself."""
+    kind = type(pipe).__name__
+    returned = dict(zip(RETURNED[kind], _returned(pipe, prompts, negative, options)))
+    condition = {name: value for name, value in returned.items() if name and not name.startswith(NULL)}
+    condition |= _TOLD.get(kind, _nothing)(denoiser, condition[HIDDEN])
+    if MASK in condition:
+        condition |= _of_full_length(pipe, condition, options)
+    null = {name.removeprefix(NULL): value for name, value in returned.items() if name and name.startswith(NULL)}
+    if null:
+        condition["null"] = condition | null
+    elif negative is not None:
+        condition["null"] = _encode(pipe, denoiser, negative, None, options)
+    return condition
 
 
-def _stable_diffusion_xl(pipe, denoiser, prompts, negative, **options) -> dict[str, Any]:
-    hidden, null, pooled, null_pooled = pipe.encode_prompt(prompts, negative_prompt=_each(negative, prompts), **options)
+def _returned(pipe: Any, prompts: list[str], negative: list[str] | None, options: Mapping[str, Any]) -> Sequence[Any]:
+    """The pipeline's own `encode_prompt`, given what it takes of these."""
+    known = inspect.signature(pipe.encode_prompt).parameters
+    if negative is None and "negative_prompt" in known and known["negative_prompt"].default == "":
+        negative = [""] * len(prompts)
+    arguments = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "device": pipe._execution_device}
+    arguments |= {"do_classifier_free_guidance": True, "negative_prompt": negative}
+    given = {name: value for name, value in arguments.items() if name in known}
+    return pipe.encode_prompt(prompts, **given | dict(options))
+
+
+def _of_full_length(pipe: Any, condition: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Embeddings that are as long as the longest prompt beside them, padded to the longest there may be."""
+    hidden, mask = condition[HIDDEN], condition[MASK]
+    longest = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+    missing = options.get("max_sequence_length", longest) - hidden.shape[1]
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
+    return {HIDDEN: pad(hidden, (0, 0, 0, missing)), MASK: pad(mask, (0, missing))}
+
+
+def _nothing(denoiser: Any, hidden: Tensor) -> dict[str, Tensor]:
+    return {}
+
+
+def _stable_diffusion_xl_size(denoiser: Any, hidden: Tensor) -> dict[str, Tensor]:
     height, width = denoiser.size.pixels
-    time_ids = hidden.new_tensor([[height, width, 0, 0, height, width]]).expand(len(prompts), 6)
-    return {
-        "encoder_hidden_states": hidden,
-        "text_embeds": pooled,
-        "time_ids": time_ids,
-        "null": {"encoder_hidden_states": null, "text_embeds": null_pooled, "time_ids": time_ids},
-    }
+    return {"time_ids": hidden.new_tensor([[height, width, 0, 0, height, width]]).expand(len(hidden), 6)}
 
 
-def _pixart(pipe, denoiser, prompts, negative, **options) -> dict[str, Any]:
-    hidden, mask, null, null_mask = pipe.encode_prompt(prompts, negative_prompt=negative or "", **options)
-    added = _pixart_size(denoiser, hidden)
-    return {
-        "encoder_hidden_states": hidden,
-        "encoder_attention_mask": mask,
-        **added,
-        "null": {"encoder_hidden_states": null, "encoder_attention_mask": null_mask, **added},
-    }
-
-
-def _pixart_size(denoiser, hidden) -> dict[str, Any]:
+def _pixart_size(denoiser: Any, hidden: Tensor) -> dict[str, Tensor]:
     """Only the model of 128x128 latents is told its resolution and aspect ratio."""
     if denoiser.network.config.sample_size != 128:
         return {}
@@ -108,32 +141,11 @@ def _pixart_size(denoiser, hidden) -> dict[str, Any]:
     return {"resolution": resolution, "aspect_ratio": hidden.new_tensor([[height / width]]).expand(len(hidden), 1)}
 
 
-def _sd3(pipe, denoiser, prompts, negative, **options) -> dict[str, Any]:
-    negative = _each(negative, prompts)
-    hidden, null, pooled, null_pooled = pipe.encode_prompt(prompts, None, None, negative_prompt=negative, **options)
-    return {
-        "encoder_hidden_states": hidden,
-        "pooled_projections": pooled,
-        "null": {"encoder_hidden_states": null, "pooled_projections": null_pooled},
-    }
-
-
-def _flux(pipe, denoiser, prompts, negative, **options) -> dict[str, Any]:
-    """Without a negative prompt there is no null condition: guidance-distilled networks need none."""
-    hidden, pooled, _ = pipe.encode_prompt(prompts, None, **options)
-    condition: dict[str, Any] = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-    if negative is not None:
-        condition["null"] = _flux(pipe, denoiser, _each(negative, prompts), None, **options)
-    return condition
-
-
-_ENCODERS: dict[str, Encode] = {
-    "StableDiffusionPipeline": _stable_diffusion,
-    "StableDiffusionXLPipeline": _stable_diffusion_xl,
-    "PixArtAlphaPipeline": _pixart,
-    "PixArtSigmaPipeline": _pixart,
-    "StableDiffusion3Pipeline": _sd3,
-    "FluxPipeline": _flux,
+# What the network is told beside the prompt: (denoiser, embeddings) -> further parts of a condition.
+_TOLD: dict[str, Callable[[Any, Tensor], dict[str, Tensor]]] = {
+    "StableDiffusionXLPipeline": _stable_diffusion_xl_size,
+    "PixArtAlphaPipeline": _pixart_size,
+    "PixArtSigmaPipeline": _pixart_size,
 }
 
 

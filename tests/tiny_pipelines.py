@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -18,12 +20,16 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -31,9 +37,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 KINDS = ("sd", "sdxl", "dit", "pixart", "sd3", "flux")
@@ -41,7 +52,7 @@ LENGTH = 8  # tokens of a prompt
 
 
 def tiny_pipeline(kind: str, seed: int = 0) -> Any:
-    """A random pipeline of one of KINDS, float32, on the CPU, in evaluation mode, without a progress bar.
+    """A random pipeline of KINDS, "wan" or "qwen": float32, on the CPU, in evaluation mode, without progress bars.
 
     VP pipelines carry a DDIM scheduler without clipping, flow pipelines the Euler one (Flux: dynamic shift).
     """
@@ -208,6 +219,52 @@ def _flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
+def _wan() -> WanPipeline:
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=16,
+    )
+    sizes = {"scale_factor_spatial": 2, "scale_factor_temporal": 1}
+    return WanPipeline(
+        tokenizer=_t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=64)
+        ),
+        vae=AutoencoderKLWan(**_video_vae(), **sizes),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer,
+    )
+
+
+def _qwen() -> QwenImagePipeline:
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderKLQwenImage(**_video_vae()),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(_qwen_config()),
+        tokenizer=_qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": _sd,
     "sdxl": _sdxl,
@@ -215,6 +272,8 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart": _pixart,
     "sd3": _sd3,
     "flux": _flux,
+    "wan": _wan,
+    "qwen": _qwen,
 }
 
 
@@ -266,6 +325,33 @@ def _vae(latent_channels: int, **config: Any) -> AutoencoderKL:
     )
 
 
+def _video_vae() -> dict[str, Any]:
+    """Halves height and width, and keeps all frames."""
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 2.0, 0.5, 1.0]}
+    return {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False],
+        **statistics,
+    }
+
+
+def _qwen_config() -> Qwen2_5_VLConfig:
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 260,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
 def _clip(kind: type) -> Any:
     config = CLIPTextConfig(
         hidden_size=16,
@@ -296,6 +382,13 @@ def _clip_tokenizer() -> CLIPTokenizer:
         vocabulary.write_text(json.dumps({name: index for index, name in enumerate(names)}))
         merges.write_text("#version: 0.2\n")
         return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=LENGTH)
+
+
+@cache
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte character."""
+    vocabulary = {chr(code): index for index, code in enumerate(_byte_characters())}
+    return Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
 
 
 def _byte_characters() -> list[int]:
