@@ -1,9 +1,11 @@
 """What a run leaves behind: the student's folder, and an artifact for each number of steps."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slam.choice import choice_seeds
 from slam.lora import adapter_weights, plain_weights
 from solvers import identify, save_solver
 
@@ -23,16 +25,31 @@ class Exports:
         every: training steps between exports; 0: at the end only.
         keep: leave each of those in a folder of its own, `output`/step-<step>, instead of replacing the last.
         upload_student: the student goes to W&B too, with each artifact.
+        kept_noise: share of a step's noise that is the one implied by its own prediction, see `student_table`. Of
+            several the one is taken, for each number of evaluations, whose images are nearest to the data (Frechet
+            distance in the features of the model's classifier) when the training ends; before, the first.
+        choice_images: images that they are told apart by.
     Raises:
-        ValueError: no steps.
+        ValueError: no steps, no share or one out of range, or too few images.
     """
 
     steps: tuple[int, ...] = (1, 2, 4, 8)
     every: int = 0
     keep: bool = False
     upload_student: bool = False
+    kept_noise: float | tuple[float, ...] = 0.0
+    choice_images: int = 512
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What `kept_noise` names."""
+        return tuple(self.kept_noise) if isinstance(self.kept_noise, Sequence) else (self.kept_noise,)
 
     def __post_init__(self) -> None:
+        if not self.shares or not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"kept_noise {self.kept_noise} must be one or several shares in [0, 1]")
+        if self.choice_images < 2:
+            raise ValueError(f"choice_images {self.choice_images} must be at least 2")
         if not self.steps:
             raise ValueError("steps is empty: give the numbers of evaluations to export, such as 1, 2, 4, 8")
 
@@ -58,14 +75,16 @@ def export(module: "SLAM", folder: Path) -> None:
             identity,
             method="slam",
             fitted_on=record,
-            config=config(module),
+            config={**config(module), "kept_noise": module.kept[count]},
             student=file.relative_to(folder),
         )
 
 
 def fitted_on(module: "SLAM") -> dict[str, Any]:
     """Teacher, data and cost."""
-    teacher = module.identity
+    teacher, data = module.identity, data_origin(module.trainer)
+    if len(module.exports.shares) > 1:
+        data["seeds"] = [*data.get("seeds", []), choice_seeds(module.exports.choice_images)]
     return {
         "teacher": teacher.name,
         "teacher_weight_hash": teacher.weight_hash,
@@ -75,7 +94,7 @@ def fitted_on(module: "SLAM") -> dict[str, Any]:
         "iterations": module.global_step,
         "images": module.images,
         "seconds": module.fitting_seconds,
-        **data_origin(module.trainer),
+        **data,
     }
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from denoisers import calls_per_row, condition_length, load_denoiser
+from evaluation.evaluate import shipped_measure
+from slam.choice import distances
 from slam.export import STUDENT_NAME, Exports, data_origin, export
 from slam.lines import teacher_points
 from slam.networks import (
@@ -85,7 +87,8 @@ class SLAM(NetworkModule, TableModule):
         self.identity = identify(network, guidance_scale=guidance_scale)  # of weights not yet cast or sharded
         self.schedule: NoiseSchedule = network.schedule
         self.points = teacher_points(self.schedule, num_points)
-        self.tables = {count: student_table(self.schedule, count, num_points) for count in sorted(set(exports.steps))}
+        self.kept = dict.fromkeys(sorted(set(exports.steps)), exports.shares[0])  # by the number of evaluations
+        self.tables = {count: self._table(count, share) for count, share in self.kept.items()}
         told, options = told_scale(network, guidance_scale), (lora_rank, gradient_checkpointing, objective.tells_gamma)
         self.student = make_student(told, *options, shared=shares(network, teacher_dtype))
         self.target = make_target(self.student)
@@ -158,6 +161,8 @@ class SLAM(NetworkModule, TableModule):
         """Bring the teacher to this process's device; refuse data of another kind before training."""
         self.teacher.to(self.trainer.strategy.root_device)
         check_precision(self.student, str(self.trainer.precision))
+        if len(self.exports.shares) > 1 and stage == "fit":  # refused before the training where it cannot be measured
+            self._choice = shipped_measure(self.teacher, self.exports.choice_images, ["fd"])
         check = getattr(getattr(self.trainer, "datamodule", None), "check", None)
         if stage == "fit" and check is not None:
             check(self.teacher)
@@ -237,7 +242,9 @@ class SLAM(NetworkModule, TableModule):
         return max((steps for steps in found if steps is not None), default=None)
 
     def finish(self) -> None:
-        """Write the output, upload it, and show how good it is."""
+        """Choose what the samplers keep, write the output, upload it, and show how good it is."""
+        if len(self.exports.shares) > 1:
+            self._choose_shares()
         super().finish()
         for path in self.artifact_paths().values():
             student = path.parent / STUDENT_NAME if self.exports.upload_student else None
@@ -253,6 +260,19 @@ class SLAM(NetworkModule, TableModule):
         """Go on there."""
         super().on_load_checkpoint(checkpoint)
         self.images = checkpoint["slam"]["images"]
+
+    def _table(self, count: int, share: float) -> SolverTable:
+        return student_table(self.schedule, count, self.objective.teacher_points, share)
+
+    def _choose_shares(self) -> None:
+        for count in [count for count in self.tables if count > 1]:
+            tables = {share: self._table(count, share) for share in self.exports.shares}
+            with self.trainer.precision_plugin.forward_context():
+                found = distances(self.result, tables, self.exports.choice_images, self._choice)
+            best = min(found, key=found.__getitem__)
+            self.kept[count], self.tables[count] = best, tables[best]
+            told = ", ".join(f"{share:g}: {distance:.3f}" for share, distance in found.items())
+            rank_zero_info(f"slam-{count} keeps {best:g} of its noise; Frechet distance by share: {told}")
 
     def _weights(self, batch: int, batch_idx: int) -> Weights:
         """Random points, and gammas (1 for plain consistency distillation)."""

@@ -15,6 +15,7 @@ from denoisers import load_denoiser
 from denoisers.dit import DiT
 from denoisers.gamma import Student, with_gamma
 from denoisers.generate import generate
+from slam.choice import FIRST_SEED
 from slam.export import Exports
 from slam.lora import plain_weights
 from slam.module import SLAM
@@ -283,6 +284,49 @@ def test_exports_are_kept_where_asked_for(tmp_path):
     first, second, last = (load_denoiser(student_path(table).parent) for table in tables)
     assert differs(first, second)
     assert differs(second, last)
+
+
+def test_the_share_of_kept_noise_is_the_one_nearest_to_the_data(tmp_path, monkeypatch):
+    """Of images that would be nearest with .7, and of one step, which has nothing to keep."""
+    measured = {}
+
+    def evaluate(student, table, **options):
+        assert options["seed"] == FIRST_SEED
+        assert student is module.result
+        share = next(
+            share
+            for share in shares
+            if torch.equal(student_table(SCHEDULES["flow"], 4, 10, share).noise_coef, table.noise_coef)
+        )
+        measured[share] = abs(share - 0.7)
+        return {"fd": measured[share]}
+
+    shares = (0.0, 0.7, 1.0)
+    monkeypatch.setattr("slam.choice.evaluate_table", evaluate)
+    monkeypatch.setattr("slam.module.shipped_measure", lambda *_: None)
+    module = make("flow", output=str(tmp_path), steps=(1, 4), kept_noise=shares, choice_images=16)
+    trainer(max_steps=2).fit(module, digits())
+    assert set(measured) == set(shares)
+    one, four = (load_solver(tmp_path / f"slam-{count}.json") for count in (1, 4))
+    assert torch.equal(four.noise_coef, student_table(SCHEDULES["flow"], 4, 10, 0.7).noise_coef)
+    assert (one.info["config"]["kept_noise"], four.info["config"]["kept_noise"]) == (0.0, 0.7)
+    assert four.info["fitted_on"]["seeds"][-1] == [FIRST_SEED, FIRST_SEED + 16]
+
+
+def test_shares_are_measured_in_features_of_the_model(tmp_path):
+    module = make("flow", output=str(tmp_path), steps=(2,), kept_noise=(0.0, 0.5))
+    with pytest.raises(ValueError, match="fd was asked for"):
+        trainer(max_steps=2).fit(module, digits())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"kept_noise": (0.5, 1.2)}, "shares in"), ({"kept_noise": ()}, "one or"), ({"choice_images": 1}, "at least 2")],
+)
+def test_refuses_other_shares(options, said):
+    with pytest.raises(ValueError, match=said):
+        Exports(**options)
 
 
 @pytest.mark.parametrize("schedule", ["epsilon", "flow"])

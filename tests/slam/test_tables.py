@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchLCMScheduler, LCMScheduler
+from diffusers import FlowMatchLCMScheduler, LCMScheduler, TCDScheduler
 
 from slam.tables import student_table
-from solvers import NoiseSchedule, sample, tabulate
+from solvers import NoiseSchedule, named_solver, sample, tabulate
 from solvers.prediction import to_data
 
 SHAPE = (2, 1, 4, 4)
@@ -94,3 +94,45 @@ def test_one_step_is_the_data_prediction():
 def test_too_many_steps(steps):
     with pytest.raises(ValueError, match=f"is sampled in 1 to 50 steps, not {steps}"):
         student_table(NoiseSchedule.linear(), steps)
+
+
+def test_all_noise_kept_is_euler():
+    schedule = NoiseSchedule.flow()
+    table = student_table(schedule, 4, 48, kept_noise=1.0)
+    assert not table.is_stochastic
+    noise = torch.randn(SHAPE, dtype=torch.float64)
+    expected = sample(network, named_solver("euler:4", schedule), noise)
+    torch.testing.assert_close(sample(network, table, noise), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.7, [0.2, 0.5, 0.9]])
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.flow(), NoiseSchedule.continuous_vp()])
+def test_kept_noise_leaves_the_nodes(schedule, kept):
+    """What is fresh and what is kept are independent for an exact student, so that their powers add up."""
+    table = student_table(schedule, 4, kept_noise=kept)
+    assert table.consistency().worst < 1e-7
+    assert table.is_stochastic
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.6])
+def test_equals_the_tcd_scheduler_with_its_shares(eta):
+    """TCD goes down to a timestep of (1 - eta) and adds noise up to the next."""
+    schedule = NoiseSchedule.scaled_linear()
+    betas = {name: schedule.parameters[name] for name in ("beta_schedule", "beta_start", "beta_end")}
+    expected = tabulate(TCDScheduler(**betas), 4, step={"eta": eta})
+    between = ((1 - eta) * expected.timesteps[1:]).floor()
+    alpha, sigma = schedule.alpha_sigma(between)
+    kept = expected.alpha[1:-1] * sigma / (alpha * expected.sigma[1:-1])
+    found = student_table(schedule, 4, 50, kept.tolist())
+    assert found.timesteps.tolist() == expected.timesteps.tolist()
+    for name in ("state_coef", "output_coef", "noise_coef"):
+        torch.testing.assert_close(getattr(found, name)[:-1], getattr(expected, name)[:-1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(1.5, r"kept_noise 1.5 must lie in \[0, 1\]"), ([0.5], "1 shares for 3 steps"), (-0.1, "must lie")],
+)
+def test_refuses_other_shares(kept, said):
+    with pytest.raises(ValueError, match=said):
+        student_table(NoiseSchedule.flow(), 4, kept_noise=kept)
