@@ -7,6 +7,8 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # a fork after a parallel loop would wait for threads that it does not have
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
