@@ -28,11 +28,11 @@ def from_latents(latents: Tensor, config: Any) -> Tensor:
 
 @torch.no_grad()
 def decode(autoencoder: Any, latents: Tensor, upcast: bool = False) -> Tensor:
-    """Pictures in [-1, 1], one at a time for memory.
+    """Pictures or videos in [-1, 1], one at a time for memory.
 
     Args:
         autoencoder: with `enable_tiling`, it decodes large pictures tile by tile.
-        latents: (batch, channels, height, width), as the network gives them.
+        latents: (batch, channels, height, width), of videos with frames before the height, as the network gives them.
         upcast: decode in float32 where the autoencoder is in float16 and its config asks for it (`force_upcast`).
     """
     with _in_float32(autoencoder, upcast):
@@ -44,10 +44,11 @@ def decode(autoencoder: Any, latents: Tensor, upcast: bool = False) -> Tensor:
 def _statistics(like: Tensor, config: Any) -> tuple[Tensor | float, Tensor | float]:
     """(mean, factor) with latents = (z - mean) * factor."""
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    factor = getattr(config, "scaling_factor", 1.0)
     if mean is None or deviation is None:
-        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        return getattr(config, "shift_factor", None) or 0.0, factor
     mean, deviation = (like.new_tensor(values).reshape(-1, *[1] * (like.ndim - 2)) for values in (mean, deviation))
-    return mean, config.scaling_factor / deviation
+    return mean, factor / deviation
 
 
 @contextmanager

@@ -111,15 +111,18 @@ class DiffusersDenoiser(nn.Module):
         width: likewise.
         vae_scale: pixels per latent along one side; 1 where there is no autoencoder.
         name: what artifacts record.
+        num_frames: of a video; None takes the pipeline's own number.
+        frame_scale: frames per latent after the first.
     Raises:
-        ValueError: a network whose input is not the state alone, one without a sample size where none is given, or an
-            unknown beta schedule.
+        ValueError: frames of a network of pictures, a network whose input is not the state alone, one without a sample
+            size where none is given, or an unknown beta schedule.
     """
 
     network: Any
     upcasts_decoder = False  # whether its pipeline does
     guidance_scale: float = 1.0  # that a distilled network is told
-    default_size: int | None = None
+    default_size: int | tuple[int, int] | None = None
+    default_frames: int | None = None  # of a network of videos
     image_tokens: int | None = None
     source: "Source | None" = None
 
@@ -131,6 +134,8 @@ class DiffusersDenoiser(nn.Module):
         width: int | None = None,
         vae_scale: int = 8,
         name: str | None = None,
+        num_frames: int | None = None,
+        frame_scale: int = 1,
     ) -> None:
         super().__init__()
         self.network, self.name = network, name
@@ -139,6 +144,9 @@ class DiffusersDenoiser(nn.Module):
         own = self._own_size() if height is None or width is None else (0, 0)
         sides = (own[0] if height is None else height // vae_scale, own[1] if width is None else width // vae_scale)
         self.size = Size(*sides, vae_scale)
+        if num_frames is not None and self.default_frames is None:
+            raise ValueError(f"{type(network).__name__} makes pictures: leave num_frames {num_frames} out")
+        self.frames = 1 + ((num_frames or self.default_frames or 1) - 1) // frame_scale
         self._check_channels()
         self.schedule = read_schedule(scheduler, self.image_tokens)
 
@@ -146,6 +154,11 @@ class DiffusersDenoiser(nn.Module):
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one state."""
         return (self.network.config.in_channels, self.size.height, self.size.width)
+
+    @property
+    def output_channels(self) -> int | None:
+        """Channels of the network's output; None for those of its input."""
+        return getattr(self.network.config, "out_channels", None)
 
     @property
     def is_told_guidance(self) -> bool:
@@ -188,14 +201,14 @@ class DiffusersDenoiser(nn.Module):
         raise NotImplementedError
 
     def _own_size(self) -> tuple[int, int]:
-        size = getattr(self.network.config, "sample_size", None) or self.default_size
+        size: Any = getattr(self.network.config, "sample_size", None) or self.default_size
         if size is None:
             raise ValueError(f"{type(self.network).__name__} has no sample_size in its config: give height and width")
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
     def _check_channels(self) -> None:
         states = self.network.config.in_channels
-        outputs = getattr(self.network.config, "out_channels", None) or states
+        outputs = self.output_channels or states
         if outputs not in (states, 2 * states):
             raise ValueError(
                 f"the network has {states} input and {outputs} output channels: it takes more than the state "

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DMod
 from torch import nn
 
 from denoisers.diffusers_base import NETWORKS, DiffusersDenoiser, Source, check_components
-from denoisers.diffusers_models import FAMILIES, from_network, vae_scale
+from denoisers.diffusers_models import FAMILIES, from_network, vae_scales
 from denoisers.pipeline import PipelineDenoiser
 from denoisers.prompts import encode_prompts, read_prompts
 from solvers.conditions import condition_to
@@ -26,6 +26,7 @@ def load_diffusers(
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     dtype: str = "float32",
     variant: str | None = None,
     encode: dict[str, Any] | None = None,
@@ -43,6 +44,7 @@ def load_diffusers(
         negative_prompt: the prompt guidance moves away from; None is the pipeline's own default.
         height: of the image in pixels; None takes the network's own size.
         width: likewise.
+        num_frames: of a video; None takes the pipeline's own number.
         dtype: of the weights, by torch's name: float32, bfloat16 or float16.
         variant: of the weight files, such as fp16.
         encode: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
@@ -56,11 +58,12 @@ def load_diffusers(
     root, component = locate(path)
     weights = {"torch_dtype": getattr(torch, dtype), "variant": variant}
     network = _load_network(root, component, weights)
-    scale = vae_scale(read_config(AutoencoderKL, root, "vae", required=False))
+    vae = read_config(AutoencoderKL, root, "vae", required=False)
     scheduler = read_config(DDIMScheduler, root, "scheduler")
     name = Path(str(path)).name
-    denoiser = from_network(network, scheduler, height=height, width=width, vae_scale=scale, name=name)
-    options: dict[str, Any] = {"height": height, "width": width, "dtype": dtype, "encode": encode}
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    denoiser = from_network(network, scheduler, **sizes, **vae_scales(vae), name=name)
+    options: dict[str, Any] = {**sizes, "dtype": dtype, "encode": encode}
     options |= {"decoder": decoder, "tiling": tiling}
     if prompts is not None:
         prompts = read_prompts(prompts)
@@ -70,7 +73,8 @@ def load_diffusers(
         denoiser.conditions = condition_to(conditions, "cpu")
     denoiser.source = Source(root, variant, {key: value for key, value in options.items() if value})
     if decoder:
-        autoencoder = AutoencoderKL.from_pretrained(root, subfolder="vae", **weights).to(device)
+        kind = AutoencoderKL if vae is None else getattr(diffusers, vae["_class_name"])
+        autoencoder = kind.from_pretrained(root, subfolder="vae", **weights).to(device)
         if tiling:
             autoencoder.enable_tiling()
         denoiser.set_decoder(autoencoder)

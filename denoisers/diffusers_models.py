@@ -63,12 +63,10 @@ class SD3(PromptTransformer):
         return self.network(hidden_states=x, timestep=timestep, **condition, return_dict=False)[0]
 
 
-class Flux(PromptTransformer):
-    """`FluxTransformer2DModel`: a state is packed, (tokens, 4 * latent channels), as in the pipeline.
+class PackedTransformer(PromptTransformer):
+    """A transformer whose states are packed, (tokens, 4 * latent channels), as in its pipeline.
 
     Like the pipeline it rounds timesteps to the network's dtype before it divides by 1000: bf16 is told 612 for 610.17.
-
-    A guidance-distilled network is told the scale: `guidance_scale` then costs one evaluation and needs no null prompt.
     """
 
     default_size = 128
@@ -82,6 +80,19 @@ class Flux(PromptTransformer):
     def image_tokens(self) -> int:  # type: ignore[override]
         """Tokens of one image, which dynamic shift depends on."""
         return (self.size.height // 2) * (self.size.width // 2)
+
+    def latents(self, states: Tensor) -> Tensor:
+        """Packed states, a token holding (channel, row, column) of 2x2 latents, as (batch, channels, height, width)."""
+        rows, columns = self.size.height // 2, self.size.width // 2
+        grid = states.reshape(len(states), rows, columns, -1, 2, 2)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(states), -1, 2 * rows, 2 * columns)
+
+
+class Flux(PackedTransformer):
+    """`FluxTransformer2DModel`.
+
+    A guidance-distilled network is told the scale: `guidance_scale` then costs one evaluation and needs no null prompt.
+    """
 
     def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
         guidance = None
@@ -98,17 +109,50 @@ class Flux(PromptTransformer):
             return_dict=False,
         )[0]
 
-    def latents(self, states: Tensor) -> Tensor:
-        """Packed states, a token holding (channel, row, column) of 2x2 latents, as (batch, channels, height, width)."""
-        rows, columns = self.size.height // 2, self.size.width // 2
-        grid = states.reshape(len(states), rows, columns, -1, 2, 2)
-        return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(states), -1, 2 * rows, 2 * columns)
-
     def _image_positions(self, x: Tensor) -> Tensor:
         """(tokens, 3): zero, row, column."""
         rows, columns = (torch.arange(side // 2, device=x.device) for side in (self.size.height, self.size.width))
         grid = torch.cartesian_prod(rows, columns)
         return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1).to(x.dtype)
+
+
+class QwenImage(PackedTransformer):
+    """`QwenImageTransformer2DModel`; its pipeline keeps each token's norm under guidance."""
+
+    @property
+    def output_channels(self) -> int:
+        """Those of a token."""
+        return self.network.config.patch_size**2 * self.network.config.out_channels
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        shape = (1, self.size.height // 2, self.size.width // 2)
+        arguments = {"img_shapes": [[shape]] * len(x), **condition, "return_dict": False}
+        return self.network(hidden_states=x, timestep=timestep.to(x.dtype) / 1000, **arguments)[0]
+
+    def rescale_guided(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """Guided outputs at the norm that each token's conditional one has."""
+        return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def latents(self, states: Tensor) -> Tensor:
+        """As videos of one frame, which its autoencoder takes."""
+        return super().latents(states).unsqueeze(2)
+
+    def _decode(self, autoencoder: nn.Module, states: Tensor) -> Tensor:
+        return super()._decode(autoencoder, states)[:, :, 0]
+
+
+class Wan(PromptTransformer):
+    """`WanTransformer3DModel`: videos, (channels, frames, height, width)."""
+
+    default_size, default_frames = (60, 104), 81
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one state."""
+        return (self.network.config.in_channels, self.frames, self.size.height, self.size.width)
+
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self.network(hidden_states=x, timestep=timestep, **condition, return_dict=False)[0]
 
 
 FAMILIES: dict[str, type[DiffusersDenoiser]] = {
@@ -118,6 +162,8 @@ FAMILIES: dict[str, type[DiffusersDenoiser]] = {
     "PixArtTransformer2DModel": PixArt,
     "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": Flux,
+    "QwenImageTransformer2DModel": QwenImage,
+    "WanTransformer3DModel": Wan,
 }
 
 
@@ -137,7 +183,9 @@ def from_network(network: nn.Module, scheduler: Any, **options: Any) -> Diffuser
     return family(network, scheduler, **options)
 
 
-def from_pipeline(pipe: Any, height: int | None = None, width: int | None = None) -> DiffusersDenoiser:
+def from_pipeline(
+    pipe: Any, height: int | None = None, width: int | None = None, num_frames: int | None = None
+) -> DiffusersDenoiser:
     """The denoiser inside a pipeline in memory, for images of `height` x `width` pixels; see DiffusersDenoiser.
 
     The pipeline's network is shared, put into evaluation mode and frozen, as pipelines use it.
@@ -148,11 +196,17 @@ def from_pipeline(pipe: Any, height: int | None = None, width: int | None = None
     check_components(type(pipe).__name__, [name for name, part in pipe.components.items() if part is not None])
     components = (getattr(pipe, name, None) for name in NETWORKS)
     network = next((component for component in components if component is not None), None)
-    options = {"height": height, "width": width, "vae_scale": vae_scale(getattr(pipe, "vae", None))}
+    options = {"height": height, "width": width, "num_frames": num_frames, **vae_scales(getattr(pipe, "vae", None))}
     return from_network(network, pipe.scheduler, **options, name=type(pipe).__name__).eval().requires_grad_(False)
 
 
-def vae_scale(vae: Any) -> int:
-    """Pixels per latent of an autoencoder or its config, along one side; 1 without one."""
+def vae_scales(vae: Any) -> dict[str, int]:
+    """Pixels per latent of an autoencoder or its config, along one side, and frames; 1 without one."""
     config = getattr(vae, "config", vae)
-    return 1 if config is None else 2 ** (len(config["block_out_channels"]) - 1)
+    if config is None:
+        return {"vae_scale": 1}
+    if "temperal_downsample" not in config:
+        return {"vae_scale": 2 ** (len(config["block_out_channels"]) - 1)}
+    halved = config["temperal_downsample"]  # every side once for each, frames where it is true
+    sides = config.get("scale_factor_spatial") or 2 ** len(halved)
+    return {"vae_scale": sides, "frame_scale": config.get("scale_factor_temporal") or 2 ** sum(halved)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from denoisers.decoding import to_latents
 from denoisers.diffusers_base import Size, Source
 from denoisers.diffusers_load import locate, read_config, text_pipeline
-from denoisers.diffusers_models import vae_scale
+from denoisers.diffusers_models import vae_scales
 from denoisers.load import describe
 from denoisers.prompts import encode_prompts
 from solvers.conditions import map_condition
@@ -84,7 +84,7 @@ def load_encoders(path: str | Path) -> Encoders:
     root, component = locate(described["path"])
     config: Any = read_config(UNet2DModel, root, component)
     pipe = _pipeline(root, described.get("variant"))
-    scale, own = vae_scale(getattr(pipe, "vae", None)), config["sample_size"]
+    scale, own = vae_scales(getattr(pipe, "vae", None))["vae_scale"], config["sample_size"]
     height, width = own if isinstance(own, (list, tuple)) else (own, own)
     size = Size(_latents(described, "height", scale, height), _latents(described, "width", scale, width), scale)
     return Encoders(pipe, size, Path(root).name, described.get("encode"))

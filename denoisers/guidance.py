@@ -58,7 +58,9 @@ class GuidedDenoiser(DenoiserWrapper):
             scale = scale.reshape(-1, *[1] * (x.ndim - 1))
         both = [condition, self.denoiser.null_condition(condition)]
         conditional, unconditional = call_branches(self.denoiser, x, timestep, both, **options)
-        return torch.lerp(unconditional, conditional, scale)
+        guided = torch.lerp(unconditional, conditional, scale)
+        rescale = getattr(self.denoiser, "rescale_guided", None)
+        return rescale(guided, conditional) if rescale else guided
 
 
 class AutocastDenoiser(DenoiserWrapper):
@@ -94,7 +96,8 @@ def split_guidance(table: SolverTable, denoiser: nn.Module) -> SolverTable:
     """The table with guidance as weights, where the denoiser has one scale inside and is linear in the branches."""
     scale = own_guidance(denoiser)
     inside = calls_per_row(denoiser) > 1 and not isinstance(scale, Sequence)
-    if not inside or table.has_branches or getattr(denoiser, "needs_node", False):
+    is_linear = not (getattr(denoiser, "needs_node", False) or hasattr(denoiser, "rescale_guided"))
+    if not inside or table.has_branches or not is_linear:
         return table
     return table.guided(float(scale))
 

@@ -20,7 +20,7 @@ from solvers.schedule import NoiseSchedule
 DESCRIPTION = "denoiser.yaml"
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("path", "device", "family", "variant", "dtype", "negative_prompt", "prompt_argument"), (str,)),
-    **dict.fromkeys(("height", "width", "num_heads", "input_size", "batch_size"), (int,)),
+    **dict.fromkeys(("height", "width", "num_frames", "num_heads", "input_size", "batch_size"), (int,)),
     **dict.fromkeys(("encode", "call"), (dict,)),
     "decoder": (bool,),
     "tiling": (bool,),

@@ -106,7 +106,7 @@ def _pipeline(network: Any, component: str, scheduler: Any, source: Source) -> D
         reason = str(error).splitlines()[0]
         warnings.warn(f"the student is saved without the other parts of {source.root}: {reason}", stacklevel=2)
         return None
-    pipe.register_modules(scheduler=scheduler)
+    pipe.register_modules(scheduler=scheduler, **{component: network})  # some pipelines load their own over one given
     return pipe
 
 

@@ -48,11 +48,13 @@ from transformers import (
 )
 
 KINDS = ("sd", "sdxl", "dit", "pixart", "sd3", "flux")
+FURTHER_KINDS = ("qwen", "wan")
 LENGTH = 8  # tokens of a prompt
+LENGTHS = dict.fromkeys(("pixart", "sd3", "flux", "wan"), LENGTH) | {"qwen": 232}  # Qwen's stands in a template
 
 
 def tiny_pipeline(kind: str, seed: int = 0) -> Any:
-    """A random pipeline of KINDS, "wan" or "qwen": float32, on the CPU, in evaluation mode, without progress bars.
+    """A random pipeline of KINDS or FURTHER_KINDS: float32, on the CPU, in evaluation mode, without progress bars.
 
     VP pipelines carry a DDIM scheduler without clipping, flow pipelines the Euler one (Flux: dynamic shift).
     """
@@ -69,15 +71,24 @@ def tiny_pipeline(kind: str, seed: int = 0) -> Any:
 def call_arguments(kind: str, prompts: list[str], guidance_scale: float, num_inference_steps: int) -> dict[str, Any]:
     """Keyword arguments of a call that ends in latents (DiT: pixels as tensors), in the smallest image size."""
     shared = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    if kind == "qwen":
+        shared = {"true_cfg_scale": shared.pop("guidance_scale"), "negative_prompt": [" "] * len(prompts), **shared}
     if kind == "dit":
         return shared | {"class_labels": [len(prompt) % 1000 for prompt in prompts], "output_type": "pt"}
-    shared |= {"prompt": prompts, "output_type": "latent", "height": 16, "width": 16}
-    extra = {
-        "pixart": {"max_sequence_length": LENGTH, "use_resolution_binning": False, "clean_caption": False},
-        "sd3": {"max_sequence_length": LENGTH},
-        "flux": {"max_sequence_length": LENGTH},
-    }
-    return shared | extra.get(kind, {})
+    shared |= {"prompt": prompts, "output_type": "latent", **size(kind), **encoding(kind)}
+    if kind == "pixart":
+        shared |= {"use_resolution_binning": False, "clean_caption": False}
+    return shared
+
+
+def encoding(kind: str) -> dict[str, Any]:
+    """Options of `encode_prompts` that belong to such a call."""
+    return {"max_sequence_length": LENGTHS[kind]} if kind in LENGTHS else {}
+
+
+def size(kind: str) -> dict[str, int]:
+    """Options of `from_pipeline` that belong to such a call."""
+    return {"height": 16, "width": 16, **({"num_frames": 3} if kind == "wan" else {})}
 
 
 def tiny_unet(seed: int = 0, in_channels: int = 3, num_class_embeds: int | None = None) -> UNet2DModel:

@@ -24,7 +24,7 @@ from denoisers.diffusers_models import from_network, from_pipeline
 from denoisers.encoders import load_encoders
 from denoisers.prompts import encode_prompts, read_prompts
 from solvers import NoiseSchedule, sample, start_noise, tabulate
-from tests.tiny_pipelines import KINDS, LENGTH, call_arguments, tiny_pipeline, tiny_unet
+from tests.tiny_pipelines import FURTHER_KINDS, KINDS, call_arguments, encoding, size, tiny_pipeline, tiny_unet
 
 PROMPTS = ["a cat", "dog"]
 STEPS = 4
@@ -33,13 +33,12 @@ STEPS = 4
 def condition_of(kind: str, pipe: Any, prompts: list[str] = PROMPTS) -> Any:
     if kind == "dit":
         return torch.tensor(call_arguments(kind, prompts, 1.0, STEPS)["class_labels"])
-    longer = {} if kind in ("sd", "sdxl") else {"max_sequence_length": LENGTH}
-    return encode_prompts(pipe, prompts, denoiser=from_pipeline(pipe, 16, 16), **longer)
+    return encode_prompts(pipe, prompts, denoiser=from_pipeline(pipe, **size(kind)), **encoding(kind))
 
 
 def table_of(kind: str, pipe: Any, denoiser: Any) -> Any:
     """The pipeline's own scheduler, tabulated with the arguments the pipeline gives it."""
-    if kind != "flux":
+    if kind not in ("flux", "qwen"):
         return tabulate(pipe.scheduler, STEPS)
     sigmas = np.linspace(1.0, 1 / STEPS, STEPS)
     mu = float(np.log(denoiser.schedule.parameters["shift"]))
@@ -51,7 +50,7 @@ def run_pipeline(kind: str, pipe: Any, noise: torch.Tensor, guidance_scale: floa
     arguments = call_arguments(kind, PROMPTS, guidance_scale, steps)
     if kind == "dit":
         return pipe(**arguments, generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)]).images
-    return pipe(**arguments, latents=noise).images
+    return pipe(**arguments, latents=noise)[0]
 
 
 def as_pipeline_output(kind: str, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -61,12 +60,12 @@ def as_pipeline_output(kind: str, pipe: Any, latents: torch.Tensor) -> torch.Ten
     return (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER_KINDS])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_sample_equals_the_pipeline(kind: str, guidance_scale: float) -> None:
     """The whole run: conditions, guidance, timesteps and the learned variance as the pipeline handles them."""
     pipe = tiny_pipeline(kind)
-    denoiser = with_guidance(from_pipeline(pipe, 16, 16), guidance_scale)
+    denoiser = with_guidance(from_pipeline(pipe, **size(kind)), guidance_scale)
     noise = start_noise([3, 4], denoiser.sample_shape)
     expected = run_pipeline(kind, pipe, noise, guidance_scale)
     result = sample(denoiser, table_of(kind, pipe, denoiser), noise, condition_of(kind, pipe))
@@ -78,28 +77,23 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER_KINDS])
 def test_loaded_folder_equals_the_pipeline_s_network(kind: str, tmp_path: Path) -> None:
     """A saved pipeline, loaded by its folder with prompts, is the denoiser of the pipeline in memory."""
     pipe = tiny_pipeline(kind)
     pipe.save_pretrained(tmp_path / kind)
-    options: dict[str, Any] = {"height": 16, "width": 16}
+    options: dict[str, Any] = size(kind)
     if kind != "dit":
-        options |= {"prompts": PROMPTS, "negative_prompt": "bad"}
-        options |= {} if kind in ("sd", "sdxl") else {"encode": {"max_sequence_length": LENGTH}}
+        options |= {"prompts": PROMPTS, "negative_prompt": "bad", "encode": encoding(kind)}
     loaded = load_denoiser(tmp_path / kind, 2.0, **options)
-    expected = from_pipeline(pipe, 16, 16)
+    expected = from_pipeline(pipe, **size(kind))
     assert (loaded.sample_shape, loaded.schedule) == (expected.sample_shape, expected.schedule)
     assert loaded.name == kind
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     seeds = [2, 3, 4]
     condition = class_labels(loaded, seeds)
     chosen = [PROMPTS[seed % 2] for seed in seeds]
-    if kind == "dit":
-        by_hand = torch.tensor(seeds)
-    else:
-        longer = {} if kind in ("sd", "sdxl") else {"max_sequence_length": LENGTH}
-        by_hand = encode_prompts(pipe, chosen, "bad", expected, **longer)
+    by_hand = torch.tensor(seeds) if kind == "dit" else encode_prompts(pipe, chosen, "bad", expected, **encoding(kind))
     x, timestep = start_noise(seeds, loaded.sample_shape), torch.tensor(500.25)
     found, wanted = loaded(x, timestep, condition), with_guidance(expected, 2.0)(x, timestep, by_hand)
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
@@ -359,15 +353,27 @@ def pixels(**options: int) -> torch.nn.Module:
     return from_network(tiny_unet(), DDIMScheduler(), **options, vae_scale=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER_KINDS])
 def test_decoder(kind: str, tmp_path: Path) -> None:
     """`decode` gives the pipeline's images; the autoencoder is no part of the denoiser's weights."""
-    pipe = tiny_pipeline(kind)
+    pipe, wide = tiny_pipeline(kind), size(kind) | {"width": 32}
     pipe.save_pretrained(tmp_path)
-    denoiser = load_denoiser(tmp_path, height=16, width=32, decoder=True)
+    denoiser = load_denoiser(tmp_path, **wide, decoder=True)
     states = start_noise([0, 1], denoiser.sample_shape)
-    latents = pipe._unpack_latents(states, 16, 32, 2) if kind == "flux" else states
-    latents = latents / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0.0)
-    assert torch.allclose(denoiser.decode(states), pipe.vae.decode(latents).sample, atol=1e-5)
-    assert denoiser.state_dict().keys() == from_pipeline(pipe, 16, 32).state_dict().keys()
-    assert not hasattr(load_denoiser(tmp_path, height=16, width=32), "decode")
+    latents = pipe._unpack_latents(states, 16, 32, 2) if kind in ("flux", "qwen") else states
+    if kind in FURTHER_KINDS:
+        mean, deviation = (
+            torch.tensor(pipe.vae.config[f"latents_{name}"])[:, None, None, None] for name in ("mean", "std")
+        )
+        latents = latents * deviation + mean
+    else:
+        latents = latents / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0.0)
+    expected = pipe.vae.decode(latents).sample
+    assert torch.allclose(denoiser.decode(states), expected[:, :, 0] if kind == "qwen" else expected, atol=1e-5)
+    assert denoiser.state_dict().keys() == from_pipeline(pipe, **wide).state_dict().keys()
+    assert not hasattr(load_denoiser(tmp_path, **wide), "decode")
+
+
+def test_pictures_have_no_frames() -> None:
+    with pytest.raises(ValueError, match="SD3Transformer2DModel makes pictures: leave num_frames 5 out"):
+        from_pipeline(tiny_pipeline("sd3"), num_frames=5)

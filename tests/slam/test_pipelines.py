@@ -16,10 +16,10 @@ from slam.module import SLAM
 from slam.objective import Objective
 from solvers import load_solver, sample, start_noise
 from solvers.accelerate import accelerate_pipeline
-from tests.tiny_pipelines import LENGTH, call_arguments, tiny_pipeline
+from tests.tiny_pipelines import call_arguments, encoding, size, tiny_pipeline
 from training.network import AdamW
 
-KINDS = ("pixart", "sd3", "flux")
+KINDS = ("pixart", "sd3", "flux", "qwen", "wan")
 PROMPTS = ["a cat", "dog"]
 GUIDANCE = 3.0
 
@@ -27,8 +27,7 @@ GUIDANCE = 3.0
 def tiny_model(kind: str, folder: Path, **options: Any) -> Path:
     """A pipeline's folder with prompts."""
     tiny_pipeline(kind).save_pretrained(folder)
-    lines = {"prompts": PROMPTS, "negative_prompt": "", "height": 16, "width": 16, **options}
-    lines["encode"] = {"max_sequence_length": LENGTH}
+    lines = {"prompts": PROMPTS, "negative_prompt": "", **size(kind), "encode": encoding(kind), **options}
     (folder / "denoiser.yaml").write_text("".join(f"{key}: {value!r}\n" for key, value in lines.items()))
     return folder
 
@@ -88,24 +87,24 @@ def test_the_pipeline_draws_the_sampler_s_picture(
         rows = iter(fresh)
         monkeypatch.setattr("solvers.standalone.table_scheduler.randn_tensor", lambda *_, rows=rows, **__: next(rows))
         with accelerate_pipeline(pipe, tmp_path / "out" / f"slam-{steps}.json"):
-            found = pipe(**call_arguments(kind, PROMPTS, scale, steps), latents=noise.clone()).images
+            found = pipe(**call_arguments(kind, PROMPTS, scale, steps), latents=noise.clone())[0]
         wanted, before = (sample(one, table, noise, one.conditions, step_noise=fresh) for one in (student, teacher))
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
         assert (found - before).abs().max() > 1e-4 * before.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "qwen", "wan"])
 def test_a_lora_file_makes_the_teacher_the_student(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind, tmp_path / "model")
     distil(model, tmp_path / "out", lora_rank=2)
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(tmp_path / "out" / "lora")
-    student, adapted = load_denoiser(tmp_path / "out" / "student"), from_pipeline(pipe, 16, 16)
+    student, adapted = load_denoiser(tmp_path / "out" / "student"), from_pipeline(pipe, **size(kind))
     asked = start_noise([0, 1], student.sample_shape), torch.tensor(400.0), student.conditions
     wanted = student(*asked)
     assert (adapted(*asked) - wanted).abs().max() < 1e-5
     pipe.unload_lora_weights()
-    assert (from_pipeline(pipe, 16, 16)(*asked) - wanted).abs().max() > 1e-4
+    assert (from_pipeline(pipe, **size(kind))(*asked) - wanted).abs().max() > 1e-4
 
 
 def storages(*networks: torch.nn.Module) -> int:
