@@ -58,7 +58,7 @@ def encode_prompts(
             f"the prompts of {type(pipe).__name__} cannot be encoded here, only those of "
             f"{', '.join(RETURNED)}: record any other pipeline with data.record_trajectories"
         )
-    denoiser = denoiser or from_pipeline(pipe)
+    denoiser, options = denoiser or from_pipeline(pipe), _defaults(pipe) | options
     parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     with torch.no_grad():
         return concatenate_conditions(
@@ -94,7 +94,7 @@ def _encode(pipe: Any, denoiser: Any, prompts: list[str], negative: list[str] | 
     condition = {name: value for name, value in returned.items() if name and not name.startswith(NULL)}
     condition |= _TOLD.get(kind, _nothing)(denoiser, condition[HIDDEN])
     if MASK in condition:
-        condition |= _of_full_length(pipe, condition, options)
+        condition |= _of_full_length(condition, options["max_sequence_length"])
     null = {name.removeprefix(NULL): value for name, value in returned.items() if name and name.startswith(NULL)}
     if null:
         condition["null"] = condition | null
@@ -114,12 +114,19 @@ def _returned(pipe: Any, prompts: list[str], negative: list[str] | None, options
     return pipe.encode_prompt(prompts, **given | dict(options))
 
 
-def _of_full_length(pipe: Any, condition: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Tensor]:
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """What a call of the pipeline hands `encode_prompt`, which may have another default itself (Wan, Qwen-Image)."""
+    name = "max_sequence_length"
+    called = inspect.signature(type(pipe).__call__).parameters
+    takes = name in inspect.signature(pipe.encode_prompt).parameters
+    return {name: called[name].default} if takes and name in called else {}
+
+
+def _of_full_length(condition: dict[str, Any], length: int) -> dict[str, Tensor]:
     """Embeddings that are as long as the longest prompt beside them, padded to the longest there may be."""
     hidden, mask = condition[HIDDEN], condition[MASK]
-    longest = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
-    missing = options.get("max_sequence_length", longest) - hidden.shape[1]
     mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
+    missing = length - hidden.shape[1]
     return {HIDDEN: pad(hidden, (0, 0, 0, missing)), MASK: pad(mask, (0, missing))}
 
 

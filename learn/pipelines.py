@@ -30,7 +30,13 @@ from solvers.named import resolve_solver
 from solvers.standalone.table_scheduler import check_keeps_scheduler, pipeline_guidance
 
 WITHOUT_PROMPTS = ("DiTPipeline", "DDPMPipeline", "DDIMPipeline")
-SIZES = ("height", "width", "negative_prompt", "output_type")  # arguments of a call that adapters know, or need not
+SIZES = (
+    "height",
+    "width",
+    "num_frames",
+    "negative_prompt",
+    "output_type",
+)  # arguments of a call that adapters know, or need not
 DECODED = 4  # pictures of a recorded pipeline in the report
 SAVED = (
     "a saved pipeline runs solvers by its scheduler alone, which sees guided outputs: every row is guided, two calls; "
@@ -100,7 +106,7 @@ def open_pipeline(pipe: Any, options: LearnOptions, load: str) -> Subject:
 
 def _adapted(pipe: Any, options: LearnOptions, load: str) -> Subject:
     """Calls of the network itself, both branches of guidance apart where the pipeline can run such solvers."""
-    sizes = {name: options.call[name] for name in ("height", "width") if name in options.call}
+    sizes = {name: options.call[name] for name in ("height", "width", "num_frames") if name in options.call}
     denoiser = from_pipeline(pipe, **sizes)
     if takes_prompts(pipe):
         encode = {name: value for name, value in options.call.items() if name not in SIZES}

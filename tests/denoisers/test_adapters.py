@@ -33,7 +33,8 @@ STEPS = 4
 def condition_of(kind: str, pipe: Any, prompts: list[str] = PROMPTS) -> Any:
     if kind == "dit":
         return torch.tensor(call_arguments(kind, prompts, 1.0, STEPS)["class_labels"])
-    return encode_prompts(pipe, prompts, denoiser=from_pipeline(pipe, **size(kind)), **encoding(kind))
+    negative = " " if kind == "qwen" else None  # others have one of their own
+    return encode_prompts(pipe, prompts, negative, denoiser=from_pipeline(pipe, **size(kind)), **encoding(kind))
 
 
 def table_of(kind: str, pipe: Any, denoiser: Any) -> Any:

@@ -66,3 +66,9 @@ def test_qwen_s_network_does_not_mind_the_padding() -> None:
     assert condition.keys() == {"encoder_hidden_states", MASK}
     padded, plain = (pipe.transformer(**arguments)[0] for arguments in (call | condition, call))
     assert (padded - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["wan", "qwen"])
+def test_prompts_are_as_long_as_a_call_of_the_pipeline_allows(kind: str) -> None:
+    condition = encode_prompts(tiny_pipeline(kind), PROMPTS, denoiser=object())  # type: ignore[arg-type]
+    assert condition["encoder_hidden_states"].shape[1] == 512
