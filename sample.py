@@ -1,7 +1,8 @@
-"""Run, compare, inspect and export solver tables.
+"""Run, compare, evaluate, inspect and export solver tables.
 
     python sample.py generate --denoiser checkpoints/cifar10-dit --solver unipc:8 --output samples
     python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --output report
+    python sample.py evaluate --samples samples
     python sample.py inspect  checkpoints/solvers/cifar10-dit/olss-8.json [MORE ...]
     python sample.py export   checkpoints/solvers/cifar10-dit/olss-8.json --to diffusers --output scheduler
 
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from evaluation.args import CompareArgs
+from evaluation.args import CompareArgs, EvaluateArgs
 from training.arguments import OneLineErrors, guarded
 from training.signals import stop
 
@@ -119,6 +120,13 @@ def compare(**options) -> None:
     run(CompareArgs(**options), {"parataa": parallel_sample})
 
 
+def evaluate(**options) -> None:
+    """Measure pictures that are there already: evaluation.json; goes on where it was broken off."""
+    from evaluation.folder import evaluate as run
+
+    run(EvaluateArgs(**options))
+
+
 def inspect(solver: list[str], denoiser: str | None = None, output: str | None = None, trust: bool = False) -> None:
     """Print a solver's rows and diagnostics, and draw its coefficients and timesteps; of several, a table of all.
 
@@ -173,8 +181,10 @@ def export(
     print(f"written: {export_solver(solver, to, output)}")
 
 
-KEPT = {"compare": "what was sampled stays; run the same command again to go on"}  # by a signal
-COMMANDS = {"generate": generate, "compare": compare, "inspect": inspect, "export": export}
+AGAIN = "run the same command again to go on"  # after a signal
+KEPT = {"compare": f"what was sampled stays; {AGAIN}", "evaluate": f"what was measured stays; {AGAIN}"}
+COMMANDS = {"generate": generate, "compare": compare, "evaluate": evaluate, "inspect": inspect, "export": export}
+OPTIONS = {compare: CompareArgs, evaluate: EvaluateArgs}  # of commands whose options are a class
 
 
 def _load(solver: str, denoiser: str | None, guidance_scale: float | None, precision: str, trust: bool):
@@ -380,8 +390,8 @@ def _parser() -> Parser:
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").splitlines()[0]
         part = Parser(description=summary)
-        if command is compare:
-            part.add_class_arguments(CompareArgs, as_group=False)
+        if command in OPTIONS:
+            part.add_class_arguments(OPTIONS[command], as_group=False)
         else:
             part.add_function_arguments(command, as_group=False, as_positional=name in POSITIONAL)
         subcommands.add_subcommand(name, part, help=summary)

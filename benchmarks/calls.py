@@ -25,7 +25,7 @@ from denoisers import calls_per_row, class_labels, load_denoiser, network_calls
 from denoisers.generate import generate
 from evaluation.distances import Gaussian
 from evaluation.evaluate import shipped_measure
-from evaluation.rows import Measure
+from evaluation.metrics import Measure
 from solvers import Bands, SolverTable, load_solver, named_solver, sample, start_noise
 from solvers.files import atomic_write
 

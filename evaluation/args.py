@@ -3,7 +3,45 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Metric = Literal["rmse", "fd", "kid", "precision_recall", "inception_score"]
+Metric = Literal["rmse", "fd", "kid", "precision_recall", "density_coverage", "inception_score", "lpips", "clip_score"]
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Pictures are a folder that `generate` wrote, a folder of picture files or webdataset shards, or an .npz file.
+
+    Args:
+        samples: the pictures.
+        output: folder of evaluation.json.
+        metrics: default: of fd, kid, precision_recall and inception_score what the pictures fit and are numerous enough
+            for.
+        extractor: as in `compare`; default: the shipped classifier that is named like the model of a generated folder.
+        statistics: of the data, as in `compare`.
+        reference: pictures to compare the samples with, one by one: RMSE, and LPIPS where it is asked for.
+        prompts: text file of one prompt a line, one for each picture, for the CLIP score.
+        lpips: network of LPIPS, alex, vgg or squeeze, or NAME:FILE.
+        clip: network of the CLIP score, a model of the hub or its folder.
+        batch_size: pictures per network call.
+        bootstrap: number of resamplings for the 95 % intervals; 0 leaves them out.
+    Raises:
+        ValueError: numbers out of their range.
+    """
+
+    samples: str
+    output: str = "runs/evaluate"
+    metrics: list[Metric] | None = None
+    extractor: str | list[str] | None = None
+    statistics: str | list[str] | None = None
+    reference: str | None = None
+    prompts: str | None = None
+    lpips: str = "alex"
+    clip: str = "openai/clip-vit-large-patch14"
+    batch_size: int = 64
+    bootstrap: int = 200
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.bootstrap < 0:
+            raise ValueError(f"batch_size is {self.batch_size}, at least 1, and bootstrap {self.bootstrap}, at least 0")
 
 
 @dataclass(frozen=True)
@@ -21,10 +59,15 @@ class CompareArgs:
         batch_size: images per network call.
         guidance_scale: one or more scales; default: the one the artifacts were fitted for, else 1 (none).
         precision: of the network; states stay in float32.
-        metrics: default: rmse, and the others as far as the images fit the extractor and are numerous enough.
-        extractor: classifier folder, `timm:NAME` or `inception` (the last two need the network once); default: the
-            shipped classifier that is named like the model, `fashion-classifier` for `fashion-sit`, else cifar10's.
-        statistics: file of the data's statistics, or a folder of image shards; default: those beside the extractor.
+        metrics: default: rmse, and of fd, kid, precision_recall and inception_score what the images fit and are
+            numerous enough for.
+        extractor: one or more feature spaces: classifier folder, `inception`, `efficientnet-lite0`, `timm:NAME`,
+            `clip:NAME`, each also `NAME@LAYER`; default: the shipped classifier that is named like the model,
+            `fashion-classifier` for `fashion-sit`, else cifar10's.
+        statistics: of the data, for all extractors or one for each: a file of ours or of ADM, EDM, clean-fid or
+            torch-fidelity, or pictures (folder, shards, npz); default: those beside the extractor.
+        lpips: network of LPIPS, alex, vgg or squeeze, or NAME:FILE.
+        clip: network of the CLIP score, a model of the hub or its folder.
         bootstrap: number of resamplings for the 95 % intervals; 0 leaves them out.
         cache: folder that keeps the reference solver's images, computed once, for later comparisons.
         trust: a `denoiser.yaml` may name a class of your own; without, a file never chooses code.
@@ -43,8 +86,10 @@ class CompareArgs:
     guidance_scale: float | list[float] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     metrics: list[Metric] | None = None
-    extractor: str | None = None
-    statistics: str | None = None
+    extractor: str | list[str] | None = None
+    statistics: str | list[str] | None = None
+    lpips: str = "alex"
+    clip: str = "openai/clip-vit-large-patch14"
     bootstrap: int = 200
     cache: str = "runs/cache/reference"
     trust: bool = False

@@ -1,7 +1,7 @@
 """Images block by block on disk, so that a killed comparison goes on and a reference is computed once."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,15 +154,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Its tensors.
+def read_tensors(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Its tensors, all or some.
 
     Raises:
         ValueError: missing or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it, it will be computed again") from error
 

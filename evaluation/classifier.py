@@ -23,16 +23,22 @@ class Classifier(nn.Module):
         widths: channels of the three blocks; the last one is the number of features.
         num_classes: classes.
         in_channels: channels of the images.
+        layer: the module whose output, averaged over places, distances are measured in; default: the last block.
     """
 
     def __init__(
-        self, widths: tuple[int, int, int] = (32, 128, 128), num_classes: int = 10, in_channels: int = 3
+        self,
+        widths: tuple[int, int, int] = (32, 128, 128),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        layer: str | None = None,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "widths": list(widths),
             "num_classes": num_classes,
             "in_channels": in_channels,
+            "layer": layer,
         }
         patches = 8 * in_channels
         self.whiten = nn.Conv2d(in_channels, patches, 2, bias=False).requires_grad_(False)

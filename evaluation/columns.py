@@ -12,7 +12,11 @@ COLUMNS = {
     "kid": "KID x 1000",
     "precision": "precision",
     "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
     "inception_score": "IS",
+    "clip_score": "CLIP",
+    "lpips": "LPIPS",
     "rmse": "RMSE",
     "median": "median",
     "p99": "99 %",
@@ -31,7 +35,11 @@ HINTS = {
     "kid": "kernel distance to the data, times 1000; lower is better; 95 % interval",
     "precision": "share of samples inside the data's manifold",
     "recall": "share of the data inside the samples' manifold",
+    "density": "mean number of the data's neighbourhoods around a sample, over their size",
+    "coverage": "share of the data's neighbourhoods that hold a sample",
     "inception_score": "exp of the mean divergence of class probabilities",
+    "clip_score": "100 times the cosine of image and prompt",
+    "lpips": "perceptual distance to the reference solver's image",
     "rmse": "to the reference solver from the same noise; 95 % interval",
     "median": "error of the median image to the reference solver's",
     "p99": "error that 99 % of the images do not exceed",
@@ -50,7 +58,7 @@ def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Rows of the table only where some are not one network call.
     """
-    used = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    used = [name for base in COLUMNS for name in _named(rows, base)]
     constant = len({row["guidance"] for row in rows}) == 1
     silent = {"end_noise_level"} if all(row["end_noise_level"] < 1e-4 for row in rows) else set()
     made = [row.get("rows", row["nfe"]) for row in rows]
@@ -61,6 +69,27 @@ def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in used if name not in silent and not (name == "guidance" and constant)]
 
 
+def _named(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
+    """A column's name, and with the suffixes of further feature spaces, where some row has a value."""
+    found = [name for row in rows for name, value in row.items() if value is not None and _base(name) == base]
+    return list(dict.fromkeys(name for name in found if not name.endswith(("_low", "_high"))))
+
+
+def _base(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def title(name: str) -> str:
+    """A column's title."""
+    base, _, space = name.partition("@")
+    return f"{COLUMNS[base]} ({space})" if space else COLUMNS[base]
+
+
+def hint(name: str) -> str:
+    """What a column is."""
+    return HINTS.get(_base(name), "")
+
+
 def cell(row: Mapping[str, Any], name: str) -> str:
     """A value as text, without its interval; empty where there is none."""
     value = row.get(name)
@@ -68,9 +97,10 @@ def cell(row: Mapping[str, Any], name: str) -> str:
         return ""
     if name == "end_noise_level" and 0 < value < 1e-4:
         return "< 0.0001"
-    if name == "kid":
+    base = _base(name)
+    if base == "kid":
         value = 1000 * value
-    if name in ("kid", "precision", "recall", "inception_score", "psnr"):
+    if base in ("kid", "precision", "recall", "density", "coverage", "inception_score", "clip_score", "psnr"):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     if name in ("end_noise_level", "seconds", "fitting_seconds"):
         return f"{value:.2g}" if value < 10 else f"{value:.0f}"
@@ -81,7 +111,7 @@ def interval(row: Mapping[str, Any], name: str) -> str:
     """The 95 % interval of a value as text, or empty."""
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     trivial = row.get("is_reference") and name == "rmse"
-    scale = 1000 if name == "kid" else 1
+    scale = 1000 if _base(name) == "kid" else 1
     return "" if low is None or trivial else f"{scale * low:.3g} to {scale * high:.3g}"
 
 
@@ -92,14 +122,14 @@ def summary(settings: Mapping[str, Any]) -> list[str]:
         f"{settings['num_samples']} images per solver, seeds {settings['seed']} to {last}, "
         f"network in {settings['precision']}."
     ]
-    data = settings.get("statistics")
-    if data is not None:
-        described = data["description"] or data["fingerprint"]
-        lines.append(
-            f"Distances are measured in the features of {settings['extractor']} "
-            f"to {data['images']} images: {described}. "
-            "They depend on the number of images: compare only figures of the same number."
-        )
+    for space in settings["spaces"]:
+        data = space["statistics"]
+        if data is not None:
+            described = data["description"] or data["fingerprint"]
+            images = f"{data['images']} images: " if data["images"] else ""
+            lines.append(f"Distances are measured in the features of {space['extractor']} to {images}{described}.")
+    if settings["spaces"]:
+        lines.append("They depend on the number of images: compare only figures of the same number.")
     return lines
 
 

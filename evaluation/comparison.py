@@ -1,7 +1,7 @@
 """A comparison in its folder: what is sampled already, what is missing, and the rows it makes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from denoisers.generate import as_images, device_of
+from denoisers.generate import as_images
 from evaluation.args import CompareArgs
 from evaluation.blocks import TRACED, Drawn, ReferenceImages, blocks_of, draw, read_count, read_tensors, write_tensors
 from evaluation.contenders import Contender, Group
 from evaluation.distances import squared_errors
-from evaluation.rows import Measure, make_row, trajectory_error
-from evaluation.statistics import describe
+from evaluation.judges import prompts_of
+from evaluation.metrics import Measure
+from evaluation.parts import Parts
+from evaluation.rows import make_row, trajectory_error
 from solvers.files import atomic_write
 
 SETTINGS_NAME = "comparison.json"
 WRITTEN = ("rows", "report.json", "report.md", "report.html", "comparison.png")
 SHOWN = 16
-TOTALS = ("seconds", "rounds", "evaluations")  # of all images of a block
+TOTALS = {"seconds", "rounds", "evaluations"}  # of all images of a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +68,7 @@ class Comparison:
             "seed": self.args.seed,
             "precision": self.args.precision,
             "metrics": measure.asked and list(measure.asked),
-            "extractor": measure.extractor and measure.extractor.identity["name"],
-            "extractor_fingerprint": measure.extractor and measure.extractor.fingerprint,
-            "statistics": describe(measure.statistics),
+            **measure.described,
         }
 
     def claim(self) -> None:
@@ -109,7 +109,7 @@ class Comparison:
         seeds = self.args.seeds[block.start : block.stop]
         for contender in missing:
             drawn = target if contender is group.reference else self._draw(contender, seeds, step)
-            write_tensors(self._path(contender, block), self._measured(contender, drawn, target.images))
+            write_tensors(self._path(contender, block), self._measured(contender, drawn, group, target.images, seeds))
 
     def _reference(self, group: Group) -> ReferenceImages:
         return ReferenceImages(group.reference, self.args.cache, self.args.seed, self.args.precision)
@@ -122,8 +122,10 @@ class Comparison:
     def _draw(self, contender: Contender, seeds: range, step: Any) -> Drawn:
         return draw(contender, seeds, self.args.batch_size, TRACED if seeds[0] == self.args.seed else 0, step)
 
-    def _measured(self, contender: Contender, drawn: Drawn, target: Tensor) -> dict[str, Tensor]:
-        """What is kept of a block: errors, features and scores of all images, pictures and states of the first ones."""
+    def _measured(
+        self, contender: Contender, drawn: Drawn, group: Group, target: Tensor, seeds: range
+    ) -> dict[str, Tensor]:
+        """What is kept of a block: errors and features of all images, pictures and states of the first ones."""
         values = {
             "squared_errors": squared_errors(drawn.images, target),
             "seconds": torch.tensor(drawn.seconds, dtype=torch.float64),
@@ -131,13 +133,16 @@ class Comparison:
         for name in ("rounds", "evaluations"):
             if getattr(drawn, name) is not None:
                 values[name] = torch.tensor(getattr(drawn, name), dtype=torch.float64)
-        if self.measure.extractor is not None:
-            device = device_of(self.measure.extractor)
-            pictures = (as_images(contender.denoiser, part) for part in drawn.images.split(self.args.batch_size))
-            parts = [self.measure.extractor(part.to(device)) for part in pictures]
-            values["features"] = torch.cat([features for features, _ in parts])
-            if parts[0][1] is not None:
-                values["scores"] = torch.cat([scores for _, scores in parts])
+        size, prompts = self.args.batch_size, prompts_of(group.reference.denoiser, seeds)
+        parts = [
+            self.measure.values(
+                as_images(contender.denoiser, drawn.images[start : start + size]),
+                as_images(group.reference.denoiser, target[start : start + size]) if self.measure.judges else None,
+                prompts and prompts[start : start + size],
+            )
+            for start in range(0, len(seeds), size)
+        ]
+        values |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if drawn.trace is not None:
             values |= {"images": drawn.images[:SHOWN], "trace": drawn.trace}
         return values
@@ -160,37 +165,46 @@ class Comparison:
         bar = tqdm(total=total, desc="measuring", unit="solver", disable=None)
         with bar:
             for group in self.groups:
-                target = self._read(group.reference)
+                target = self._first(group.reference)["trace"]
                 for contender in (group.reference, *group.contenders):
                     entries.append(self._entry(contender, group, target))
                     bar.update()
         return entries
 
-    def _entry(self, contender: Contender, group: Group, target: Mapping[str, Tensor]) -> Entry:
-        is_reference = contender is group.reference
-        values = target if is_reference else self._read(contender)
-        row = make_row(contender, values, self.measure, self.args.bootstrap, is_reference)
-        errors = trajectory_error(contender.table, values["trace"], group.reference.table, target["trace"])
-        images = as_images(contender.denoiser, values["images"])
+    def _entry(self, contender: Contender, group: Group, target: Tensor) -> Entry:
+        is_reference, first = contender is group.reference, self._first(contender)
+        values = {name: self._parts(contender, name) for name in first.keys() - TOTALS - {"images", "trace"}}
+        totals = {name: self._total(contender, name) for name in first.keys() & TOTALS}
+        row = make_row(contender, values, totals, self.measure, self.args.bootstrap, is_reference)
+        errors = trajectory_error(contender.table, first["trace"], group.reference.table, target)
+        images = as_images(contender.denoiser, first["images"])
         return Entry(contender, row, images, None if is_reference else errors)
 
-    def _read(self, contender: Contender) -> dict[str, Tensor]:
-        """All blocks of a contender joined, totals added up."""
-        parts = [_cut(read_tensors(self._path(contender, block)), block) for block in self.blocks]
-        first = {name: parts[0][name] for name in ("images", "trace")}
-        totals = {name: torch.stack([part[name] for part in parts]).sum() for name in TOTALS if name in parts[0]}
-        others = parts[0].keys() - {*first, *totals}
-        return {**first, **totals, **{name: torch.cat([part[name] for part in parts]) for name in others}}
+    def _first(self, contender: Contender) -> dict[str, Tensor]:
+        """The first block."""
+        return next(self._read(contender))
+
+    def _parts(self, contender: Contender, name: str) -> Parts:
+        """What is kept of all images, read as often as it is needed."""
+        return Parts(lambda: (part[name] for part in self._read(contender, [name])), self.args.num_samples)
+
+    def _total(self, contender: Contender, name: str) -> float:
+        return sum(float(part[name]) for part in self._read(contender, [name]))
+
+    def _read(self, contender: Contender, names: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Block by block."""
+        for block in self.blocks:
+            path = self._path(contender, block)
+            yield _cut(read_tensors(path, names), block, read_count(path, "squared_errors"))
 
     def _path(self, contender: Contender, block: range) -> Path:
         return self.output / "rows" / _key(contender) / f"{block.start:07d}.safetensors"
 
 
-def _cut(values: dict[str, Tensor], block: range) -> dict[str, Tensor]:
+def _cut(values: dict[str, Tensor], block: range, count: int) -> dict[str, Tensor]:
     """A stored block that a larger comparison has made longer, as it is needed; its totals in proportion."""
-    share = len(block) / len(values["squared_errors"])
     return {
-        name: value * share if name in TOTALS else value if name == "trace" else value[: len(block)]
+        name: value * (len(block) / count) if name in TOTALS else value if name == "trace" else value[: len(block)]
         for name, value in values.items()
     }
 

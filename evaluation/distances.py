@@ -5,28 +5,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evaluation.parts import Parts
+
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (d,), unbiased covariance (d, d), both float64, and the number of features they are from."""
+    """Mean (d,), unbiased covariance (d, d), both float64, and the number of features they are from, if it is known."""
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int | None
 
     @classmethod
-    def of(cls, features: Tensor) -> "Gaussian":
-        """Moments of features (n, d).
+    def of(cls, features: Tensor | Parts) -> "Gaussian":
+        """Moments of features (n, d), those of the parts put together.
 
         Raises:
             ValueError: fewer than two features.
         """
         if len(features) < 2:
             raise ValueError(f"{len(features)} images have no covariance: give at least 2")
-        features = features.double()
-        mean = features.mean(0)
-        centred = features - mean
-        return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
+        count, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for part in _parts(features):
+            own, total = part.double().mean(0), count + len(part)
+            centred, step = part.double() - own, own - mean
+            scatter = scatter + centred.T @ centred + torch.outer(step, step) * (count * len(part) / total)
+            mean, count = mean + step * (len(part) / total), total
+        return cls(mean, scatter / (count - 1), count)
 
 
 class FrechetTo:
@@ -117,12 +122,14 @@ class Manifold:
         parts = [_distance(part, self.features).kthvalue(neighbours + 1).values for part in self.features.split(1024)]
         self.radius = torch.cat(parts)
 
+    def hits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """In how many balls each of features (m, d) lies, (m,), and how many of them lie in each ball, (n,)."""
+        inside = [_distance(part, self.features) <= self.radius for part in features.double().split(1024)]
+        return torch.cat([part.sum(1) for part in inside]), torch.stack([part.sum(0) for part in inside]).sum(0)
+
     def share(self, features: Tensor) -> float:
         """Share of features (m, d) that lie inside."""
-        parts = features.double().split(1024)
-        return float(
-            torch.cat([(_distance(part, self.features) <= self.radius).any(1) for part in parts]).double().mean()
-        )
+        return float((self.hits(features)[0] > 0).double().mean())
 
 
 def precision_recall(generated: Tensor, real: Manifold) -> tuple[float, float]:
@@ -133,19 +140,33 @@ def precision_recall(generated: Tensor, real: Manifold) -> tuple[float, float]:
     return real.share(generated), Manifold(generated, real.neighbours).share(real.features)
 
 
+def density_coverage(generated: Tensor, real: Manifold) -> tuple[float, float]:
+    """Mean number of real balls around generated features (n, d) over k, and the share of real balls that hold some.
+
+    Source: arXiv 2002.09797, eq. 3 and 4.
+    """
+    each, balls = real.hits(generated)
+    return float(each.double().mean()) / real.neighbours, float((balls > 0).double().mean())
+
+
 def _distance(first: Tensor, second: Tensor) -> Tensor:
     """Differences instead of a matrix product: a point is at distance exactly 0 from itself."""
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def inception_score(scores: Tensor) -> float:
+def inception_score(scores: Tensor | Parts) -> float:
     """exp of the mean divergence of class probabilities from their mean; scores (n, classes) before the softmax.
 
     Source: arXiv 1606.03498, section 4; over all images at once, without splits.
     """
-    log_each = scores.double().log_softmax(1)
-    log_mean = log_each.exp().mean(0).log()
-    return float((log_each.exp() * (log_each - log_mean)).sum(1).mean().exp())
+    logs = Parts(lambda: (part.double().log_softmax(1) for part in _parts(scores)), len(scores))
+    log_mean = (sum(part.exp().sum(0) for part in logs) / len(logs)).log()
+    divergence = sum((part.exp() * (part - log_mean)).sum(1).sum() for part in logs) / len(logs)
+    return float(divergence.exp())
+
+
+def _parts(rows: Tensor | Parts) -> Parts:
+    return rows if isinstance(rows, Parts) else Parts.of(rows)
 
 
 def squared_errors(images: Tensor, reference: Tensor) -> Tensor:

@@ -1,20 +1,76 @@
 """evaluate_table: the figures of one solver table, for `train.py test` and for logging during training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
-from torchmetrics import MetricCollection
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from denoisers import network_calls
 from denoisers.generate import as_images, device_of, generate, image_shape
 from evaluation.contenders import check_disjoint
-from evaluation.extractors import Extractor, extractor_of, load_extractor
-from evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall, ReferenceError
+from evaluation.distances import error_figures, psnr, squared_errors
+from evaluation.extractors import extractor_of, load_extractor
+from evaluation.metrics import Measure, choose_metrics
+from evaluation.parts import Parts
 from evaluation.processes import rank_and_size
-from evaluation.rows import Measure, choose_metrics
 from evaluation.statistics import find_statistics
 from solvers import SolverTable
+
+
+class Figures(Metric):
+    """All figures of images, as a torchmetric: batch by batch, gathered from all processes.
+
+    Args:
+        measure: what is measured.
+        kwargs: of torchmetrics' Metric.
+    """
+
+    is_differentiable, higher_is_better, full_state_update = False, None, False
+
+    def __init__(self, measure: Measure, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.measure = measure
+        names = [kind + space.suffix for space in measure.spaces for kind in ("features", "scores")]
+        self.names = {name: f"value_{index}" for index, name in enumerate(["squared_errors", *names])}
+        for state in self.names.values():
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, reference: Tensor | None = None, pictures: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            images: as the model makes them.
+            reference: the reference solver's from the same noises; without them there are no errors.
+            pictures: what a decoder makes of the images, where there is one.
+        Raises:
+            ValueError: different shapes, or values that are not finite.
+        """
+        values = self.measure.values(images if pictures is None else pictures)
+        if reference is not None:
+            values["squared_errors"] = squared_errors(images, reference)
+        for name, value in values.items():
+            getattr(self, self.names[name]).append(value.to(self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Figures by name, float64.
+
+        Raises:
+            ValueError: no images.
+        """
+        states = {name: getattr(self, state) for name, state in self.names.items()}
+        values = {name: dim_zero_cat(state).cpu() for name, state in states.items() if len(state)}
+        if not values:
+            raise ValueError("no images were given: call update before compute")
+        squared = values.pop("squared_errors", None)
+        found: dict[str, float] = {} if squared is None else error_figures(squared)
+        if squared is not None:
+            found["psnr"] = psnr(found["rmse"])
+        found |= self.measure.figures({name: Parts.of(value) for name, value in values.items()})
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
 def shipped_measure(denoiser: Any, num_images: int, metrics: Sequence[str] | None = None) -> Measure:
@@ -23,12 +79,13 @@ def shipped_measure(denoiser: Any, num_images: int, metrics: Sequence[str] | Non
     Args:
         denoiser: the network whose images are measured; its name chooses the classifier (`extractor_of`).
         num_images: images per solver.
-        metrics: as in `evaluation.rows.choose_metrics`.
+        metrics: as in `evaluation.metrics.choose_metrics`.
     """
-    folder = extractor_of(denoiser)
-    extractor = load_extractor(folder) if (metrics is None or set(metrics) - {"rmse"}) and folder.is_dir() else None
-    statistics = None if extractor is None else find_statistics(None, extractor, folder)
-    return choose_metrics(metrics, extractor, statistics, num_images, image_shape(denoiser))
+    folder, spaces = extractor_of(denoiser), []
+    if (metrics is None or set(metrics) - {"rmse"}) and folder.is_dir():
+        extractor = load_extractor(folder)
+        spaces.append((extractor, find_statistics(None, extractor, folder)))
+    return choose_metrics(metrics, spaces, num_images, image_shape(denoiser))
 
 
 @torch.no_grad()
@@ -70,18 +127,18 @@ def evaluate_table(
     share = _share(seeds)
     measure = measure or shipped_measure(reference_denoiser or denoiser, num_images)
     device = device_of(denoiser)
-    images = generate(denoiser, table, share, batch_size=batch_size).to(device)
-    found: dict[str, Any] = {"nfe": float(network_calls(table, denoiser)), "num_images": float(num_images)}
-    if reference is not None:
-        if isinstance(reference, SolverTable):
-            reference = generate(reference_denoiser or denoiser, reference, share, batch_size=batch_size)
-        error = ReferenceError().to(device)
-        error.update(images, reference.to(device))
-        found |= error.compute()
-    if measure.extractor is not None:
-        parts = (as_images(denoiser, part) for part in images.split(batch_size))
-        found |= _distances(parts, measure, measure.extractor.to(device), device)
-    return {name: float(value) for name, value in found.items()}
+    for space in measure.spaces:
+        space.extractor.to(device)
+    images = generate(denoiser, table, share, batch_size=batch_size)
+    if isinstance(reference, SolverTable):
+        reference = generate(reference_denoiser or denoiser, reference, share, batch_size=batch_size)
+    figures = Figures(measure).to(device)
+    targets = repeat(None) if reference is None else reference.cpu().split(batch_size)
+    for part, target in zip(images.split(batch_size), targets):
+        figures.update(part, target, as_images(denoiser, part.to(device)) if measure.spaces else None)
+    counts = {"nfe": float(network_calls(table, denoiser)), "num_images": float(num_images)}
+    found = figures.compute() if measure.spaces or reference is not None else {}
+    return counts | {name: float(value) for name, value in found.items()}
 
 
 def reference_images(
@@ -98,27 +155,6 @@ def reference_images(
     """
     share = _share(range(seed, seed + num_images))
     return generate(denoiser, table, share, batch_size=batch_size, progress=progress)
-
-
-def _distances(
-    parts: Iterable[torch.Tensor], measure: Measure, extractor: Extractor, device: torch.device
-) -> dict[str, Any]:
-    statistics = measure.statistics
-    chosen: dict[str, Any] = {}
-    if "fd" in measure.metrics:
-        chosen["fd"] = FrechetDistance(statistics)
-    if "kid" in measure.metrics:
-        chosen["kid"] = KernelDistance(statistics)
-    if "precision_recall" in measure.metrics:
-        chosen["precision_recall"] = PrecisionRecall(statistics)
-    metrics = MetricCollection(chosen, compute_groups=False).to(device)
-    score = InceptionScore().to(device) if "inception_score" in measure.metrics else None
-    for part in parts:
-        features, scores = extractor(part)
-        metrics.update(features)
-        if score is not None:
-            score.update(scores)
-    return dict(metrics.compute()) | ({} if score is None else {"inception_score": score.compute()})
 
 
 def _share(seeds: range) -> range:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.charts import coefficients_chart, family_colors, quality_chart, timesteps_chart, trajectory_chart
-from evaluation.columns import COLUMNS, HINTS, cell, interval, label, shown_columns, summary
+from evaluation.columns import cell, hint, interval, label, shown_columns, summary, title
 from evaluation.comparison import Entry
 from evaluation.pictures import image_grid
 from evaluation.svg import color_class
@@ -59,9 +59,9 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Any]:
     columns = shown_columns(rows)
-    best = {name: _best(rows, name) for name in ("fd", "kid", "rmse")}
+    best = {name: _best(rows, name) for name in columns if name.partition("@")[0] in ("fd", "kid", "rmse")}
     return {
-        "columns": [{"title": COLUMNS[name], "hint": HINTS.get(name, "")} for name in columns],
+        "columns": [{"title": title(name), "hint": hint(name)} for name in columns],
         "rows": [
             {
                 "is_reference": row["is_reference"],
@@ -105,7 +105,7 @@ def _findings(group: Sequence[Entry], names: Mapping[str, str], scale: str) -> l
             continue
         best = min(measured, key=lambda row: row[metric])
         claim = f"{scale}: closest to {target}" if scale else f"closest to {target}"
-        figure = f"{COLUMNS[metric]} {best[metric]:.4g} with {best['nfe']} evaluations"
+        figure = f"{title(metric)} {best[metric]:.4g} with {best['nfe']} evaluations"
         rivals = [names[row["solver"]] for row in _rivals(best, measured, metric)]
         found.append(
             {"claim": claim[0].upper() + claim[1:], "solver": names[best["solver"]], "figure": figure, "rivals": rivals}

@@ -1,153 +1,229 @@
-"""The distances as torchmetrics: updated batch by batch, synchronised over processes, independent of both."""
+"""What is measured of images: features and a distance, or a figure of each image by itself."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torch import Tensor, nn
 
-from evaluation import distances
-from evaluation.distances import require_finite
-from evaluation.statistics import DataStatistics
+from denoisers.generate import device_of
+from evaluation.bootstrap import frechet_interval, kernel_interval, mean_interval, resamplings
+from evaluation.distances import Gaussian, density_coverage, inception_score, precision_recall, require_full_rank
+from evaluation.extractors import Extractor
+from evaluation.parts import Parts
+from evaluation.statistics import DataStatistics, describe
 
-
-class FrechetDistance(Metric):
-    """Frechet distance of the features' Gaussian to the data's.
-
-    Sums are kept in float64 and around the data's mean, so that neither batches nor processes show.
-
-    Args:
-        statistics: of the data.
-        kwargs: of torchmetrics' Metric.
-    """
-
-    is_differentiable, higher_is_better, full_state_update = False, False, False
-
-    def __init__(self, statistics: DataStatistics, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.statistics = statistics
-        dimension = len(statistics.gaussian.mean)
-        self.add_state("total", torch.zeros(dimension, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("products", torch.zeros(dimension, dimension, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, features: Tensor) -> None:
-        """Add features (batch, d); ValueError where one is not finite."""
-        require_finite(features, "features")
-        centred = features.double() - self.statistics.gaussian.mean.to(features.device)
-        self.total += centred.sum(0)
-        self.products += centred.T @ centred
-        self.count += len(features)
-
-    def compute(self) -> Tensor:
-        """The distance, float64.
-
-        Raises:
-            ValueError: not more images than feature dimensions.
-        """
-        count = int(self.count)
-        distances.require_full_rank(count, len(self.total))
-        offset = (self.total / count).cpu()
-        covariance = (self.products.cpu() - count * torch.outer(offset, offset)) / (count - 1)
-        return self.statistics.frechet((offset + self.statistics.gaussian.mean)[None], covariance[None])[0]
+PAIRED = 10_000  # images that pairs are taken of, so that their cost ends to grow with the square
+Figures = dict[str, float | tuple[float, tuple[float, float] | None]]
 
 
-class _Gathered(Metric):
-    """A metric of all features or scores, which it keeps."""
-
-    is_differentiable, full_state_update = False, False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("values", [], dist_reduce_fx="cat")
-
-    def update(self, values: Tensor) -> None:
-        """Add a batch, (batch, d); ValueError where one is not finite."""
-        require_finite(values, "features")
-        self.values.append(values.detach())
-
-    def gathered(self) -> Tensor:
-        """All values, on the CPU."""
-        if isinstance(self.values, Tensor):
-            return self.values.cpu()
-        if not self.values:
-            raise ValueError("no images were given: call update before compute")
-        return torch.cat(self.values).cpu()
-
-
-class KernelDistance(_Gathered):
-    """Unbiased kernel distance to the subset of the data's features."""
-
-    higher_is_better = False
-
-    def __init__(self, statistics: DataStatistics, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.statistics = statistics
-
-    def compute(self) -> Tensor:
-        """The distance, float64."""
-        return _scalar(self.statistics.kernel(self.gathered()))
-
-
-class PrecisionRecall(_Gathered):
-    """Share of samples within the data's manifold, and of data within the samples'.
+@dataclass(frozen=True)
+class Metric:
+    """Figures of all images in one feature space.
 
     Args:
-        statistics: of the data.
-        kwargs: of torchmetrics' Metric.
+        figures: (features or scores, statistics of the data, resamplings) -> figures by name, each with its interval
+            where it has one.
+        of: `features`, or `scores` of classes.
+        is_default: measured where nothing else is asked for.
+        least: images, made and of the data, that it needs.
     """
 
-    higher_is_better = True
-
-    def __init__(self, statistics: DataStatistics, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.statistics = statistics
-
-    def compute(self) -> dict[str, Tensor]:
-        """`precision` and `recall`, float64."""
-        found = distances.precision_recall(self.gathered(), self.statistics.manifold)
-        return {"precision": _scalar(found[0]), "recall": _scalar(found[1])}
+    figures: Callable[[Parts, DataStatistics | None, int], Figures]
+    of: str = "features"
+    is_default: bool = True
+    least: int = 4
 
 
-class InceptionScore(_Gathered):
-    """exp of the mean divergence of class probabilities from their mean; takes class scores before the softmax."""
-
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        """The score, float64."""
-        return _scalar(distances.inception_score(self.gathered()))
+def _frechet(features: Parts, data: DataStatistics, repeats: int) -> Figures:
+    own = Gaussian.of(features)
+    value = float(data.frechet(own.mean[None], own.covariance[None]))
+    counts = resamplings(len(features), repeats) if repeats else None
+    return {"fd": (value, frechet_interval(features, data.frechet, counts) if counts is not None else None)}
 
 
-class ReferenceError(Metric):
-    """Errors of images to those of the reference solver from the same noises; images are not cut off."""
+def _kernel(features: Parts, data: DataStatistics, repeats: int) -> Figures:
+    rows = features.spread(PAIRED)
+    counts = resamplings(len(rows), repeats) if repeats else None
+    return {"kid": (data.kernel(rows), kernel_interval(rows, data.kernel, counts) if counts is not None else None)}
 
-    is_differentiable, higher_is_better, full_state_update = False, False, False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("errors", [], dist_reduce_fx="cat")
+def _precision_recall(features: Parts, data: DataStatistics, repeats: int) -> Figures:
+    return dict(zip(("precision", "recall"), precision_recall(features.spread(PAIRED), data.manifold)))
 
-    def update(self, images: Tensor, reference: Tensor) -> None:
-        """Add images and their reference, (batch, ...) each.
 
-        Raises:
-            ValueError: different shapes, or values that are not finite.
+def _density_coverage(features: Parts, data: DataStatistics, repeats: int) -> Figures:
+    return dict(zip(("density", "coverage"), density_coverage(features.spread(PAIRED), data.wide_manifold)))
+
+
+def _inception_score(scores: Parts, data: DataStatistics | None, repeats: int) -> Figures:
+    return {"inception_score": inception_score(scores)}
+
+
+METRICS = {
+    "fd": Metric(_frechet),
+    "kid": Metric(_kernel),
+    "precision_recall": Metric(_precision_recall),
+    "density_coverage": Metric(_density_coverage, is_default=False, least=6),
+    "inception_score": Metric(_inception_score, "scores"),
+}
+NAMES = ("rmse", *METRICS, "lpips", "clip_score")
+MISSING = "there is no extractor"
+
+
+@dataclass(frozen=True)
+class Space:
+    """A feature space and what is measured in it.
+
+    Args:
+        extractor: makes the features.
+        statistics: of the data.
+        metrics: of METRICS.
+        suffix: of the names of its figures: none in the first space, `@` and the extractor's name in others.
+    """
+
+    extractor: Extractor
+    statistics: DataStatistics | None
+    metrics: tuple[str, ...] = ()
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured, decided before anything is computed.
+
+    Args:
+        spaces: feature spaces.
+        judges: networks that judge each image by itself, (images, reference, prompts) -> (batch,); see
+            `evaluation.judges`.
+        notes: what was left out and why, for the report.
+        asked: the metrics that were asked for; None: all that are possible.
+    """
+
+    spaces: tuple[Space, ...] = ()
+    judges: Mapping[str, nn.Module] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    asked: tuple[str, ...] | None = None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The feature spaces and networks, JSON types."""
+        spaces = [
+            {"extractor": space.extractor.identity["name"], "fingerprint": space.extractor.fingerprint}
+            | {"statistics": describe(space.statistics)}
+            for space in self.spaces
+        ]
+        return {"spaces": spaces, "judges": {name: judge.identity for name, judge in self.judges.items()}}
+
+    def values(
+        self, images: Tensor, reference: Tensor | None = None, prompts: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """What figures are made of, of a batch of pictures in [-1, 1]: on the CPU, by name."""
+        found: dict[str, Tensor] = {}
+        for space in self.spaces:
+            features, scores = space.extractor(images.to(device_of(space.extractor)))
+            found["features" + space.suffix] = features.cpu()
+            if scores is not None:
+                found["scores" + space.suffix] = scores.cpu()
+        for name, judge in self.judges.items():
+            found[name] = judge(images, reference, prompts).cpu()
+        return found
+
+    def figures(self, values: Mapping[str, Parts], repeats: int = 0) -> dict[str, float]:
+        """All figures of images, and their 95 % intervals as NAME_low and NAME_high.
+
+        Args:
+            values: what `values` gave of all images.
+            repeats: resamplings for intervals, 0 for none.
         """
-        self.errors.append(distances.squared_errors(images, reference))
+        found: dict[str, float] = {}
+        for name, value in self._found(values, repeats):
+            value, interval = value if isinstance(value, tuple) else (value, None)
+            found[name] = value
+            if interval is not None:
+                found[f"{name}_low"], found[f"{name}_high"] = interval
+        return found
 
-    def compute(self) -> dict[str, Tensor]:
-        """`rmse`, `median`, `p99` and `worst`, see `error_figures`, and `psnr` (dB, range 2), float64.
-
-        Raises:
-            ValueError: no images.
-        """
-        if not len(self.errors):
-            raise ValueError("no images were given: call update before compute")
-        found = distances.error_figures(dim_zero_cat(self.errors))
-        return {name: _scalar(value) for name, value in (found | {"psnr": distances.psnr(found["rmse"])}).items()}
+    def _found(self, values: Mapping[str, Parts], repeats: int) -> Iterator[tuple[str, Any]]:
+        for space in self.spaces:
+            for metric in (METRICS[name] for name in space.metrics):
+                figures = metric.figures(values[metric.of + space.suffix], space.statistics, repeats)
+                yield from ((name + space.suffix, value) for name, value in figures.items())
+        for name in self.judges:
+            each = values[name].whole().double()
+            yield name, (float(each.mean()), mean_interval(each, resamplings(len(each), repeats)) if repeats else None)
 
 
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+def choose_metrics(
+    wanted: Sequence[str] | None,
+    spaces: Sequence[tuple[Extractor, DataStatistics | None]],
+    num_samples: int,
+    shape: Sequence[int],
+    judges: Mapping[str, nn.Module] | None = None,
+) -> Measure:
+    """Decide what is measured.
+
+    Args:
+        wanted: metrics asked for; None: all that are possible, the others are noted.
+        spaces: extractors with the statistics of the data, where there are some.
+        num_samples: images per solver.
+        shape: of an image.
+        judges: see `Measure`.
+    Raises:
+        ValueError: an unknown metric, or one that was asked for and is not possible.
+    """
+    unknown = set(wanted or ()) - set(NAMES)
+    if unknown:
+        raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}: use some of {', '.join(NAMES)}")
+    names = [name for name, metric in METRICS.items() if (metric.is_default if wanted is None else name in wanted)]
+    shape, notes = tuple(shape), [] if spaces or not names else [f"left out: {', '.join(names)}, because {MISSING}"]
+    chosen = [_chosen(names, *space, num_samples, shape, index, notes) for index, space in enumerate(spaces)]
+    for name in set(wanted or ()) & set(NAMES) - {"rmse", *METRICS, *(judges or ())}:
+        raise ValueError(f"{name} was asked for, which `sample.py compare` and `evaluate` measure: leave it out here")
+    for name in names if wanted is not None else ():
+        if not any(name in space.metrics for space in chosen):
+            reason = _obstacle(name, *spaces[0], num_samples, shape) if spaces else MISSING
+            raise ValueError(f"{name} was asked for: {reason}")
+    # Few images may become many, whose metrics need the features of all.
+    kept = (s for s in chosen if s.metrics or (wanted is None and s.statistics is not None and s.extractor.fits(shape)))
+    asked = None if wanted is None else ("rmse", *(name for name in NAMES[1:] if name in wanted))
+    return Measure(tuple(kept), dict(judges or {}), tuple(notes), asked)
+
+
+def _chosen(names, extractor, statistics, num_samples, shape, index, notes) -> Space:
+    """A space with what is possible in it; reasons for the rest are added to the notes."""
+    obstacles = {name: _obstacle(name, extractor, statistics, num_samples, shape) for name in names}
+    for reason in dict.fromkeys(reason for reason in obstacles.values() if reason):
+        left_out = [name for name in names if obstacles[name] == reason]
+        notes.append(f"left out: {', '.join(left_out)}, because {reason}")
+    metrics = tuple(name for name in names if obstacles[name] is None)
+    return Space(extractor, statistics, metrics, f"@{extractor.identity['name']}" if index else "")
+
+
+def _obstacle(metric, extractor, statistics, num_samples, shape) -> str | None:
+    name = extractor.identity["name"]
+    if not extractor.fits(shape):
+        wanted = extractor.image_shape or "(3, height, width)"
+        latent = "" if shape[0] in (1, 3) else "; a latent model needs its decoder (decoder: true in denoiser.yaml)"
+        return f"the extractor {name} takes images {wanted}, the model makes {shape}{latent}"
+    if METRICS[metric].of == "scores":
+        return None if extractor.num_classes else f"the extractor {name} has no classes"
+    if statistics is None:
+        return f"there are no data statistics for {name} (--statistics)"
+    if metric == "fd":
+        counts = ((num_samples, "images"), (statistics.gaussian.count, "images of the data"))
+        reasons = (_rank_obstacle(count, extractor.num_features, what) for count, what in counts if count is not None)
+        return next((reason for reason in reasons if reason), None)
+    if not len(statistics.features):
+        return "the data statistics hold no features, only their moments"
+    if min(num_samples, len(statistics.features)) < METRICS[metric].least:
+        return f"{num_samples} images, compared with {len(statistics.features)} of the data, are too few"
+    return None
+
+
+def _rank_obstacle(count: int, num_features: int, what: str) -> str | None:
+    try:
+        require_full_rank(count, num_features, what)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.columns import COLUMNS, HINTS, cell, interval, label, shown_columns, summary
+from evaluation.columns import cell, hint, interval, label, shown_columns, summary, title
 from evaluation.comparison import Entry
 from evaluation.contenders import display_names
 from evaluation.html import report_html
@@ -51,12 +51,12 @@ def report_markdown(
     """The table as Markdown."""
     columns = shown_columns(rows)
     lines = ["# Comparison", "", *map(_plain, summary(settings)), ""]
-    lines.append("| " + " | ".join(COLUMNS[name] for name in columns) + " |")
+    lines.append("| " + " | ".join(map(title, columns)) + " |")
     lines.append("|" + "|".join("---" if name == "solver" else "---:" for name in columns) + "|")
     for row in rows:
         cells = [_plain(label(row, names)) if name == "solver" else _with_interval(row, name) for name in columns]
         lines.append("| " + " | ".join(cells) + " |")
-    hints = [f"{COLUMNS[name]}: {HINTS[name]}" for name in columns if name in HINTS]
+    hints = [f"{title(name)}: {hint(name)}" for name in columns if hint(name)]
     return "\n".join([*lines, "", "; ".join(hints) + ".", "", *map(_plain, notes)]).rstrip() + "\n"
 
 

@@ -1,115 +1,25 @@
 """From the stored blocks of a comparison to the rows of its report."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from denoisers import network_calls
-from evaluation.args import Metric
-from evaluation.bootstrap import frechet_interval, kernel_interval, resamplings, rmse_interval
+from evaluation.bootstrap import resamplings, rmse_interval
 from evaluation.contenders import Contender
-from evaluation.distances import Gaussian, error_figures, inception_score, precision_recall, psnr, require_full_rank
-from evaluation.extractors import Extractor
-from evaluation.statistics import DataStatistics
+from evaluation.distances import error_figures, psnr
+from evaluation.metrics import Measure
+from evaluation.parts import Parts
 from solvers import SolverTable
-
-METRICS = get_args(Metric)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is measured, decided before anything is computed.
-
-    Args:
-        metrics: of METRICS.
-        extractor: None when only rmse is measured.
-        statistics: of the data; None when no metric needs them.
-        notes: what was left out and why, for the report.
-        asked: the metrics that were asked for; None: all that are possible.
-    """
-
-    metrics: tuple[str, ...]
-    extractor: Extractor | None
-    statistics: DataStatistics | None
-    notes: tuple[str, ...] = ()
-    asked: tuple[str, ...] | None = None
-
-
-def choose_metrics(
-    wanted: Sequence[str] | None,
-    extractor: Extractor | None,
-    statistics: DataStatistics | None,
-    num_samples: int,
-    shape: Sequence[int],
-) -> Measure:
-    """Decide what is measured.
-
-    Args:
-        wanted: metrics asked for; None: all that are possible, the others are noted.
-        extractor: None when there is none.
-        statistics: None when there are none.
-        num_samples: images per solver.
-        shape: of an image.
-    Raises:
-        ValueError: an unknown metric, or one that was asked for and is not possible.
-    """
-    unknown = set(wanted or ()) - set(METRICS)
-    if unknown:
-        raise ValueError(f"unknown metrics {', '.join(sorted(unknown))}: use some of {', '.join(METRICS)}")
-    chosen: list[str] = ["rmse"]
-    left_out: dict[str, list[str]] = {}
-    for metric in METRICS[1:] if wanted is None else [name for name in METRICS[1:] if name in wanted]:
-        reason = _obstacle(metric, extractor, statistics, num_samples, tuple(shape))
-        if reason is None:
-            chosen.append(metric)
-        elif wanted is not None:
-            raise ValueError(f"{metric} was asked for: {reason}")
-        else:
-            left_out.setdefault(reason, []).append(metric)
-    notes = [f"left out: {', '.join(metrics)}, because {reason}" for reason, metrics in left_out.items()]
-    fits = extractor is not None and statistics is not None and extractor.fits(tuple(shape))
-    may_grow = wanted is None and fits  # few images may become many, whose metrics need the features of all
-    if chosen == ["rmse"] and not may_grow:
-        extractor = statistics = None
-    asked = None if wanted is None else tuple(chosen)
-    return Measure(tuple(chosen), extractor, statistics, tuple(notes), asked)
-
-
-def _obstacle(metric, extractor, statistics, num_samples, shape) -> str | None:
-    if extractor is None:
-        return "there is no extractor"
-    if not extractor.fits(shape):
-        wanted = extractor.image_shape or "(3, height, width)"
-        latent = "" if shape[0] in (1, 3) else "; a latent model needs its decoder (decoder: true in denoiser.yaml)"
-        return f"the extractor {extractor.identity['name']} takes images {wanted}, the model makes {shape}{latent}"
-    if metric == "inception_score":
-        return None if extractor.num_classes else f"the extractor {extractor.identity['name']} has no classes"
-    if statistics is None:
-        return "there are no data statistics (--statistics)"
-    if min(num_samples, len(statistics.features)) < 4:
-        return f"{num_samples} images, compared with {len(statistics.features)} of the data, are too few"
-    if metric == "fd":
-        return _rank_obstacle(num_samples, extractor.num_features, "images") or _rank_obstacle(
-            statistics.gaussian.count, extractor.num_features, "images of the data"
-        )
-    return None
-
-
-def _rank_obstacle(count: int, num_features: int, what: str) -> str | None:
-    try:
-        require_full_rank(count, num_features, what)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def make_row(
     contender: Contender,
-    values: Mapping[str, Tensor],
+    values: Mapping[str, Parts],
+    totals: Mapping[str, float],
     measure: Measure,
     repeats: int,
     is_reference: bool = False,
@@ -118,14 +28,14 @@ def make_row(
 
     Args:
         contender: the solver.
-        values: `squared_errors` (n,), `seconds`, with an extractor `features` (n, d), `scores` (n, classes), and of a
-            parallel sampler `rounds` and `evaluations` of all images.
+        values: `squared_errors` (n,) and what the measure makes of the images.
+        totals: of all images: `seconds`, and of a parallel sampler `rounds` and `evaluations`.
         measure: what to measure.
         repeats: resamplings for intervals, 0 for none.
         is_reference: whether errors are measured against this one.
     """
-    info, count = contender.table.info, len(values["squared_errors"])
-    counts = resamplings(count, repeats) if repeats else None
+    info, squared = contender.table.info, values["squared_errors"].whole()
+    count = len(squared)
     fitted = info.get("fitted_on") or {}
     return {
         "solver": contender.name,
@@ -134,12 +44,13 @@ def make_row(
         "rows": contender.table.num_rows,
         "guidance": contender.guidance_scale,
         "num_images": count,
-        **_errors(values["squared_errors"], counts),
-        **_distances(values, measure, counts),
+        **_errors(squared, repeats),
+        "fd": None,
+        **measure.figures(values, repeats),
         "end_noise_level": contender.end_noise_level,
-        "rounds": _per_image(values, "rounds", contender),
-        "evaluations": _per_image(values, "evaluations", contender),
-        "seconds": float(values["seconds"]) / count,
+        "rounds": _per_image(totals, "rounds", contender, count),
+        "evaluations": _per_image(totals, "evaluations", contender, count),
+        "seconds": totals["seconds"] / count,
         "fitting_seconds": fitted.get("seconds"),
         "unused_evaluations": len(contender.table.unused_evaluations()),
         "stochastic": contender.table.is_stochastic,
@@ -147,39 +58,20 @@ def make_row(
     }
 
 
-def _per_image(values: Mapping[str, Tensor], name: str, contender: Contender) -> float:
+def _per_image(totals: Mapping[str, float], name: str, contender: Contender, count: int) -> float:
     """Of a sequential sampler: a round for each row; of every sampler network calls, two where guidance is inside."""
     table, denoiser = contender.table, contender.denoiser
-    if name not in values:
+    if name not in totals:
         return float(table.num_rows if name == "rounds" else network_calls(table, denoiser))
     each = network_calls(table, denoiser) / table.nfe if name == "evaluations" else 1
-    return each * float(values[name]) / len(values["squared_errors"])
+    return each * totals[name] / count
 
 
-def _errors(squared: Tensor, counts: Tensor | None) -> dict[str, Any]:
+def _errors(squared: Tensor, repeats: int) -> dict[str, Any]:
     found = error_figures(squared)
-    low, high = rmse_interval(squared, counts) if counts is not None else (None, None)
+    low, high = rmse_interval(squared, resamplings(len(squared), repeats)) if repeats else (None, None)
     decibels = psnr(found["rmse"])
     return found | {"rmse_low": low, "rmse_high": high, "psnr": decibels if math.isfinite(decibels) else None}
-
-
-def _distances(values: Mapping[str, Tensor], measure: Measure, counts: Tensor | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"fd": None}
-    features, statistics = values.get("features"), measure.statistics
-    if "fd" in measure.metrics:
-        gaussian = Gaussian.of(features)
-        found["fd"] = float(statistics.frechet(gaussian.mean[None], gaussian.covariance[None]))
-        if counts is not None:
-            found["fd_low"], found["fd_high"] = frechet_interval(features, statistics.frechet, counts)
-    if "kid" in measure.metrics:
-        found["kid"] = statistics.kernel(features)
-        if counts is not None:
-            found["kid_low"], found["kid_high"] = kernel_interval(features, statistics.kernel, counts)
-    if "precision_recall" in measure.metrics:
-        found["precision"], found["recall"] = precision_recall(features, statistics.manifold)
-    if "inception_score" in measure.metrics:
-        found["inception_score"] = inception_score(values["scores"])
-    return found
 
 
 def trajectory_error(table: SolverTable, states: Tensor, reference: SolverTable, target: Tensor) -> Tensor:

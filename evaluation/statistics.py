@@ -2,8 +2,8 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from data.image_shards import read_shards
 from data.named import NAMED_SETS
 from denoisers.generate import device_of
 from evaluation.distances import FrechetTo, Gaussian, KernelTo, Manifold
 from evaluation.extractors import DEFAULT_EXTRACTOR, Extractor, load_extractor
-from solvers.files import atomic_write
+from evaluation.foreign import is_foreign, read_moments, write_moments
+from evaluation.parts import Parts, evenly
+from evaluation.sources import Pictures, find_pictures
+from solvers.files import atomic_write, sha256
 
 FORMAT_VERSION = 1
 STATISTICS_NAME = "reference_statistics.safetensors"
@@ -32,7 +34,7 @@ class DataStatistics:
 
     Args:
         gaussian: mean, covariance and count of all features.
-        features: (m, d) a fixed subset of them, for kernel distance, precision and recall.
+        features: (m, d) a fixed subset of them, for what is taken of pairs; none where only moments are known.
         extractor: fingerprint of the extractor.
         data: hash of the images.
         description: what the images are.
@@ -59,53 +61,63 @@ class DataStatistics:
         """The subset's manifold."""
         return Manifold(self.features)
 
+    @cached_property
+    def wide_manifold(self) -> Manifold:
+        """The same by the fifth neighbour, for density and coverage."""
+        return Manifold(self.features, 5)
+
     @property
     def fingerprint(self) -> str:
         """Hash of the extractor and of the data."""
         return f"{self.extractor}-{self.data}"
 
 
-def data_statistics(images: Tensor, extractor: Extractor, cache: str | Path, description: str = "") -> DataStatistics:
-    """Statistics of images, computed once per data, extractor and preprocessing.
+def data_statistics(pictures: Pictures, extractor: Extractor, cache: str | Path) -> DataStatistics:
+    """Statistics of pictures, computed once per data, extractor and preprocessing.
 
     Args:
-        images: uint8 (n, channels, height, width), as saved pictures.
+        pictures: the data.
         extractor: the network; its device is used.
         cache: folder of the files, named by the two hashes.
-        description: kept in the file.
     """
-    path = Path(cache) / f"{extractor.fingerprint}-{data_hash(images)}.safetensors"
+    path = Path(cache) / f"{extractor.fingerprint}-{data_hash(pictures)}.safetensors"
     if path.is_file():
         return load_statistics(path, extractor)
-    found = compute_statistics(images, extractor, description)
+    found = compute_statistics(pictures, extractor)
     save_statistics(found, path)
     return found
 
 
-def compute_statistics(
-    images: Tensor, extractor: Extractor, description: str = "", batch_size: int = 250
-) -> DataStatistics:
-    """Statistics of uint8 images (n, channels, height, width); the subset is spread evenly over them.
+def compute_statistics(pictures: Pictures, extractor: Extractor) -> DataStatistics:
+    """Statistics of pictures, a block of them in memory at a time; the subset is spread evenly over them."""
+    device, chosen = device_of(extractor), evenly(pictures.count, SUBSET)
+    subset, digest = [], _digest(pictures)
 
-    Raises:
-        ValueError: images that are not uint8, or too few of them for a covariance.
-    """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"reference images are {images.dtype}: give uint8 pictures")
-    bar = tqdm(images.split(batch_size), desc="data statistics", unit="batch", disable=None)
-    device = device_of(extractor)
-    features = torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in bar])
-    chosen = torch.linspace(0, len(features) - 1, min(SUBSET, len(features))).round().long()
+    def features() -> Iterator[Tensor]:
+        start = 0
+        for block in tqdm(pictures, desc="data statistics", unit="block", disable=None):
+            digest.update(block.contiguous().numpy())
+            found = extractor(block.to(device).float() / 127.5 - 1)[0].cpu()
+            subset.append(found[chosen[(chosen >= start) & (chosen < start + len(block))] - start])
+            start += len(block)
+            yield found
+
+    gaussian = Gaussian.of(Parts(features, pictures.count))
     # Rounded to what the file holds, so that computed and loaded statistics give the same distances.
-    subset = features[chosen].half().float()
-    return DataStatistics(Gaussian.of(features), subset, extractor.fingerprint, data_hash(images), description)
+    rounded = torch.cat(subset).half().float()
+    return DataStatistics(gaussian, rounded, extractor.fingerprint, digest.hexdigest()[:16], pictures.description)
 
 
-def data_hash(images: Tensor) -> str:
-    """Hash of uint8 images, their shape and order."""
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.contiguous().numpy())
+def data_hash(pictures: Pictures) -> str:
+    """Hash of pictures, their shape and order."""
+    digest = _digest(pictures)
+    for block in pictures:
+        digest.update(block.contiguous().numpy())
     return digest.hexdigest()[:16]
+
+
+def _digest(pictures: Pictures) -> Any:
+    return hashlib.sha256(str((pictures.count, *pictures.shape)).encode())
 
 
 def save_statistics(statistics: DataStatistics, path: str | Path) -> None:
@@ -137,7 +149,7 @@ def load_statistics(path: str | Path, extractor: Extractor | None = None) -> Dat
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no data statistics at {path}: give a file, or a folder of image shards")
+        raise ValueError(f"no data statistics at {path}: give a file, or a folder of pictures")
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -166,25 +178,34 @@ def find_statistics(
     """The statistics a user means.
 
     Args:
-        source: a file, a folder of webdataset shards (its training shards are used), or None: the file shipped beside
-            the extractor.
+        source: a file of ours, moments of other programs (see `evaluation.foreign`), pictures (see
+            `evaluation.sources`), or None: the file shipped beside the extractor.
         extractor: the extractor.
         extractor_name: its folder.
-        cache: where statistics of a folder of images are kept.
+        cache: where statistics of pictures are kept.
     Returns:
         None when none were given and none are shipped.
     Raises:
-        ValueError: see `load_statistics`, and a folder without shards.
+        ValueError: see `load_statistics`, and a folder without pictures.
     """
     if source is None:
         shipped = Path(extractor_name) / STATISTICS_NAME
         return load_statistics(shipped, extractor) if shipped.is_file() else None
-    if not Path(source).is_dir():
-        return load_statistics(source, extractor)
-    if not any(Path(source).glob("*train*.tar*")):
-        raise ValueError(f"{source} has no image shards *train*.tar: give a folder of them, or a statistics file")
-    images, _ = read_shards(source, "*train*.tar*")
-    return data_statistics(torch.from_numpy(images), extractor, cache, f"training shards of {Path(source).name}")
+    if is_foreign(source, extractor.identity["name"]):
+        gaussian = read_moments(source, extractor.identity["name"], extractor.num_features)
+        return _of_moments(gaussian, Path(source), extractor, cache)
+    if Path(source).is_dir() or Path(source).suffix == ".npz":
+        return data_statistics(find_pictures(source), extractor, cache)
+    return load_statistics(source, extractor)
+
+
+def _of_moments(gaussian: Gaussian, path: Path, extractor: Extractor, cache: str | Path) -> DataStatistics:
+    """Moments of a file, and the features of the pictures in it, where there are some."""
+    try:
+        features = data_statistics(find_pictures(path), extractor, cache).features
+    except ValueError:
+        features = torch.empty(0, len(gaussian.mean))
+    return DataStatistics(gaussian, features, extractor.fingerprint, sha256(path)[:16], f"moments of {path.name}")
 
 
 def describe(statistics: DataStatistics | None) -> dict[str, Any] | None:
@@ -196,20 +217,29 @@ def describe(statistics: DataStatistics | None) -> dict[str, Any] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the statistics of a data set beside a classifier's weights, where comparisons find them."""
+    """Write the statistics of a data set beside a classifier's weights, where comparisons find them, or to a file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("data_dir", help="folder of the data")
-    parser.add_argument("--source", choices=NAMED_SETS, help="default: webdataset shards")
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="which of its images")
-    parser.add_argument("--extractor", default=str(DEFAULT_EXTRACTOR), help="folder of a classifier")
+    parser.add_argument("data_dir", help="folder of the data, or an .npz file of pictures")
+    parser.add_argument("--source", choices=NAMED_SETS, help="default: shards, picture files or an .npz file")
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="which images of --source")
+    parser.add_argument("--extractor", default=str(DEFAULT_EXTRACTOR), help="see evaluation/README.md")
     parser.add_argument("--description", default="", help="what the images are, for reports")
+    parser.add_argument("--output", help="a file, as other programs read it where it ends in .npz")
     options = parser.parse_args(arguments)
     if options.source is None:
-        images, _ = read_shards(options.data_dir, f"*{options.split}*.tar*")
+        pictures = find_pictures(options.data_dir)
     else:
         images, _ = NAMED_SETS[options.source].load(Path(options.data_dir), options.split == "train")
-    found = compute_statistics(torch.from_numpy(images), load_extractor(options.extractor), options.description)
-    save_statistics(found, Path(options.extractor) / STATISTICS_NAME)
+        pictures = Pictures.of(torch.from_numpy(images))
+    extractor = load_extractor(options.extractor)
+    path = Path(options.output or Path(options.extractor.partition("@")[0]) / STATISTICS_NAME)
+    if not options.output and not path.parent.is_dir():
+        parser.error(f"{options.extractor} is no folder to keep statistics in: give a file with --output")
+    found = compute_statistics(replace(pictures, description=options.description), extractor)
+    if path.suffix == ".npz":
+        write_moments(path, found.gaussian, extractor.identity["name"])
+    else:
+        save_statistics(found, path)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ def statistics(seed: int = 0, count: int = 200) -> DataStatistics:
     return DataStatistics(Gaussian.of(features), features, extractor().fingerprint, f"data{seed}", "random")
 
 
+def spaces(seed: int = 0, count: int = 200) -> list[tuple[Extractor, DataStatistics]]:
+    return [(extractor(), statistics(seed, count))]
+
+
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return float(FrechetTo(first)(second.mean[None], second.covariance[None]))
 

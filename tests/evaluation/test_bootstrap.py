@@ -5,6 +5,7 @@ import torch
 
 from evaluation.bootstrap import frechet_interval, kernel_interval, resamplings, rmse_interval
 from evaluation.distances import FrechetTo, Gaussian, KernelTo
+from evaluation.parts import Parts
 
 
 def draw(seed, n=200, d=4):
@@ -30,7 +31,7 @@ def test_the_frechet_interval_is_as_wide_as_the_scatter_and_holds_the_estimate()
     distance = FrechetTo(Gaussian(torch.zeros(4).double(), torch.eye(4).double(), 1000))
     estimates = [Gaussian.of(draw(seed)) for seed in range(60)]
     values = distance(torch.stack([e.mean for e in estimates]), torch.stack([e.covariance for e in estimates]))
-    low, high = frechet_interval(draw(0), distance, resamplings(200, 200))
+    low, high = frechet_interval(Parts.of(draw(0)), distance, resamplings(200, 200))
     assert low < float(values[0]) < high
     assert (high - low) / 3.92 == pytest.approx(float(values.std()), rel=0.35)
     # Twice the mean of the resampled distances less the estimate would be biased: the interval is around the estimate.

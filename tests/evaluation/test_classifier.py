@@ -97,7 +97,11 @@ def test_extractor_errors():
         extractor(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="hold NaN or infinity, the first at index 1"):
         extractor(torch.stack([torch.zeros(3, 32, 32), torch.full((3, 32, 32), torch.nan)]))
-    with pytest.raises(ValueError, match="no extractor 'nothing'"):
+    with pytest.raises(ValueError, match="the extractor nothing cannot be loaded: there is no such folder"):
         load_extractor("nothing")
-    with pytest.raises(ValueError, match="Inception v3 is not available"):
-        load_extractor("inception")
+    with pytest.raises(ValueError, match=r"nothing@blocks\.9 cannot be loaded: there is no such folder"):
+        load_extractor("nothing@blocks.9")
+    with pytest.raises(ValueError, match=r"cifar10-classifier@blocks\.9 cannot be loaded: .*no attribute `9`"):
+        load_extractor(f"{DEFAULT_EXTRACTOR}@blocks.9")
+    with pytest.raises(ValueError, match="takes grey images, these have colour"):
+        load_extractor(CHECKPOINTS / "fashion-classifier")(torch.rand(1, 3, 32, 32))

@@ -68,7 +68,7 @@ def test_artifacts_and_names_side_by_side(folder, tmp_path):
     assert rows[0]["fd"] is None
     settings = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert settings["metrics"] is None
-    assert settings["extractor"] is None
+    assert settings["spaces"] == []
     assert "takes images (3, 32, 32), the model makes (1, 8, 8)" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -77,7 +77,9 @@ def test_a_models_name_chooses_the_features(tmp_path):
     options = {"reference": "euler:3", "num_samples": 65, "bootstrap": 0, "cache": str(tmp_path / "cache")}
     model = str(tmp_path / "model" / "fashion-tiny")
     rows = compare(CompareArgs(model, ["euler:2"], output=str(tmp_path / "out"), **options))
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["extractor"] == "fashion-classifier"
+    assert (
+        json.loads((tmp_path / "out" / "comparison.json").read_text())["spaces"][0]["extractor"] == "fashion-classifier"
+    )
     assert all(row["fd"] > 0 for row in rows)
 
 
@@ -182,8 +184,8 @@ def test_the_command_line_writes_reports_and_errors_in_a_line(folder, tmp_path, 
         (["ddim:3"], {"guidance_scale": []}, "guidance_scale is an empty list"),
         (["ddim:3"], {"seed": -3}, "seed -3 is outside 0 to"),
         (["ddim:3"], {"seed": 2**32 - 2}, "seed 4294967299 is outside 0 to"),
-        (["ddim:3"], {"statistics": "checkpoints/solvers"}, "has no image shards"),
-        (["ddim:3"], {"extractor": "nowhere", "metrics": ["kid"]}, "no extractor 'nowhere'"),
+        (["ddim:3"], {"statistics": "checkpoints/solvers"}, "has no pictures"),
+        (["ddim:3"], {"extractor": "nowhere", "metrics": ["kid"]}, "the extractor nowhere cannot be loaded"),
     ],
 )
 def test_errors_leave_no_folder_behind(folder, tmp_path, solvers, options, message):

@@ -12,7 +12,8 @@ from evaluation import blocks
 from evaluation.compare import compare_groups
 from evaluation.contenders import Contender, Group, check_seeds, display_names
 from evaluation.distances import Gaussian
-from evaluation.rows import choose_metrics, trajectory_error
+from evaluation.metrics import choose_metrics
+from evaluation.rows import trajectory_error
 from parataa import parallel_sample
 from solvers import Call, sample, sample_trace, start_noise
 from solvers.named import named_solver
@@ -24,11 +25,11 @@ from tests.evaluation.helpers import (
     group,
     in_processes,
     kernel_distance,
+    spaces,
     statistics,
 )
 
 NAMES = ["ddim:3", "unipc:4"]
-MEASURE = {"extractor": extractor, "statistics": statistics}
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,10 @@ def _small_blocks(monkeypatch):
 
 def run(folder, denoiser=None, names=NAMES, num_samples=20, output="out", **options):
     denoiser = denoiser or Mixture()
-    measure = {name: options.pop(name, default()) for name, default in MEASURE.items()}
+    measured = options.pop("spaces", None) or spaces()
     settings = {"batch_size": 4, "bootstrap": 20, "num_samples": num_samples} | options
     args = compare_args(folder, output=str(folder / output), **settings)
-    return compare_groups([group(denoiser, names)], args, **measure)
+    return compare_groups([group(denoiser, names)], args, measured)
 
 
 def figures(rows):
@@ -177,7 +178,7 @@ def test_more_images_may_be_added(tmp_path):
         ({"num_samples": 12}, "num_samples was 20, now 12"),
         ({"seed": 5}, "seed was 0, now 5"),
         ({"precision": "bf16"}, "precision was float32, now bf16"),
-        ({"statistics": statistics(1)}, "statistics was"),
+        ({"spaces": spaces(1)}, "spaces was"),
         ({"denoiser": Mixture(7)}, "references was"),
     ],
 )
@@ -228,19 +229,16 @@ def test_seeds_that_the_solver_was_fitted_on_are_refused():
 
 
 def test_what_cannot_be_measured_is_left_out_or_refused():
-    everything = choose_metrics(None, extractor(), statistics(), 13, (3, 8, 8))
-    assert everything.metrics == ("rmse", "fd", "kid", "precision_recall", "inception_score")
-    few = choose_metrics(None, extractor(), statistics(), 12, (3, 8, 8))
-    assert "fd" not in few.metrics
+    (everything,) = choose_metrics(None, spaces(), 13, (3, 8, 8)).spaces
+    assert everything.metrics == ("fd", "kid", "precision_recall", "inception_score")
+    few = choose_metrics(None, spaces(), 12, (3, 8, 8))
+    assert "fd" not in few.spaces[0].metrics
     assert "12 images are too few for a Frechet distance in 12 feature dimensions" in few.notes[0]
-    light = choose_metrics(["rmse"], extractor(), statistics(), 12, (3, 8, 8))
-    assert light.extractor is None
-    latent = choose_metrics(None, extractor(), statistics(), 50, (4, 32, 32))
-    assert latent.metrics == ("rmse",)
-    assert latent.extractor is None
-    assert choose_metrics(None, extractor(), statistics(), 3, (3, 8, 8)).extractor is not None
+    assert choose_metrics(["rmse"], spaces(), 12, (3, 8, 8)).spaces == ()
+    assert choose_metrics(None, spaces(), 50, (4, 32, 32)).spaces == ()
+    assert choose_metrics(None, spaces(), 3, (3, 8, 8)).spaces
     with pytest.raises(ValueError, match="12 images of the data are too few for a Frechet distance"):
-        choose_metrics(["fd"], extractor(), statistics(count=12), 13, (3, 8, 8))
+        choose_metrics(["fd"], spaces(count=12), 13, (3, 8, 8))
     for wanted, data, message in (
         (["fd"], statistics(), "fd was asked for: 12 images are too few"),
         (["kid"], None, "no data statistics"),
@@ -248,7 +246,7 @@ def test_what_cannot_be_measured_is_left_out_or_refused():
         (["fid"], None, "unknown metrics fid: use some of rmse, fd"),
     ):
         with pytest.raises(ValueError, match=message):
-            choose_metrics(wanted, extractor(), data, 12, (3, 8, 8))
+            choose_metrics(wanted, [(extractor(), data)], 12, (3, 8, 8))
 
 
 def test_trajectory_error_at_the_nodes_of_the_reference():

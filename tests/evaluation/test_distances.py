@@ -15,6 +15,7 @@ from evaluation.distances import (
     Gaussian,
     KernelTo,
     Manifold,
+    density_coverage,
     inception_score,
     precision_recall,
     psnr,
@@ -149,3 +150,14 @@ def test_errors():
         kernel_distance(torch.zeros(1, 3), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="more than 3 images"):
         Manifold(torch.zeros(3, 2))
+
+
+def test_density_and_coverage_of_points_on_a_line():
+    # Real balls, to the second neighbour: 0 +- 2, 1 +- 1, 2 +- 2, 10 +- 8, 10.5 +- 8.5.
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0], [10.5]])
+    assert Manifold(real, 2).radius.tolist() == [2, 1, 2, 8, 8.5]
+    # 1.5 lies in the first three; 3 in the third, fourth and fifth; 30 in none.
+    density, coverage = density_coverage(torch.tensor([[1.5], [3.0], [30.0]]), Manifold(real, 2))
+    assert density == pytest.approx((3 + 3 + 0) / 3 / 2)
+    assert coverage == 1
+    assert density_coverage(torch.tensor([[1.5]]), Manifold(real, 2))[1] == pytest.approx(3 / 5)

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from evaluation.extractors import TimmExtractor
+from evaluation.extractors import TimmExtractor, load_extractor
 from tests.evaluation.helpers import extractor as pooled
 
 
@@ -37,8 +37,8 @@ def test_the_fingerprint_holds_model_and_preprocessing(random_weights):
 
 
 def test_a_model_that_cannot_be_loaded_is_named():
-    with pytest.raises(ValueError, match="timm cannot load 'no_such_model'"):
-        TimmExtractor("no_such_model")
+    with pytest.raises(ValueError, match="the extractor timm:no_such_model cannot be loaded"):
+        load_extractor("timm:no_such_model")
 
 
 def test_images_are_measured_as_if_they_had_been_saved():

@@ -18,7 +18,7 @@ from evaluation.contenders import Contender, Group
 from evaluation.report import write_report
 from evaluation.svg import Chart, Series, color_class, heat_map
 from solvers.named import named_solver
-from tests.evaluation.helpers import Mixture, compare_args, extractor, group, statistics
+from tests.evaluation.helpers import Mixture, compare_args, group, spaces
 
 VOID = {"meta", "img", "br"}
 
@@ -31,7 +31,7 @@ def report(tmp_path_factory):
         Contender("ddim:12", one.reference.table, one.reference.denoiser, 2.0),
         tuple(Contender(c.name, c.table, c.denoiser, 2.0) for c in one.contenders[:2]),
     )
-    rows = compare_groups([one, two], compare_args(folder, num_samples=16), extractor(), statistics())
+    rows = compare_groups([one, two], compare_args(folder, num_samples=16), spaces())
     return folder / "out", rows
 
 
@@ -122,7 +122,7 @@ def report_of(folder, rows, called=None, notes=()):
         )
         for contender, row in zip((one.reference, *one.contenders), renamed)
     ]
-    common = {"seed": 0, "num_samples": 9, "precision": "float32"}
+    common = {"seed": 0, "num_samples": 9, "precision": "float32", "spaces": []}
     write_report(folder, entries, common, notes)
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 

@@ -8,6 +8,7 @@ from data.named import NAMED_SETS
 from evaluation.classifier import Classifier, save_classifier
 from evaluation.distances import Gaussian
 from evaluation.extractors import Extractor, load_extractor
+from evaluation.sources import Pictures
 from evaluation.statistics import (
     compute_statistics,
     data_hash,
@@ -20,10 +21,11 @@ from evaluation.statistics import (
 from tests.evaluation.helpers import Pooled, extractor
 
 IMAGES = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+PICTURES = Pictures.of(IMAGES)
 
 
 def test_statistics_are_those_of_the_features():
-    found = compute_statistics(IMAGES, extractor(), batch_size=7)
+    found = compute_statistics(PICTURES, extractor())
     features, _ = extractor()(IMAGES.float() / 127.5 - 1)
     expected = Gaussian.of(features)
     assert torch.allclose(found.gaussian.mean, expected.mean, atol=1e-6)
@@ -33,7 +35,7 @@ def test_statistics_are_those_of_the_features():
 
 
 def test_a_file_gives_the_same_statistics_back(tmp_path):
-    found = compute_statistics(IMAGES, extractor(), "fifty images")
+    found = compute_statistics(Pictures.of(IMAGES, "fifty images"), extractor())
     save_statistics(found, tmp_path / "s.safetensors")
     loaded = load_statistics(tmp_path / "s.safetensors", extractor())
     assert torch.equal(loaded.gaussian.covariance, found.gaussian.covariance)
@@ -51,27 +53,27 @@ def test_they_are_computed_once_per_data_and_extractor(tmp_path):
 
         fingerprint = extractor().fingerprint
 
-    first = data_statistics(IMAGES, Counting(), tmp_path)
-    again = data_statistics(IMAGES, Counting(), tmp_path)
+    first = data_statistics(PICTURES, Counting(), tmp_path)
+    again = data_statistics(PICTURES, Counting(), tmp_path)
     assert Counting.calls == 1
     assert torch.equal(first.gaussian.mean, again.gaussian.mean)
     changed = IMAGES.clone()
     changed[0, 0, 0, 0] += 1
-    data_statistics(changed, Counting(), tmp_path)
+    data_statistics(Pictures.of(changed), Counting(), tmp_path)
     assert Counting.calls == 2
-    data_statistics(IMAGES, extractor("another"), tmp_path)
+    data_statistics(PICTURES, extractor("another"), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_hash_of_data_sees_values_order_and_shape():
-    assert data_hash(IMAGES) == data_hash(IMAGES.clone())
-    assert data_hash(IMAGES) != data_hash(IMAGES.flip(0))
-    assert data_hash(IMAGES) != data_hash(IMAGES.view(50, 3, 4, 16))
+    assert data_hash(PICTURES) == data_hash(Pictures.of(IMAGES.clone()))
+    assert data_hash(PICTURES) != data_hash(Pictures.of(IMAGES.flip(0)))
+    assert data_hash(PICTURES) != data_hash(Pictures.of(IMAGES.view(50, 3, 4, 16)))
 
 
 def test_errors(tmp_path):
     path = tmp_path / "s.safetensors"
-    save_statistics(compute_statistics(IMAGES, extractor()), path)
+    save_statistics(compute_statistics(PICTURES, extractor()), path)
     with pytest.raises(ValueError, match="distances between different feature spaces mean nothing"):
         load_statistics(path, extractor("another"))
     with pytest.raises(ValueError, match="no data statistics at"):
@@ -80,8 +82,8 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="not a file of data statistics"):
         load_statistics(path)
     with pytest.raises(ValueError, match="give uint8 pictures"):
-        compute_statistics(IMAGES.float(), extractor())
-    with pytest.raises(ValueError, match="no image shards"):
+        Pictures.of(IMAGES.float())
+    with pytest.raises(ValueError, match="has no pictures"):
         find_statistics(str(tmp_path), extractor())
     assert find_statistics(None, extractor(), tmp_path / "nowhere") is None
 
@@ -98,7 +100,7 @@ def test_the_command_writes_them_beside_a_classifier(tmp_path):
         found = find_statistics(None, network, tmp_path / "classifier")
         assert (found.gaussian.count, found.description) == (count, f"{split} images")
     images, _ = NAMED_SETS["mnist"].load(tmp_path, False)
-    assert found.data == data_hash(torch.from_numpy(images))
+    assert found.data == data_hash(Pictures.of(torch.from_numpy(images)))
 
 
 class Elsewhere(Extractor):
@@ -111,5 +113,5 @@ class Elsewhere(Extractor):
 
 def test_images_of_the_data_go_to_the_extractors_device():
     network = Elsewhere(Pooled().to("meta"), {"name": "elsewhere"}, 12)
-    found = compute_statistics(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), network)
+    found = compute_statistics(Pictures.of(torch.zeros(3, 3, 8, 8, dtype=torch.uint8)), network)
     assert found.gaussian.mean.tolist() == [1.0] * 12
