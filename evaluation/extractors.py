@@ -155,7 +155,10 @@ class TimmExtractor(ResizedExtractor):
         import timm
 
         network = timm.create_model(name, pretrained=True, num_classes=0)
-        super().__init__(network, {"name": f"timm:{name}", "timm": timm.__version__}, layer=layer)
+        identity = {"name": f"timm:{name}", "timm": timm.__version__}
+        if name.startswith("local-dir:"):  # a name says nothing of what lies there
+            identity |= {"name": f"timm:{Path(name).name}", "weights": own_hash(network)}
+        super().__init__(network, identity, layer=layer)
 
 
 class LiteExtractor(ResizedExtractor):

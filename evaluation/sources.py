@@ -105,7 +105,10 @@ def _members(shards: Sequence[Path]) -> list[Callable[[], bytes]]:
 
 
 def _npz(path: Path) -> Pictures:
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}): give an .npz file of pictures") from error
     names = {Path(name).stem for name in archive.namelist()}
     if not names & {"arr_0", "samples"}:
         raise ValueError(f"{path} holds {', '.join(sorted(names))} and no pictures: they are called arr_0 or samples")
