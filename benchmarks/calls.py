@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from denoisers import calls_per_row, class_labels, load_denoiser, network_calls
 from denoisers.generate import generate
-from evaluation.distances import Gaussian
-from evaluation.evaluate import shipped_measure
+from evaluation.evaluate import Figures, shipped_measure
 from evaluation.metrics import Measure
 from solvers import Bands, SolverTable, load_solver, named_solver, sample, start_noise
 from solvers.files import atomic_write
@@ -84,32 +83,20 @@ def found(folders: Sequence[str], denoiser: nn.Module, calls: int) -> list[Solve
 
 def figures(images: Tensor, wanted: Tensor, measure: Measure) -> dict[str, float]:
     """How far images are from the teacher's, and from the data."""
-    errors = (images - wanted).double().flatten(1).square().mean(1).sqrt()
-    return {
-        "rmse": float(errors.square().mean().sqrt()),
-        "median": float(errors.median()),
-        "p99": float(errors.quantile(0.99)),
-        "worst": float(errors.max()),
-        "fd": frechet(images, measure),
-    }
-
-
-def frechet(images: Tensor, measure: Measure) -> float:
-    """Frechet distance of 8-bit images to the data's statistics."""
-    assert measure.extractor is not None and measure.statistics is not None  # noqa: PT018
-    parts = [measure.extractor(part)[0] for part in images.split(256)]
-    own = Gaussian.of(torch.cat(parts))
-    return float(measure.statistics.frechet(own.mean[None], own.covariance[None]))
+    metric = Figures(measure)
+    for part, target in zip(images.split(256), wanted.split(256)):
+        metric.update(part, target)
+    return {name: float(value) for name, value in metric.compute().items() if name != "psnr"}
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """All counts of a case."""
     denoiser = load_denoiser(f"checkpoints/{case.model}", case.guidance, precision=options.precision)
     seeds, size = range(options.num_samples), options.batch_size
-    measure = shipped_measure(denoiser, options.num_samples)
+    measure = shipped_measure(denoiser, options.num_samples, ["rmse", "fd"])
     teacher = named_solver(case.teacher, denoiser.schedule)
     wanted = generate(denoiser, teacher, seeds, batch_size=size)
-    counts: dict[str, Any] = {"teacher_fd": frechet(wanted, measure)}
+    counts: dict[str, Any] = {"teacher_fd": figures(wanted, wanted, measure)["fd"]}
     for calls in case.calls:
         runs = {"": found([case.folder], denoiser, calls), "_before": found(case.before, denoiser, calls)}
         for name in CLASSICAL:
@@ -191,7 +178,7 @@ def main() -> None:
     """Measure the cases that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--num_samples", type=int, default=128)
+    parser.add_argument("--num_samples", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--picture", type=Path, help="PNG of RMSE and FD against calls")

@@ -11,7 +11,8 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from data.image_shards import PICTURES, split_name
+from data.image_shards import split_name
+from data.pictures import decode_picture, picture_extensions, picture_paths
 
 BLOCK = 256  # pictures in memory
 
@@ -71,17 +72,15 @@ def find_pictures(path: str | Path) -> Pictures:
         called = "training shards" if "train" in shards[0].name else "shards"
         return _files(_members(shards), f"{called} of {path.name}")
     folder = path / "images" if (path / "images").is_dir() else path
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower()[1:] in PICTURES]
+    files = list(picture_paths(folder))
     if not files:
         raise ValueError(f"{path} has no pictures: give a folder of picture files or of shards (.tar), or an .npz file")
     return _files([file.read_bytes for file in files], f"pictures of {path.name}")
 
 
 def _files(readers: Sequence[Callable[[], bytes]], description: str) -> Pictures:
-    decode = PICTURES["png"]  # by content
-
     def read(chosen: range) -> Tensor:
-        pictures = [torch.from_numpy(np.array(decode(readers[index]()))) for index in chosen]
+        pictures = [torch.from_numpy(np.array(decode_picture(readers[index]()))) for index in chosen]
         channels = max(map(len, pictures))
         pictures = [picture.expand(channels, -1, -1) for picture in pictures]
         sizes = {tuple(picture.shape[1:]) for picture in pictures}
@@ -99,7 +98,7 @@ def _members(shards: Sequence[Path]) -> list[Callable[[], bytes]]:
         readers += [
             lambda archive=archive, member=member: archive.extractfile(member).read()
             for member in archive
-            if split_name(member.name)[1] in PICTURES
+            if split_name(member.name)[1] in picture_extensions()
         ]
     return readers
 

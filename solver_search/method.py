@@ -77,7 +77,7 @@ class SolverSearch(Method):
         start: where a stage starts, and which numbers it has.
         descent: how they move.
         loss: what to match.
-        extractor: classifier folder, `timm:NAME` or `inception`, for the feature part of the loss.
+        extractor: its name (see evaluation/README.md), for the feature part of the loss.
         compute: in which pieces and number formats.
     Raises:
         ValueError: no number of evaluations, or one twice; a feature loss without an extractor.
