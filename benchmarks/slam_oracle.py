@@ -24,10 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from denoisers import load_denoiser
 from denoisers.generate import generate
-from evaluation.bootstrap import frechet_interval, resamplings
-from evaluation.distances import Gaussian
 from evaluation.evaluate import shipped_measure
-from evaluation.rows import Measure
+from evaluation.metrics import Measure
 from slam.tables import student_table
 from solvers import named_solver, sample
 from solvers.ipndm import ipndm
@@ -60,12 +58,8 @@ class Oracle(nn.Module):
 
 def distance(images: Tensor, measure: Measure, repeats: int = 200) -> tuple[float, float, float]:
     """Frechet distance to the data and its interval."""
-    assert measure.extractor is not None and measure.statistics is not None  # noqa: PT018
-    features = torch.cat([measure.extractor(part)[0] for part in images.split(256)])
-    target = measure.statistics.frechet
-    own = Gaussian.of(features)
-    centre = float(target(own.mean[None], own.covariance[None]))
-    return centre, *frechet_interval(features, target, resamplings(len(features), repeats))
+    found = measure.figures_of(images, repeats)
+    return found["fd"], found["fd_low"], found["fd_high"]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from denoisers.generate import device_of
@@ -143,6 +144,11 @@ class Measure:
             if interval is not None:
                 found[f"{name}_low"], found[f"{name}_high"] = interval
         return found
+
+    def figures_of(self, images: Tensor, repeats: int = 0, batch_size: int = 256) -> dict[str, float]:
+        """Those of images in memory."""
+        parts = [self.values(part) for part in images.split(batch_size)]
+        return self.figures({name: Parts.of(torch.cat([part[name] for part in parts])) for name in parts[0]}, repeats)
 
     def _found(self, values: Mapping[str, Parts], repeats: int) -> Iterator[tuple[str, Any]]:
         for space in self.spaces:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.evaluate import evaluate_table
-from evaluation.rows import Measure
+from evaluation.metrics import Measure
 from solvers import SolverTable
 
 FIRST_SEED = 2**30  # far from those of figures (0, 1, ...) and of fits (from 2^31 on)
