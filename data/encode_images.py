@@ -1,49 +1,53 @@
-"""`train.py predict`: an image-text webdataset as shards of latents and text embeddings, on any number of processes."""
+"""`train.py predict`: pictures with captions as shards of latents and text embeddings, on any number of processes."""
 
-import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from data.image_text import Damage, read_image_text
-from data.latent_shards import AGAIN, FIELDS, NULL_NAME, LatentSamples, write_latents
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, parse_manifest, precision, short
-from data.shard_writer import ShardWriter
+from data.image_sources import LeftOut, Source, find_sources
+from data.image_text import read_image_text
+from data.latent_shards import LatentSamples
+from data.latent_writer import LatentWriter
+from data.manifest import precision
 from data.shards import flatten_condition
 from data.teacher import StoreTrajectories
 from denoisers.encoders import Encoders, load_encoders
-from solvers.conditions import concatenate_conditions, map_condition
-from solvers.files import atomic_write, sha256
+from solvers.conditions import map_condition
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 class EncodeImages(lightning.LightningModule):
-    """Encodes a shard of pictures and captions at a time; a callback stores it. `LatentData` reads them for training.
+    """Encodes a source of pictures and captions at a time into a shard. `LatentData` reads them for training.
 
-    Latents are the mean of the autoencoder's distribution, scaled as the network takes them. Pictures are scaled until
-    they cover the size, and cut at the centre.
+    Latents are the mean of the autoencoder's distribution, scaled as the network takes them. Pictures are read as
+    `data.pictures.read_picture` says, scaled until they cover the size, and cut at the centre. What cannot be used is
+    left out, counted, and named in skipped.txt.
 
     Args:
-        model: path of a Stable Diffusion model as `load_denoiser` takes it; `height`, `width` and `variant` of its
-            denoiser.yaml hold.
-        images: folder of webdataset shards with NAME.jpg (or .png) and NAME.txt.
+        model: path of a model with prompts as `load_denoiser` takes it; `height`, `width`, `variant`, `encode` and
+            `negative_prompt` of its denoiser.yaml hold.
+        images: folder of webdataset shards with NAME.jpg (or any picture) and NAME.txt (or `caption` in NAME.json);
+            or, where it has no shards, of such files.
         folder: where the encoded shards go, each named as its source; an interrupted run goes on there.
         shards: pattern of the shards in `images`.
+        captions: a table of the captions of files (csv, tsv, json or jsonl), see `data.captions`.
+        shard_size: pictures in a shard, of files.
         batch_size: pictures encoded at once.
         dtype: of the stored latents and embeddings: float16, bfloat16 or float32.
-        skip_corrupt: leave out corrupt samples and shards; the manifest names them.
+        text_dtype: of the weights of the text encoders, which are large: float16, bfloat16 or float32.
+        max_skipped: share of the pictures, and of the shards that are cut off, that may be left out; where it is more,
+            the run ends with an error, and the shards are not used for training until more is allowed.
         workers: threads of each process that decode pictures.
     Raises:
-        ValueError: a model that cannot be loaded, an unknown dtype, no shards, or a folder with other shards; while
-            encoding: a corrupt sample or shard, unless it is skipped.
+        ValueError: a model that cannot be loaded, an unknown dtype, no pictures, a table that cannot be read, a folder
+            with other shards, or in the end too much that was left out.
     """
 
     def __init__(
@@ -52,73 +56,116 @@ class EncodeImages(lightning.LightningModule):
         images: str,
         folder: str,
         shards: str = "*.tar*",
+        captions: str | None = None,
+        shard_size: int = 1000,
         batch_size: int = 16,
         dtype: str = "float16",
-        skip_corrupt: bool = False,
+        text_dtype: str = "float32",
+        max_skipped: float = 0.01,
         workers: int = 4,
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-        if batch_size < 1 or workers < 1:
-            raise ValueError(f"batch_size {batch_size} and workers {workers} must be at least 1")
-        self.sources = sorted(Path(images).glob(shards))
-        if not self.sources:
-            raise ValueError(f"no image-text shards {shards} in {images}: give the folder that holds them")
-        self.encoders: Encoders = load_encoders(model)
-        self.folder, self.dtype_ = folder, getattr(torch, dtype)
-        self.batch_size, self.skip_corrupt, self.workers = batch_size, skip_corrupt, workers
+        self.dtype_, text_dtype_ = _dtype(dtype), _dtype(text_dtype)
+        if min(batch_size, workers, shard_size) < 1:
+            raise ValueError(
+                f"batch_size {batch_size}, workers {workers} and shard_size {shard_size} must be at least 1"
+            )
+        if not 0 <= max_skipped <= 1:
+            raise ValueError(f"max_skipped is {max_skipped}: give a share between 0 and 1")
+        self.sources = find_sources(images, shards, captions, shard_size)
+        self.encoders: Encoders = load_encoders(model, text_dtype_)
+        self.folder, self.batch_size, self.max_skipped, self.workers = folder, batch_size, max_skipped, workers
         self.writer: LatentWriter
+        self.progress: Progress
 
     def setup(self, stage: str) -> None:
         """Check the folder, or refuse it, before any work."""
         with self.trainer.precision_plugin.predict_step_context():
             null = self._stored(self.encoders.null_condition())
             description = describe_encoding(self.encoders, null, self.dtype_)
-        self.writer = LatentWriter(self.folder, description, self.sources, null)
+        self.writer = LatentWriter(self.folder, description, self.sources, null, self.max_skipped)
 
-    def predict_step(self, batch: int, batch_idx: int) -> list[LatentSamples]:
-        """The samples of a shard; nothing for one that exists already."""
-        return [] if batch < 0 else [self.encode(self.sources[batch])]
+    def on_predict_start(self) -> None:
+        """The first process shows its share of the work."""
+        self.progress = Progress(self.writer.num_missing, self.global_rank == 0)
 
-    def encode(self, source: Path) -> LatentSamples:
-        """A whole shard in batches, on this module's device; the result is on the CPU."""
-        damage, keys = Damage(self.skip_corrupt), []
-        latents = [torch.empty(0, *self.encoders.sample_shape, dtype=self.dtype_)]
-        conditions = [map_condition(lambda value: value[:0], self.writer.null)]
-        batches = read_image_text(source, self.encoders.size.pixels, self.batch_size, damage, self.workers)
-        for batch in self._shown(batches, source):
-            encoded = self._stored(self.encoders.encode_images(scaled(batch.images.to(self.device))))
-            if not bool(encoded.isfinite().all()):
+    def predict_step(self, batch: int, batch_idx: int) -> list[None]:
+        """Make a shard; nothing for one that exists already."""
+        if batch >= 0:
+            source, left_out = self.sources[batch], LeftOut()
+            self.writer.write(batch, (self.encode(source, left_out), left_out))
+            self.progress.end(source.name, len(left_out.notes))
+        return []
+
+    def on_predict_end(self) -> None:
+        """Say what there is."""
+        self.progress.close()
+        if self.global_rank == 0:
+            print(self.writer.summary(), file=sys.stderr)
+
+    def encode(self, source: Source, left_out: LeftOut) -> Iterator[LatentSamples]:
+        """A source in batches, encoded on this module's device; they are on the CPU. Without samples an empty one."""
+        for batch in read_image_text(source, self.encoders.pixels, self.batch_size, left_out, self.workers):
+            latents = self._stored(self.encoders.encode_images(scaled(batch.images.to(self.device))))
+            if not bool(latents.isfinite().all()):
                 raise ValueError(
-                    f"latents of {', '.join(batch.keys[:3])}, ... of {source} are not finite in {self.dtype_}: store "
-                    "them in another dtype, or run the autoencoder in float32 (trainer.precision)"
+                    f"latents of {', '.join(batch.keys[:3])}, ... of {source.name} are not finite in {self.dtype_}: "
+                    "store them in another dtype, or run the autoencoder in float32 (trainer.precision)"
                 )
-            keys += batch.keys
-            latents.append(encoded)
-            conditions.append(self._stored(self.encoders.encode_prompts(batch.captions)))
-        for note in damage.notes:
-            print(f"left out: {note}", file=sys.stderr)
-        with torch.autocast("cpu", enabled=False):  # which cannot join tensors of another half precision than its own
-            return LatentSamples(keys, torch.cat(latents), concatenate_conditions(conditions), damage.notes)
+            yield LatentSamples(batch.keys, latents, self._stored(self.encoders.encode_prompts(batch.captions)))
+            self.progress.update(batch.share, len(batch.keys))
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """The writer is part of the job."""
         return [StoreTrajectories()]
-
-    def _shown(self, batches: Any, source: Path) -> Any:
-        """The batches of a shard with a count of its pictures, below the trainer's bar of shards."""
-        hidden = self.global_rank != 0 or self.trainer.progress_bar_callback is None
-        with tqdm(desc=source.name, unit=" pictures", position=1, leave=False, disable=hidden or None) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(len(batch.keys))
 
     def _stored(self, value: Any) -> Any:
         def convert(tensor: Tensor) -> Tensor:
             return tensor.to("cpu", self.dtype_) if tensor.is_floating_point() else tensor.cpu()
 
         return map_condition(convert, value)
+
+
+class Progress:
+    """How much of this process's shards is made, and the time left: a bar, or a line a shard where nobody watches.
+
+    Args:
+        shards: to make.
+        is_shown: or nothing at all.
+    """
+
+    def __init__(self, shards: int, is_shown: bool = True) -> None:
+        layout = "{desc}: {percentage:3.1f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        disable = None if is_shown else True
+        self.bar = tqdm(total=shards, desc="encoding", bar_format=layout, disable=disable, position=1, leave=False)
+        self.shards, self.is_shown, self.begin = shards, is_shown, time.monotonic()
+        self.made, self.pictures, self.left_out = 0, 0, 0
+
+    def update(self, share: float, pictures: int) -> None:
+        """So much of the shard is done; `pictures` came since the last time."""
+        self.pictures += pictures
+        self.bar.set_postfix_str(f"{self.pictures:,} pictures, {self._rate:.1f} a second", refresh=False)
+        self.bar.update(self.made + share - self.bar.n)
+
+    def end(self, name: str, left_out: int) -> None:
+        """A shard is made."""
+        self.made, self.left_out = self.made + 1, self.left_out + left_out
+        self.bar.update(self.made - self.bar.n)
+        if self.is_shown and self.bar.disable:
+            left = (time.monotonic() - self.begin) * (self.shards / self.made - 1)
+            print(
+                f"{name}: {self.made} of {self.shards} shards, {self.pictures:,} pictures, {self._rate:.1f} a second, "
+                f"{self.left_out:,} left out, {tqdm.format_interval(left)} left",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    @property
+    def _rate(self) -> float:
+        return self.pictures / (time.monotonic() - self.begin)
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -133,82 +180,16 @@ def describe_encoding(encoders: Encoders, null: dict[str, Any], dtype: torch.dty
         "model": encoders.name,
         "encoders": encoders.hashes,
         "sample_shape": list(encoders.sample_shape),
-        "image_size": list(encoders.size.pixels),
+        "image_size": list(encoders.pixels),
+        "negative_prompt": encoders.negative_prompt,
+        "options": encoders.options,
         "dtype": str(dtype).removeprefix("torch."),
         "precision": precision(torch.float32),
         "tensors": {"latents": list(encoders.sample_shape), **tensors},
     }
 
 
-class LatentWriter(ShardWriter):
-    """Writes a shard for each source shard, and the manifest.
-
-    Args:
-        folder: created if missing.
-        description: what all shards have in common, JSON types; shards of another one are refused.
-        sources: the shards to encode; their names must differ.
-        null: the condition of the empty prompt, (1, ...).
-    Raises:
-        ValueError: no sources, sources of one name, or a folder that holds something else.
-    """
-
-    again = AGAIN
-
-    def __init__(
-        self, folder: str | Path, description: dict[str, Any], sources: Sequence[Path], null: dict[str, Any]
-    ) -> None:
-        super().__init__(folder)
-        self.sources, self.null = list(sources), null
-        self._names = [f"{source.name.partition('.')[0]}.tar" for source in self.sources]
-        if not sources or len(set(self._names)) < len(self._names):
-            raise ValueError(f"{len(sources)} shards to encode with {len(set(self._names))} names: each needs its own")
-        listed = {source.name: source.stat().st_size for source in self.sources}
-        self.description = {**description, "sources": listed}
-        _check_same(self.folder, self.description)
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of all processes together."""
-        return len(self.sources)
-
-    def path(self, shard: int) -> Path:
-        """File of a shard, named as its source."""
-        return self.folder / self._names[shard]
-
-    def manifest(self, shards: dict[str, Any]) -> dict[str, Any]:
-        """Encoders, shapes and shards."""
-        complete = {"complete": bool(shards), "null_sha256": None, "shards": shards}
-        if shards:
-            complete["null_sha256"] = sha256(self.folder / NULL_NAME)
-        return {"format_version": FORMAT_VERSION, "encoded": self.description, **complete}
-
-    def announce(self, rank: int, todo: Sequence[int]) -> None:
-        """Store the embeddings of the empty prompt."""
-        if not (self.folder / NULL_NAME).exists():
-            with atomic_write(self.folder / NULL_NAME) as path:
-                path.write_bytes(save(flatten_condition("condition", self.null)))
-
-    def store(self, shard: int, value: LatentSamples) -> None:
-        """Write a shard and its record.
-
-        Raises:
-            ValueError: the disk is too small for it.
-        """
-        size, free = sum(tensor.nbytes for tensor in value.tensors().values()), self.free_bytes()
-        if size > free:
-            raise ValueError(f"{self.path(shard)} needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room")
-        write_latents(self.path(shard), value)
-
-
-def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else."""
-    path = folder / MANIFEST_NAME
-    if not path.exists():
-        return
-    found = parse_manifest(path, FIELDS, f"delete the folder and {AGAIN}")["encoded"]
-    for name, value in json.loads(json.dumps(wanted)).items():
-        if name != "model" and found.get(name) != value:
-            raise ValueError(
-                f"{folder} holds shards with another {name}: found {short(found.get(name))}, asked for "
-                f"{short(value)}; use another folder, or delete this one"
-            )
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return getattr(torch, name)

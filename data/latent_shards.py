@@ -2,12 +2,14 @@
 
 A shard is a webdataset tar of equally long files NAME.safetensors, so each tensor of all its samples is one strided
 view of the mapped file: a batch is read by indexing, without decoding. A folder also holds the embeddings of the empty
-prompt (`unconditional.safetensors`) and `manifest.json`: encoders, shapes, and the checksum of every shard.
+prompt (`unconditional.safetensors`), `manifest.json` (encoders, shapes, and the checksum of every shard) and
+`skipped.txt`, which names what was left out.
 """
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data.image_sources import LeftOut
 from data.manifest import MANIFEST_NAME, parse_manifest
 from data.shards import add_member, check_shard, flatten_condition, record_path, unflatten_condition
 from solvers.conditions import map_condition
@@ -25,7 +28,7 @@ from solvers.files import atomic_write, sha256
 MAKE = "python train.py predict --config configs/encode/..."
 AGAIN = f"encode again with `{MAKE}`"
 FIELDS = ("encoded", "complete", "shards")
-NULL_NAME = "unconditional.safetensors"
+NULL_NAME, SKIPPED_NAME = "unconditional.safetensors", "skipped.txt"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 
 
@@ -37,44 +40,50 @@ class LatentSamples:
         keys: names of the samples.
         latents: (n, *shape).
         condition: of the denoiser, without the null prompt.
-        notes: what was left out of the shard.
     """
 
     keys: list[str]
     latents: Tensor
     condition: dict[str, Any]
-    notes: list[str]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in a file."""
         return {"latents": self.latents, **flatten_condition("condition", self.condition)}
 
 
-def write_latents(path: Path, samples: LatentSamples) -> None:
-    """Write a shard whole or not at all, and beside it first a JSON record with its checksum and layout."""
-    tensors = samples.tensors()
+@contextmanager
+def latent_file(path: Path, left_out: LeftOut) -> Iterator[Callable[[LatentSamples], None]]:
+    """A shard that is written whole or not at all, and beside it first a JSON record with checksum and layout.
+
+    Args:
+        path: of the shard.
+        left_out: what the record names of the shard's source.
+    Returns:
+        What appends samples.
+    """
+    count = 0
+
+    def append(samples: LatentSamples) -> None:
+        nonlocal count
+        tensors = samples.tensors()
+        for index, key in enumerate(samples.keys):
+            content = save({name: value[index].contiguous() for name, value in tensors.items()})
+            add_member(archive, f"{key}.safetensors", content)
+        count += len(samples.keys)
+
     with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:  # every header is one block
-            for index, key in enumerate(samples.keys):
-                content = save({name: value[index].contiguous() for name, value in tensors.items()})
-                _add(archive, f"{key}.safetensors", content)
+            yield append
         record = {
             "sha256": sha256(temporary),
             "bytes": temporary.stat().st_size,
-            "samples": len(samples.keys),
-            "skipped": samples.notes,
+            "samples": count,
+            "skipped": len(left_out.notes) - left_out.is_cut,
+            "is_cut": left_out.is_cut,
+            "notes": left_out.notes,
         }
         with atomic_write(record_path(path)) as beside:
             beside.write_text(json.dumps(record) + "\n")
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    try:
-        add_member(archive, name, content)
-    except ValueError as error:
-        raise ValueError(
-            f"sample {name} cannot be stored ({error}): give it a shorter name, up to 88 letters"
-        ) from error
 
 
 def map_latents(path: Path, record: dict[str, Any]) -> dict[str, Tensor]:
@@ -162,9 +171,9 @@ class LatentShards:
         self._check_widths(getattr(denoiser, "condition_widths", {}))
         source = getattr(denoiser, "source", None)
         if source is not None:
-            from denoisers.encoders import encoder_hashes
+            from denoisers.encoder_files import encoder_hashes
 
-            self._check_encoders(source.root, encoder_hashes(source))
+            self._check_encoders(source.root, encoder_hashes(source.root, source.variant))
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
         """Latents (batch, *sample_shape) and their condition with the null prompt.
@@ -230,7 +239,7 @@ class LatentShards:
         encoded = self.manifest["encoded"]
         for name, digest in wanted.items():
             found = encoded["encoders"].get(name)
-            if found != digest:
+            if found is not None and found != digest:
                 raise ValueError(
                     f"{self.folder} was encoded with another {name}: weights {str(found)[:12]} of {encoded['model']}, "
                     f"the denoiser's folder {root} has {digest[:12]}: encode with that folder and its variant"

@@ -1,9 +1,7 @@
 """A picture file as an array, as people see it: upright, on white where it is transparent, in 8 bits, first of many."""
 
 import io
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -57,10 +55,16 @@ def decode_picture(content: bytes) -> np.ndarray:
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """A picture scaled until it covers (height, width), and cut at its centre: uint8 (3, height, width)."""
+    """A picture scaled until it covers (height, width), and cut at its centre: uint8 (3, height, width).
+
+    Raises:
+        ValueError: one so long that it would be scaled to too many pixels.
+    """
     height, width = size
     scale = max(height / image.height, width / image.width)
     lengths = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if lengths[0] * lengths[1] > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        raise ValueError(f"it has {image.width} x {image.height} pixels: too long to be cut to {width} x {height}")
     scaled = image.convert("RGB").resize(lengths, Image.Resampling.LANCZOS)
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     return np.asarray(scaled.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
@@ -72,15 +76,6 @@ def picture_extensions() -> tuple[str, ...]:
     formats = _formats()
     known = (name[1:] for name, kind in sorted(Image.registered_extensions().items()) if kind in formats)
     return tuple(dict.fromkeys(("jpg", "jpeg", "png", *known)))
-
-
-def picture_paths(folder: str | Path) -> Iterator[Path]:
-    """The picture files in a folder and in those below it, by their names, without hidden ones."""
-    root = Path(folder)
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and path.suffix.lower()[1:] in picture_extensions() and path.is_file():
-            yield path
 
 
 @cache

@@ -1,7 +1,7 @@
 """Latents to pictures and back, as the pipelines of an autoencoder do it.
 
     latents = (z - shift_factor) * scaling_factor,    or, with its latents_mean and latents_std,
-    latents = (z - latents_mean) * scaling_factor / latents_std
+    latents = (z - latents_mean) * scaling_factor / latents_std,  scaling_factor 1 where there is none,
 
 where z is what the autoencoder itself encodes to and decodes.
 """

@@ -196,6 +196,10 @@ class DiffusersDenoiser(nn.Module):
         """States as (batch, channels, height, width)."""
         return states
 
+    def states(self, latents: Tensor) -> Tensor:
+        """Inverse of `latents`."""
+        return latents
+
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Any) -> Tensor:
         """The family's own call: x (batch, *sample_shape) in the network's dtype, timestep (batch,) float."""
         raise NotImplementedError

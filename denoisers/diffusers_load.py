@@ -140,6 +140,20 @@ def locate(path: str | Path, any_network: bool = False) -> tuple[str, str | None
 
 
 def _load_network(root: str, component: str | None, weights: dict[str, Any]) -> nn.Module:
+    kind, subfolder = _network_class(root, component)
+    location = {} if subfolder is None else {"subfolder": subfolder}
+    return kind.from_pretrained(root, **location, **weights)
+
+
+def outline(root: str, component: str | None) -> nn.Module:
+    """The network of a folder without its weights."""
+    kind, subfolder = _network_class(root, component)
+    with torch.device("meta"):
+        return kind.from_config(read_config(UNet2DModel, root, subfolder))
+
+
+def _network_class(root: str, component: str | None) -> tuple[Any, str | None]:
+    """(class, subfolder) of a folder's network."""
     subfolder = component if component and read_config(UNet2DModel, root, component, required=False) else None
     class_name = read_config(UNet2DModel, root, subfolder)["_class_name"]
     if class_name not in (*FAMILIES, *LEGACY):
@@ -147,8 +161,7 @@ def _load_network(root: str, component: str | None, weights: dict[str, Any]) -> 
             f"{root} holds a {class_name}: known families are {', '.join(FAMILIES)}; record any other pipeline with "
             "data.record_trajectories"
         )
-    location = {} if subfolder is None else {"subfolder": subfolder}
-    return getattr(diffusers, class_name).from_pretrained(root, **location, **weights)
+    return getattr(diffusers, class_name), subfolder
 
 
 def read_config(kind: Any, root: str, subfolder: str | None, required: bool = True) -> dict[str, Any] | None:

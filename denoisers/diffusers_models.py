@@ -87,6 +87,12 @@ class PackedTransformer(PromptTransformer):
         grid = states.reshape(len(states), rows, columns, -1, 2, 2)
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(states), -1, 2 * rows, 2 * columns)
 
+    def states(self, latents: Tensor) -> Tensor:
+        """Inverse of `latents`."""
+        rows, columns = self.size.height // 2, self.size.width // 2
+        grid = latents.reshape(len(latents), -1, rows, 2, columns, 2)
+        return grid.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), rows * columns, -1)
+
 
 class Flux(PackedTransformer):
     """`FluxTransformer2DModel`.
@@ -136,6 +142,10 @@ class QwenImage(PackedTransformer):
     def latents(self, states: Tensor) -> Tensor:
         """As videos of one frame, which its autoencoder takes."""
         return super().latents(states).unsqueeze(2)
+
+    def states(self, latents: Tensor) -> Tensor:
+        """Inverse of `latents`."""
+        return super().states(latents.squeeze(2))
 
     def _decode(self, autoencoder: nn.Module, states: Tensor) -> Tensor:
         return super()._decode(autoencoder, states)[:, :, 0]

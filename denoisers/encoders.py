@@ -1,114 +1,128 @@
-"""The encoders of a Stable Diffusion folder: pictures and prompts as its latent network takes them."""
+"""The encoders of a pipeline's folder: pictures and prompts as its network takes them."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
 from denoisers.decoding import to_latents
-from denoisers.diffusers_base import Size, Source
-from denoisers.diffusers_load import locate, read_config, text_pipeline
-from denoisers.diffusers_models import vae_scales
+from denoisers.diffusers_base import DiffusersDenoiser
+from denoisers.diffusers_load import locate, outline, text_pipeline
+from denoisers.diffusers_models import from_network, vae_scales
+from denoisers.encoder_files import encoder_hashes
 from denoisers.load import describe
-from denoisers.prompts import encode_prompts
+from denoisers.prompts import RETURNED, encode_prompts, takes_prompts
 from solvers.conditions import map_condition
-from solvers.identity import weight_hash
-
-KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 class Encoders(nn.Module):
-    """Frozen float32 encoders of a pipeline; run them under autocast for speed.
+    """Frozen encoders of a pipeline; run them under autocast for speed.
 
     Args:
         pipe: the pipeline, with autoencoder and text encoders; its network may be absent.
-        size: of latents and pictures.
-        name: what manifests record.
+        denoiser: of its network, whose weights are not needed: it says what states look like.
+        negative_prompt: the prompt guidance moves away from; None: the pipeline's own, else the empty one.
         options: of the pipeline's `encode_prompt`, such as clip_skip.
+        hashes: see `encoder_hashes`.
     Raises:
-        ValueError: a pipeline of another kind.
+        ValueError: a pipeline whose prompts cannot be encoded, one without an autoencoder, or a network of longer videos.
     """
 
-    def __init__(self, pipe: Any, size: Size, name: str | None = None, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        denoiser: DiffusersDenoiser,
+        negative_prompt: str | None = None,
+        options: dict[str, Any] | None = None,
+        hashes: dict[str, str] | None = None,
+    ) -> None:
         super().__init__()
-        if type(pipe).__name__ not in KINDS:
-            raise ValueError(f"{type(pipe).__name__} cannot be encoded for: use a folder of {' or '.join(KINDS)}")
-        self.size, self.name, self.options = size, name, options or {}
-        self.__dict__["pipe"] = pipe
+        if not takes_prompts(pipe) or pipe.vae is None:
+            raise ValueError(
+                f"{type(pipe).__name__} cannot be encoded for: use a folder of {', '.join(RETURNED)}, with its vae"
+            )
+        if denoiser.frames != 1:
+            raise ValueError(
+                f"pictures are videos of one frame, the model's have {denoiser.frames} latent ones: write num_frames: 1 "
+                "in its denoiser.yaml, or record videos of its own with data.record_trajectories; files are not decoded"
+            )
+        self.negative_prompt, self.options, self.hashes = negative_prompt, options or {}, hashes or {}
+        self.__dict__ |= {"pipe": pipe, "denoiser": denoiser}
         parts = pipe.components.items()
         self.parts: Any = nn.ModuleDict({name: part for name, part in parts if isinstance(part, nn.Module)})
         self.eval().requires_grad_(False)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Shape of one picture's latents."""
-        return (self.parts["vae"].config.latent_channels, self.size.height, self.size.width)
+    def name(self) -> str | None:
+        """What manifests record."""
+        return self.denoiser.name
 
     @property
-    def hashes(self) -> dict[str, str]:
-        """See `encoder_hashes`."""
-        return {name: weight_hash(part) for name, part in self.parts.items()}
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one picture's latents."""
+        return self.denoiser.sample_shape
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return self.denoiser.size.pixels
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures in [-1, 1], (batch, 3, height, width), to latents (batch, *sample_shape).
 
-        The mean of the autoencoder's distribution, shifted and scaled as its network takes it.
+        The mean of the autoencoder's distribution, shifted, scaled and packed as its network takes it. An autoencoder
+        of videos gets a picture as a video of one frame.
         """
         autoencoder = self.parts["vae"]
-        return to_latents(autoencoder.encode(images).latent_dist.mode(), autoencoder.config)
+        encoded = autoencoder.encode(images[:, :, None] if is_of_videos(autoencoder) else images)
+        return self.denoiser.states(to_latents(encoded.latent_dist.mode(), autoencoder.config))
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition of prompts, in the names of the network's arguments, without the null prompt."""
-        condition = self._encode(prompts)
+        condition = self._encode(prompts, self.negative_prompt)
         return {key: value for key, value in condition.items() if key != "null"}
 
     def null_condition(self) -> dict[str, Tensor]:
-        """The condition of the empty prompt, (1, ...); of XL as its pipeline has it."""
-        return map_condition(lambda value: value.cpu(), self._encode([""])["null"])
+        """The condition of the negative prompt, (1, ...)."""
+        condition = self._encode([""], self.negative_prompt)
+        if "null" not in condition:
+            condition = self._encode([""], "")
+        return map_condition(lambda value: value.cpu(), condition["null"])
 
-    def _encode(self, prompts: list[str]) -> dict[str, Any]:
-        stand_in: Any = self  # of its denoiser only the size is asked for
-        return encode_prompts(self.pipe, prompts, denoiser=stand_in, batch_size=len(prompts), **self.options)
+    def _encode(self, prompts: list[str], negative_prompt: str | None) -> dict[str, Any]:
+        return encode_prompts(self.pipe, prompts, negative_prompt, self.denoiser, len(prompts), **self.options)
 
 
-def load_encoders(path: str | Path) -> Encoders:
-    """The encoders of a model, by the path that `load_denoiser` takes for its network.
+def is_of_videos(autoencoder: nn.Module) -> bool:
+    """Whether an autoencoder takes (batch, 3, frames, height, width)."""
+    return any(isinstance(part, nn.Conv3d) for part in autoencoder.modules())
 
+
+def load_encoders(path: str | Path, text_dtype: torch.dtype = torch.float32) -> Encoders:
+    """The encoders of a model, by the path that `load_denoiser` takes for its network, which is not loaded.
+
+    Args:
+        path: of the model.
+        text_dtype: of the weights of text encoders; those of the autoencoder are float32.
     Raises:
-        ValueError: no Stable Diffusion folder there.
+        ValueError: no folder of a known pipeline there.
     """
     described = describe(path)
     root, component = locate(described["path"])
-    config: Any = read_config(UNet2DModel, root, component)
-    pipe = _pipeline(root, described.get("variant"))
-    scale, own = vae_scales(getattr(pipe, "vae", None))["vae_scale"], config["sample_size"]
-    height, width = own if isinstance(own, (list, tuple)) else (own, own)
-    size = Size(_latents(described, "height", scale, height), _latents(described, "width", scale, width), scale)
-    return Encoders(pipe, size, Path(root).name, described.get("encode"))
-
-
-def encoder_hashes(source: Source) -> dict[str, str]:
-    """Weight hash of each encoder of the folder that a denoiser was loaded from, by its name there.
-
-    Taken of float32 values, so it does not depend on the dtype they are used in, but on the variant of the files.
-    Empty where that folder has no autoencoder.
-    """
-    if read_config(AutoencoderKL, source.root, "vae", required=False) is None:
-        return {}
-    parts = _pipeline(source.root, source.variant).components.items()
-    return {name: weight_hash(part) for name, part in parts if isinstance(part, nn.Module)}
-
-
-def _pipeline(root: str, variant: str | None) -> Any:
+    variant = described.get("variant")
     try:
-        return text_pipeline(root, ("vae",), variant=variant, torch_dtype=torch.float32)
+        pipe = text_pipeline(root, ("vae",), variant=variant, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the encoders of {root} cannot be loaded ({reason}): download the whole folder") from error
-
-
-def _latents(described: dict[str, Any], key: str, scale: int, default: int) -> int:
-    return default if described.get(key) is None else described[key] // scale
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and part is not None:
+            part.to(text_dtype)
+    given = {name: described[name] for name in ("height", "width", "num_frames") if name in described}
+    given |= {"name": Path(root).name, **vae_scales(pipe.vae)}
+    denoiser = from_network(outline(root, component), pipe.scheduler, **given)
+    return Encoders(
+        pipe, denoiser, described.get("negative_prompt"), described.get("encode"), encoder_hashes(root, variant)
+    )

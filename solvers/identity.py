@@ -152,7 +152,8 @@ def hash_modules(modules: Mapping[str, nn.Module]) -> str:
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors, each in float32, in the order of their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
+    for name in sorted(weights):
+        value = weights[name]
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -17,7 +17,8 @@ from safetensors.torch import load
 
 from data.encode_images import EncodeImages
 from data.image_shards import split_name
-from data.image_text import Damage, read_image_text
+from data.image_sources import LeftOut, ShardSource
+from data.image_text import read_image_text
 from data.latent_shards import NULL_NAME, LatentShards
 from data.latents import LatentData
 from data.pictures import cover
@@ -124,18 +125,18 @@ def test_xl_has_pooled_embeddings_and_sizes(models: Path, images: Path, tmp_path
 
 
 def test_goes_on_after_a_kill(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
-    """Killed in the third shard: the first two stay untouched, and the end is the same, byte for byte."""
+    """Killed inside the second shard: the first stays untouched, and the end is the same, byte for byte."""
     folder = tmp_path / "killed"
     child = os.fork()
     if child == 0:
-        encoding, calls = EncodeImages.encode, []
+        encoding, batches = EncodeImages.encode, []
 
-        def kill_at_the_third(self, source):
-            calls.append(source)
-            if len(calls) == 3:
-                self.writer._wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return encoding(self, source)
+        def kill_at_the_third(self, source, left_out):
+            for samples in encoding(self, source, left_out):
+                yield samples
+                batches.append(samples)
+                if len(batches) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         EncodeImages.encode = kill_at_the_third
         encode(models / "sd", images, folder)
@@ -143,12 +144,13 @@ def test_goes_on_after_a_kill(models: Path, images: Path, encoded: Path, tmp_pat
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with pytest.raises(ValueError, match="incomplete"):
         LatentShards(folder)
-    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
-    assert sorted(made) == ["pairs-0.tar", "pairs-1.tar"]
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*.tar")}
+    assert list(made) == ["pairs-0.tar"]
     encode(models / "sd", images, folder)
     assert {name: (folder / name).stat().st_mtime_ns for name in made} == made
-    for path in encoded.glob("*.tar"):
-        assert (folder / path.name).read_bytes() == path.read_bytes()
+    for name in ("pairs-0.tar", "pairs-1.tar", "pairs-2.tar", "manifest.json", "skipped.txt", NULL_NAME):
+        assert (folder / name).read_bytes() == (encoded / name).read_bytes()
+    assert not list(folder.glob(".*"))
     assert len(LatentShards(folder)) == 6
 
 
@@ -169,38 +171,88 @@ def test_another_run_s_folder_is_refused(models: Path, images: Path, encoded: Pa
         encode(models / "sd", images, encoded)
 
 
-def test_a_corrupt_sample_is_named_and_skipped_only_when_asked_for(models: Path, tmp_path: Path) -> None:
-    samples = {f"{k:04d}": sample_files(k) for k in range(5)}
+def test_what_cannot_be_used_is_named_and_too_much_of_it_is_refused(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {f"{k:04d}": sample_files(k) for k in range(8)}
     samples["0001"]["png"] = samples["0001"]["png"][:60]
     del samples["0002"]["txt"], samples["0003"]["png"]
+    samples["0005"] |= {"txt": "Gürteltier".encode("latin-1")}
+    samples["0006"] |= {"png": b""}
+    samples["x" * 89] = sample_files(0)
     write_image_text(tmp_path / "images" / "a.tar", samples)
-    with pytest.raises(ValueError, match=r"sample 0001 of shard .*a\.tar is corrupt: .*skip_corrupt: true"):
-        encode(models / "sd", tmp_path / "images", tmp_path / "out")
-    encode(models / "sd", tmp_path / "images", tmp_path / "out", skip_corrupt=True)
-    shards = LatentShards(tmp_path / "out")
-    notes = shards.records["a.tar"]["skipped"]
-    assert [note.split()[1] for note in notes] == ["0001", "0002", "0003"]
-    assert "it has no caption (.txt), only png, json" in notes[1]
-    assert "it has no picture (.jpg, .png, ...)" in notes[2]
-    assert len(shards) == 2
-    wanted, _ = expected(tiny_pipeline("sd"), range(5))
-    torch.testing.assert_close(shards.read([0, 1])[0], wanted[[0, 4]], rtol=0, atol=1e-6)
+    images, folder = tmp_path / "images", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"6 of 9 samples were left out, more than max_skipped 0\.6 allows, see .*txt"):
+        encode(models / "sd", images, folder, max_skipped=0.6)
+    with pytest.raises(ValueError, match="incomplete"):
+        LatentShards(folder)
+    capsys.readouterr()
+    monkeypatch.setattr(EncodeImages, "encode", lambda *_: pytest.fail("encoded twice"))
+    encode(models / "sd", images, folder, max_skipped=0.7)
+    assert "3 pictures in" in (summary := capsys.readouterr().err.strip().splitlines()[-1])
+    assert "6 left out: a.tar: sample 0001: it cannot be read" in summary
+    notes = (folder / "skipped.txt").read_text(encoding="utf-8").splitlines()
+    assert [note.split(": ")[1].split()[1] for note in notes] == ["0001", "0002", "0003", "0005", "0006", "x" * 89]
+    reasons = ["cannot be read", "no caption (.txt, or caption in .json), only png, json"]
+    reasons += ["no picture (.jpg, .png, ...)", "text is not UTF-8", "an empty file", "name is longer than 88 bytes"]
+    assert all(reason in note for reason, note in zip(reasons, notes, strict=True))
+    shards = LatentShards(folder)
+    assert (len(shards), shards.records["a.tar"]["skipped"]) == (3, 6)
+    wanted, _ = expected(tiny_pipeline("sd"), range(8))
+    torch.testing.assert_close(shards.read([0, 1, 2])[0], wanted[[0, 4, 7]], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["data", "header", "marker"])
-def test_a_damaged_shard_keeps_its_whole_samples_when_asked_to(tmp_path: Path, damage: str) -> None:
-    path = image_text_folder(tmp_path, (3,)) / "pairs-0.tar"
+def test_a_damaged_shard_keeps_its_whole_samples(models: Path, tmp_path: Path, damage: str) -> None:
+    path = image_text_folder(tmp_path / "images", (3,)) / "pairs-0.tar"
     content = bytearray(path.read_bytes())
     third = content.index(b"0002.png")
     if damage == "header":
         content[third : third + 4] = b"9999"
     path.write_bytes(content[: {"data": third + 700, "marker": third, "header": len(content)}[damage]])
-    with pytest.raises(ValueError, match=r"shard .*pairs-0\.tar is corrupt"):
-        list(read_image_text(path, (16, 16), 2, Damage()))
-    skipped = Damage(skip=True)
-    batches = list(read_image_text(path, (16, 16), 2, skipped))
+    left_out = LeftOut()
+    batches = list(read_image_text(ShardSource(path), (16, 16), 2, left_out))
     assert [key for batch in batches for key in batch.keys] == ["0000", "0001"]
-    assert len(skipped.notes) == 1
+    assert (len(left_out.notes), left_out.is_cut) == (1, True)
+    assert "shard pairs-0.tar is corrupt" in left_out.notes[0]
+    if damage == "data":
+        with pytest.raises(ValueError, match="1 of 1 shards are cut off"):
+            encode(models / "sd", path.parent, tmp_path / "out")
+        encode(models / "sd", path.parent, tmp_path / "out", max_skipped=1.0)
+        assert len(LatentShards(tmp_path / "out")) == 2
+
+
+def test_threads_and_order_change_nothing(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
+    encode(models / "sd", images, tmp_path / "out", workers=1)
+    for path in encoded.glob("*.tar"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_files_of_a_folder_are_encoded_as_shards_are(models: Path, tmp_path: Path, encoded: Path) -> None:
+    """Captions beside the pictures, in a table with a byte-order mark, or in NAME.json; hidden files are not seen."""
+    images = tmp_path / "images"
+    for number in range(6):
+        (images / f"{number // 3}").mkdir(parents=True, exist_ok=True)
+        (images / f"{number // 3}" / f"{number:04d}.png").write_bytes(picture(number))
+    (images / ".hidden.png").touch()
+    (images / "0" / "0000.txt").write_text(CAPTIONS[0], encoding="utf-16")
+    (images / "0" / "0001.json").write_text(json.dumps({"caption": CAPTIONS[1]}), encoding="utf-8-sig")
+    rows = [f"{number // 3}/{number:04d}.png,{CAPTIONS[number % 3]}" for number in range(2, 6)]
+    (images / "metadata.csv").write_text("file_name,text\r\n" + "\r\n".join(rows), encoding="utf-8-sig")
+    encode(models / "sd", images, tmp_path / "out", captions=str(images / "metadata.csv"), shard_size=4)
+    shards = LatentShards(tmp_path / "out")
+    assert {name: record["samples"] for name, record in shards.records.items()} == {
+        "shard-00000.tar": 4,
+        "shard-00001.tar": 2,
+    }
+    for found, wanted in zip(shards.read(range(6)), LatentShards(encoded).read(range(6))):
+        found, wanted = (
+            one if isinstance(one, torch.Tensor) else one["encoder_hidden_states"] for one in (found, wanted)
+        )
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    (images / "0" / "0009.png").write_bytes(picture(9))
+    with pytest.raises(ValueError, match="holds shards with another sources"):
+        encode(models / "sd", images, tmp_path / "out", captions=str(images / "metadata.csv"), shard_size=4)
 
 
 def test_keys_and_extensions_are_webdataset_s() -> None:
@@ -313,11 +365,11 @@ def test_a_damaged_shard_is_made_again(models: Path, images: Path, copied: Path,
 
 
 def test_refusals(models: Path, images: Path, copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no image-text shards \*\.tar\* in .*none"):
+    with pytest.raises(ValueError, match=r"no image-text shards \*\.tar\* and no files in .*none"):
         EncodeImages(str(models / "sd"), str(tmp_path / "none"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         EncodeImages(str(models / "sd"), str(images), str(tmp_path / "out"), dtype="int8")
-    with pytest.raises(ValueError, match="batch_size 0 and workers 4 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size 0, workers 4 and shard_size 1000 must be at least 1"):
         EncodeImages(str(models / "sd"), str(images), str(tmp_path / "out"), batch_size=0)
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
         LatentData(str(copied), batch_size=0)
@@ -344,9 +396,9 @@ def test_refusals(models: Path, images: Path, copied: Path, tmp_path: Path) -> N
 
 
 def test_encoders_of_another_kind_or_in_part_are_refused(models: Path, tmp_path: Path) -> None:
-    tiny_pipeline("sd3").save_pretrained(tmp_path / "sd3")
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be encoded for"):
-        load_encoders(tmp_path / "sd3")
+    tiny_pipeline("dit").save_pretrained(tmp_path / "dit")
+    with pytest.raises(ValueError, match="DiTPipeline cannot be encoded for: use a folder of StableDiffusionPipeline"):
+        load_encoders(tmp_path / "dit")
     shutil.copytree(models / "sd", tmp_path / "part")
     (tmp_path / "part" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"the encoders of .*part cannot be loaded"):
@@ -357,4 +409,4 @@ def test_the_size_is_that_of_the_description(models: Path, tmp_path: Path) -> No
     (tmp_path / "denoiser.yaml").write_text(f"path: {models / 'sd'}\nheight: 32\nwidth: 24\n")
     encoders = load_encoders(tmp_path)
     assert encoders.sample_shape == load_denoiser(tmp_path).sample_shape == (4, 16, 12)
-    assert encoders.size.pixels == (32, 24)
+    assert encoders.pixels == (32, 24)

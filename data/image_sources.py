@@ -1,0 +1,161 @@
+"""Where pictures with captions come from: webdataset shards, or a folder of files. One source becomes one shard."""
+
+import hashlib
+import os
+import tarfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from data.captions import read_captions
+from data.image_shards import split_name
+from data.pictures import picture_extensions
+
+Files = dict[str, bytes]  # content by extension
+TEXTS = {"txt", "json"}
+
+
+@dataclass
+class LeftOut:
+    """What cannot be used of a source.
+
+    Args:
+        notes: one for each sample, and for a shard that is cut off.
+        is_cut: whether it is not known how many samples are lost.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    is_cut: bool = False
+
+
+class Source(ABC):
+    """Samples in a fixed order."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def identity(self) -> int | str:
+        """What tells a changed source from this one; JSON types."""
+
+    @abstractmethod
+    def samples(self, left_out: LeftOut) -> Iterator[tuple[str, Files]]:
+        """Key and files of each sample."""
+
+    @abstractmethod
+    def share(self, samples: int, read: int) -> float:
+        """How much of it that many samples and bytes are, about; 1 is all."""
+
+
+class ShardSource(Source):
+    """A webdataset shard, .tar or .tar.gz."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name, self.size = path, path.name.partition(".")[0], path.stat().st_size
+
+    @property
+    def identity(self) -> int:
+        """Its size."""
+        return self.size
+
+    def samples(self, left_out: LeftOut) -> Iterator[tuple[str, Files]]:
+        """Neighbouring files of one name are a sample, as webdataset groups them."""
+        try:
+            with tarfile.open(self.path) as archive:
+                files = (member for member in archive if member.isfile())
+                for key, members in groupby(files, key=lambda member: split_name(member.name)[0]):
+                    yield key, {split_name(one.name)[1]: archive.extractfile(one).read() for one in members}  # type: ignore
+                _check_end(archive)
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            left_out.notes.append(f"shard {self.path.name} is corrupt ({error}): what came before is kept")
+            left_out.is_cut = True
+
+    def share(self, samples: int, read: int) -> float:
+        """By bytes."""
+        return min(1.0, read / max(self.size, 1))
+
+
+class FolderSource(Source):
+    """Some files of a folder.
+
+    Args:
+        name: of the shard.
+        folder: where they lie.
+        files: paths below it, by key and extension.
+        captions: by path below it, of pictures without NAME.txt.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, files: Mapping[str, Mapping[str, str]], captions: Mapping[str, str]
+    ) -> None:
+        self.name, self.folder, self.files, self.captions = name, folder, files, captions
+
+    @property
+    def identity(self) -> str:
+        """Hash of their names and captions."""
+        names = [path for files in self.files.values() for path in files.values()]
+        listed = "\n".join(f"{path}\t{self.captions.get(path)}" for path in names)
+        return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def samples(self, left_out: LeftOut) -> Iterator[tuple[str, Files]]:
+        """Files of one name beside each other are a sample."""
+        for key, paths in self.files.items():
+            caption = next((self.captions[path] for path in paths.values() if path in self.captions), None)
+            try:
+                files = {extension: (self.folder / path).read_bytes() for extension, path in paths.items()}
+            except OSError as error:
+                left_out.notes.append(f"sample {key}: {error}")
+                continue
+            yield key, files if caption is None else {"txt": caption.encode(), **files}
+
+    def share(self, samples: int, read: int) -> float:
+        """By samples."""
+        return samples / len(self.files)
+
+
+def find_sources(images: str | Path, pattern: str, captions: str | None = None, shard_size: int = 1000) -> list[Source]:
+    """The shards of a folder, else its files, and those in folders below, `shard_size` of them to a shard.
+
+    Args:
+        images: the folder.
+        pattern: of shards.
+        captions: a table of captions of files, see `read_captions`.
+        shard_size: samples of files that make a shard.
+    Raises:
+        ValueError: neither is there, captions for shards, or a table that cannot be read.
+    """
+    folder = Path(images)
+    if paths := sorted(folder.glob(pattern)):
+        if captions is not None:
+            raise ValueError(f"{folder} holds shards, whose captions are in them: give no table of captions")
+        return [ShardSource(path) for path in paths]
+    files, table = list(_grouped(folder).items()), read_captions(captions) if captions is not None else {}
+    if not files:
+        raise ValueError(f"no image-text shards {pattern} and no files in {folder}: give the folder that holds them")
+    parts = (dict(files[start : start + shard_size]) for start in range(0, len(files), shard_size))
+    return [FolderSource(f"shard-{number:05d}", folder, part, table) for number, part in enumerate(parts)]
+
+
+def _grouped(folder: Path) -> dict[str, dict[str, str]]:
+    """Pictures below a folder, with what is beside them under the same name: paths by key and extension, in order."""
+    found: dict[str, dict[str, str]] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(place).relative_to(folder)
+        for name in sorted(names):
+            stem, _, extension = name.rpartition(".")
+            if stem and not name.startswith("."):
+                found.setdefault((below / stem).as_posix(), {})[extension.lower()] = (below / name).as_posix()
+    kinds = {*picture_extensions(), *TEXTS}
+    kept = {key: {kind: path for kind, path in files.items() if kind in kinds} for key, files in found.items()}
+    return {key: files for key, files in sorted(kept.items()) if files.keys() - TEXTS}
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the end: a whole archive ends in a block of zeros."""
+    archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+        raise tarfile.ReadError("it is cut off, or damaged in a header")
