@@ -1,7 +1,6 @@
 """Where pictures with captions come from: webdataset shards, or a folder of files. One source becomes one shard."""
 
 import hashlib
-import os
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from data.captions import read_captions
 from data.image_shards import split_name
-from data.pictures import picture_extensions
+from data.pictures import files_below, picture_extensions
 
 Files = dict[str, bytes]  # content by extension
 TEXTS = {"txt", "json"}
@@ -141,17 +140,12 @@ def find_sources(images: str | Path, pattern: str, captions: str | None = None, 
 
 def _grouped(folder: Path) -> dict[str, dict[str, str]]:
     """Pictures below a folder, with what is beside them under the same name: paths by key and extension, in order."""
-    found: dict[str, dict[str, str]] = {}
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(place).relative_to(folder)
-        for name in sorted(names):
-            stem, _, extension = name.rpartition(".")
-            if stem and not name.startswith("."):
-                found.setdefault((below / stem).as_posix(), {})[extension.lower()] = (below / name).as_posix()
-    kinds = {*picture_extensions(), *TEXTS}
-    kept = {key: {kind: path for kind, path in files.items() if kind in kinds} for key, files in found.items()}
-    return {key: files for key, files in sorted(kept.items()) if files.keys() - TEXTS}
+    kinds, found = {*picture_extensions(), *TEXTS}, dict[str, dict[str, str]]()
+    for path in files_below(folder):
+        extension, name = path.suffix[1:].lower(), path.relative_to(folder)
+        if extension in kinds:
+            found.setdefault(name.with_suffix("").as_posix(), {})[extension] = name.as_posix()
+    return {key: files for key, files in sorted(found.items()) if files.keys() - TEXTS}
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

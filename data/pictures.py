@@ -1,7 +1,10 @@
 """A picture file as an array, as people see it: upright, on white where it is transparent, in 8 bits, first of many."""
 
 import io
+import os
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -76,6 +79,20 @@ def picture_extensions() -> tuple[str, ...]:
     formats = _formats()
     known = (name[1:] for name, kind in sorted(Image.registered_extensions().items()) if kind in formats)
     return tuple(dict.fromkeys(("jpg", "jpeg", "png", *known)))
+
+
+def picture_paths(folder: str | Path) -> Iterator[Path]:
+    """The picture files in a folder and in those below it, in order, without hidden ones."""
+    return (path for path in files_below(folder) if path.suffix[1:].lower() in picture_extensions())
+
+
+def files_below(folder: str | Path) -> list[Path]:
+    """Every file in a folder and in those below it, in order, without hidden ones."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 @cache

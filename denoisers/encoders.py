@@ -26,7 +26,7 @@ class Encoders(nn.Module):
         options: of the pipeline's `encode_prompt`, such as clip_skip.
         hashes: see `encoder_hashes`.
     Raises:
-        ValueError: a pipeline whose prompts cannot be encoded, one without an autoencoder, or a network of longer videos.
+        ValueError: prompts that cannot be encoded, no autoencoder, or a network of more than one frame.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Encoders(nn.Module):
             )
         if denoiser.frames != 1:
             raise ValueError(
-                f"pictures are videos of one frame, the model's have {denoiser.frames} latent ones: write num_frames: 1 "
-                "in its denoiser.yaml, or record videos of its own with data.record_trajectories; files are not decoded"
+                f"pictures are videos of one frame, the model's have {denoiser.frames} latent ones: write "
+                "num_frames: 1 in its denoiser.yaml, or record videos of its own with data.record_trajectories"
             )
         self.negative_prompt, self.options, self.hashes = negative_prompt, options or {}, hashes or {}
         self.__dict__ |= {"pipe": pipe, "denoiser": denoiser}
@@ -81,18 +81,19 @@ class Encoders(nn.Module):
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """The condition of prompts, in the names of the network's arguments, without the null prompt."""
-        condition = self._encode(prompts, self.negative_prompt)
-        return {key: value for key, value in condition.items() if key != "null"}
+        return self._encode(prompts, with_null=False)
 
     def null_condition(self) -> dict[str, Tensor]:
         """The condition of the negative prompt, (1, ...)."""
-        condition = self._encode([""], self.negative_prompt)
+        condition = self._encode([""], negative_prompt=self.negative_prompt)
         if "null" not in condition:
-            condition = self._encode([""], "")
+            condition = self._encode([""], negative_prompt="")
         return map_condition(lambda value: value.cpu(), condition["null"])
 
-    def _encode(self, prompts: list[str], negative_prompt: str | None) -> dict[str, Any]:
-        return encode_prompts(self.pipe, prompts, negative_prompt, self.denoiser, len(prompts), **self.options)
+    def _encode(self, prompts: list[str], **options: Any) -> dict[str, Any]:
+        return encode_prompts(
+            self.pipe, prompts, denoiser=self.denoiser, batch_size=len(prompts), **options, **self.options
+        )
 
 
 def is_of_videos(autoencoder: nn.Module) -> bool:

@@ -35,6 +35,7 @@ def encode_prompts(
     negative_prompt: str | None = None,
     denoiser: DiffusersDenoiser | None = None,
     batch_size: int = 16,
+    with_null: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """The condition of a list of prompts, for the denoiser of the same pipeline.
@@ -45,6 +46,7 @@ def encode_prompts(
         negative_prompt: the prompt guidance moves away from; None is the pipeline's own default, which may be none.
         denoiser: the one the condition is for, whose image size SDXL and PixArt are told; None takes the pipeline's.
         batch_size: prompts encoded at once.
+        with_null: also encode the negative prompt.
         options: further arguments of the pipeline's `encode_prompt`, such as max_sequence_length.
     Returns:
         {argument of the network: (len(prompts), ...), "null": {the same of the negative prompt}}.
@@ -62,7 +64,7 @@ def encode_prompts(
     parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     with torch.no_grad():
         return concatenate_conditions(
-            [_encode(pipe, denoiser, part, _each(negative_prompt, part), options) for part in parts]
+            [_encode(pipe, denoiser, part, _each(negative_prompt, part), with_null, options) for part in parts]
         )
 
 
@@ -87,29 +89,33 @@ def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
     return lines
 
 
-def _encode(pipe: Any, denoiser: Any, prompts: list[str], negative: list[str] | None, options: Any) -> dict[str, Any]:
+def _encode(
+    pipe: Any, denoiser: Any, prompts: list[str], negative: list[str] | None, with_null: bool, options: Any
+) -> dict[str, Any]:
     """The condition of some prompts; a negative one that `encode_prompt` does not return is encoded by itself."""
     kind = type(pipe).__name__
-    returned = dict(zip(RETURNED[kind], _returned(pipe, prompts, negative, options)))
+    returned = dict(zip(RETURNED[kind], _returned(pipe, prompts, negative, with_null, options)))
     condition = {name: value for name, value in returned.items() if name and not name.startswith(NULL)}
     condition |= _TOLD.get(kind, _nothing)(denoiser, condition[HIDDEN])
     if MASK in condition:
         condition |= _of_full_length(condition, options["max_sequence_length"])
     null = {name.removeprefix(NULL): value for name, value in returned.items() if name and name.startswith(NULL)}
-    if null:
+    if with_null and null:
         condition["null"] = condition | null
-    elif negative is not None:
-        condition["null"] = _encode(pipe, denoiser, negative, None, options)
+    elif with_null and negative is not None:
+        condition["null"] = _encode(pipe, denoiser, negative, None, False, options)
     return condition
 
 
-def _returned(pipe: Any, prompts: list[str], negative: list[str] | None, options: Mapping[str, Any]) -> Sequence[Any]:
+def _returned(
+    pipe: Any, prompts: list[str], negative: list[str] | None, with_null: bool, options: Mapping[str, Any]
+) -> Sequence[Any]:
     """The pipeline's own `encode_prompt`, given what it takes of these."""
     known = inspect.signature(pipe.encode_prompt).parameters
     if negative is None and "negative_prompt" in known and known["negative_prompt"].default == "":
         negative = [""] * len(prompts)
     arguments = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "device": pipe._execution_device}
-    arguments |= {"do_classifier_free_guidance": True, "negative_prompt": negative}
+    arguments |= {"do_classifier_free_guidance": with_null, "negative_prompt": negative}
     given = {name: value for name, value in arguments.items() if name in known}
     return pipe.encode_prompt(prompts, **given | dict(options))
 

@@ -22,11 +22,13 @@ from data.image_text import read_image_text
 from data.latent_shards import NULL_NAME, LatentShards
 from data.latents import LatentData
 from data.pictures import cover
+from data.shards import flatten_condition
 from data.teacher import TrajectoryShards
 from denoisers import load_denoiser
 from denoisers.encoders import load_encoders
+from solvers.conditions import condition_tensors, index_condition
 from tests.image_text import CAPTIONS, image_text_folder, picture, sample_files, write_image_text
-from tests.tiny_pipelines import tiny_pipeline
+from tests.tiny_pipelines import LENGTH, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,46 @@ def test_xl_has_pooled_embeddings_and_sizes(models: Path, images: Path, tmp_path
     assert denoiser(latents, torch.tensor(500.0), condition).isfinite().all()
     with pytest.raises(ValueError, match=r"text embeddings of width .* the denoiser takes"):
         shards.check(load_denoiser(models / "sd"))
+
+
+FAMILIES = ("sdxl", "pixart", "sd3", "flux", "wan", "qwen")
+LONGER = {"pixart", "sd3", "flux", "wan", "qwen"}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_s_shards_are_what_its_network_is_given(
+    kind: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents that its decoder turns back, embeddings and the null prompt; no encoder is loaded to train on them."""
+    folder = tmp_path / "model"
+    tiny_pipeline(kind).save_pretrained(folder)
+    described: dict = {"height": 16, "width": 16, "negative_prompt": "bad"}
+    described |= {"encode": {"max_sequence_length": 250 if kind == "qwen" else LENGTH}} if kind in LONGER else {}
+    described |= {"num_frames": 1} if kind == "wan" else {}
+    (folder / "denoiser.yaml").write_text(json.dumps(described))
+    encode(folder, images, tmp_path / "out")
+    pipe, loaded = tiny_pipeline(kind), load_denoiser(folder, prompts=CAPTIONS, decoder=True)
+    monkeypatch.setattr("denoisers.diffusers_load.text_pipeline", lambda *_: pytest.fail("loaded"))
+    denoiser = load_denoiser(folder, guidance_scale=3.0)
+    latents, condition = data(tmp_path / "out", folder).shards.read([0, 4, 5])
+    wanted = index_condition(loaded.conditions, [0, 1, 2])
+    for name, value in flatten_condition("", condition).items():
+        torch.testing.assert_close(value, flatten_condition("", wanted)[name].to(value.dtype), rtol=0, atol=1e-6)
+    assert condition_tensors(condition["null"])
+    assert denoiser(latents, torch.tensor(500.0), condition).isfinite().all()
+    pixels = np.stack([cover(Image.open(io.BytesIO(picture(number))), (16, 16)) for number in (0, 4, 5)])
+    pixels = torch.from_numpy(pixels).float() / 127.5 - 1
+    with torch.no_grad():
+        mean = pipe.vae.encode(pixels[:, :, None] if kind in ("wan", "qwen") else pixels).latent_dist.mean
+        decoded = torch.cat([pipe.vae.decode(one, return_dict=False)[0] for one in mean.split(1)])
+    torch.testing.assert_close(loaded.decode(latents), decoded.reshape(loaded.decode(latents).shape), rtol=0, atol=1e-4)
+    assert decoded.std() > 1e-3
+
+
+def test_a_network_of_longer_videos_is_refused_in_one_line(tmp_path: Path) -> None:
+    tiny_pipeline("wan").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pictures are videos of one frame, the model's have .*num_frames: 1 in its"):
+        load_encoders(tmp_path)
 
 
 def test_goes_on_after_a_kill(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
