@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -264,8 +265,16 @@ def test_a_damaged_shard_keeps_its_whole_samples(models: Path, tmp_path: Path, d
         assert len(LatentShards(tmp_path / "out")) == 2
 
 
-def test_threads_and_order_change_nothing(models: Path, images: Path, encoded: Path, tmp_path: Path) -> None:
+def test_threads_change_nothing_and_a_log_tells_the_time_left(
+    models: Path, images: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     encode(models / "sd", images, tmp_path / "out", workers=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(
+        re.match(r"pairs-1: 2 of 3 shards, 5 pictures, [\d.]+ a second, 0 left out, 00:\d\d left", line)
+        for line in lines
+    )
+    assert lines[-1] == f"6 pictures in {tmp_path / 'out'}, 0 left out"
     for path in encoded.glob("*.tar"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
