@@ -32,12 +32,17 @@ def check_run(
             raise ValueError(
                 f"{denoiser.name}, called again at the state of step {row} of its run, gives another output (off "
                 f"by {error:.1g}): it depends on more than state, timestep, prompt and seed, such as guidance that "
-                "changes from step to step; switch that off"
+                "changes from step to step, or earlier outputs; switch that off"
             )
 
 
 def check_rows(name: str, table: SolverTable, states: Tensor, outputs: Tensor) -> None:
     """Refuse states that do not follow from those before by the rows of the table; see `check_run`."""
+    broken = [row for row in range(table.num_rows) if not bool(outputs[:, row].isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"{name} gives an output that is not finite at step {broken[0]}: run it in float32, or mend the model first"
+        )
     states, outputs, tolerance = states.double(), outputs.double(), _tolerance(states, outputs)
     size = [value.flatten(2).norm(dim=2).cpu() for value in (states, outputs)]
     for row, coefs in enumerate(zip(table.state_coef, table.output_coef)):
@@ -46,9 +51,9 @@ def check_rows(name: str, table: SolverTable, states: Tensor, outputs: Tensor) -
         allowed = sum((value[:, : len(c)] * c.abs()).sum(1) for c, value in zip(coefs, size))
         if not bool((error <= tolerance * allowed).all()):
             raise ValueError(
-                f"{name} changes its state between the steps of its scheduler (step {row} is off by "
-                f"{float((error / allowed).max()):.1g}), as inpainting does that blends a picture in: its run is not "
-                "that of a solver table, so no solver can be fitted to it"
+                f"{name} changes its state, or its scheduler, between the steps (step {row} is off by "
+                f"{float((error / allowed).max()):.1g}), so that its run is not that of a solver table. Inpainting "
+                "that blends a picture in does so: fit the solver in the text-to-image pipeline, and use it in this one"
             )
 
 

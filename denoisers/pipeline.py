@@ -2,13 +2,15 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from denoisers.diffusers_base import read_schedule
@@ -118,12 +120,16 @@ class PipelineDenoiser(nn.Module):
         probe = self._probe(num_inference_steps)
         arguments = {key: value for key, value in probe.set_timesteps.items() if value is not None}
         steps = arguments.pop("num_inference_steps", None)
+        if told := [name for name, value in probe.step.items() if isinstance(value, Tensor)]:
+            raise ValueError(
+                f"{self.name} tells its scheduler {' and '.join(told)} at each step, which no table knows: take a "
+                "pipeline that does not, such as one for text alone"
+            )
         table = tabulate(self.pipe.scheduler, steps, set_timesteps=arguments, step=probe.step)
         if table.is_stochastic:
             raise ValueError(
                 f"the {type(self.pipe.scheduler).__name__} of {self.name} draws fresh noise at its steps, which its "
-                "runs do not show: give the pipeline a deterministic scheduler first, such as "
-                f"pipe.scheduler = {_deterministic(table)}.from_config(pipe.scheduler.config)"
+                f"runs do not show: {_instead(table, probe.set_timesteps)}"
             )
         return table
 
@@ -166,10 +172,7 @@ class PipelineDenoiser(nn.Module):
         scheduler = Recorder(copy.deepcopy(self.pipe.scheduler), recording=recording)
         self._run(scheduler, num_inference_steps, condition)
         if len(recording.states) != len(recording.outputs) + 1:
-            raise ValueError(
-                f"{self.name} stopped after {len(recording.outputs)} of {len(scheduler.timesteps)} steps: record whole "
-                "runs, from pure noise to the end"
-            )
+            raise ValueError(self._stopped(len(recording.outputs), len(scheduler.timesteps)))
         return torch.stack(recording.states, 1), torch.stack(recording.outputs, 1)
 
     def pictures(self, states: Tensor, condition: Tensor) -> Tensor:
@@ -197,10 +200,17 @@ class PipelineDenoiser(nn.Module):
         scheduler = Injector(scheduler, state=x, timestep=timestep, outputs=outputs, **watch)
         self._run(scheduler, 2, condition)
         if not outputs or outputs[0] is None:
-            raise ValueError(
-                f"{self.name} stopped after {len(outputs)} of 2 steps: record whole runs, from pure noise to the end"
-            )
+            raise ValueError(self._stopped(len(outputs), 2))
         return outputs[0]
+
+    def _stopped(self, done: int, steps: int) -> str:
+        """Why a run is no whole one, and what to do."""
+        starts_later = "strength" in inspect.signature(type(self.pipe).__call__).parameters
+        whole = "strength=1.0, which starts from noise" if starts_later else "arguments that let it make all its steps"
+        return (
+            f"{self.name} makes {done} of {steps} steps as it is called, and solvers are fitted to whole runs: record "
+            f"it with {whole}"
+        )
 
     def _called(self, modules: dict[str, nn.Module], timestep: Tensor) -> set[str]:
         """Names of the modules that the pipeline calls between two steps."""
@@ -229,6 +239,11 @@ class PipelineDenoiser(nn.Module):
             recording = Recording(1, limit)
             scheduler = Recorder(copy.deepcopy(self.pipe.scheduler), recording=recording)
             self._run(scheduler, num_inference_steps, self.condition_of([0]))
+            if not recording.set_timesteps or len(recording.outputs) < min(limit, 1):
+                raise ValueError(
+                    f"{self.name} does not step its scheduler itself: it runs other pipelines (take the one that makes "
+                    "the picture, such as pipe.decoder_pipe), or a copy of it for each frame (no table knows that)"
+                )
             self._probes[key] = recording
         return self._probes[key]
 
@@ -241,12 +256,48 @@ class PipelineDenoiser(nn.Module):
         if self.counts_samples:
             arguments["batch_size"] = len(condition)
         arguments |= {"num_inference_steps": steps, "generator": generators if len(seeds) > 1 else generators[0]}
-        with scheduler_replaced(self.pipe, scheduler), torch.no_grad():
+        with scheduler_replaced(self.pipe, scheduler), torch.no_grad(), self._seeded(seeds.tolist()):
             return self.pipe(**arguments, **self.call | changed)
 
+    @contextmanager
+    def _seeded(self, seeds: list[int]) -> Iterator[None]:
+        """For pipelines that draw some of their condition from torch's global generator, such as an encoded picture.
 
-def _deterministic(table: SolverTable) -> str:
-    return "FlowMatchEulerDiscreteScheduler" if table.prediction_type == "flow_prediction" else "DDIMScheduler"
+        Raises:
+            ValueError: such a pipeline, called for several samples, whose condition would depend on their company.
+        """
+        device = torch.device(getattr(self.pipe, "device", "cpu"))
+        on_gpu = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu):
+            torch.manual_seed(seeds[0])
+            before = _generators(on_gpu)
+            try:
+                yield
+            finally:
+                if len(seeds) > 1 and not all(map(torch.equal, before, _generators(on_gpu))):
+                    raise ValueError(
+                        f"{self.name} draws from torch's global generator, which knows no seed of each sample: record "
+                        "it with batch_size=1"
+                    )
+
+
+def _generators(devices: list[torch.device]) -> list[Tensor]:
+    """States of torch's global generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _instead(table: SolverTable, arguments: Mapping[str, Any]) -> str:
+    """What to do about a scheduler that draws noise, in a pipeline that sets its timesteps with these arguments."""
+    kind = FlowMatchEulerDiscreteScheduler if table.prediction_type == "flow_prediction" else DDIMScheduler
+    if others := arguments.keys() - inspect.signature(kind.set_timesteps).parameters.keys():
+        return (
+            f"the pipeline takes no other, which it would tell {' and '.join(sorted(others))}; give its parts to "
+            "another pipeline of the same network, with a deterministic scheduler"
+        )
+    return (
+        "give the pipeline a deterministic scheduler first, such as "
+        f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config)"
+    )
 
 
 def _planes(output: Any) -> Tensor:

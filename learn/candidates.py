@@ -17,7 +17,7 @@ TITLES = {
     "ipndm": "iPNDM",
 }
 CLASSICAL = ("ddim", "euler", "dpmpp", "unipc")
-YARDSTICKS = ("unipc", "ipndm")  # what "as near to the teacher as n calls of ..." is said of
+YARDSTICKS = ("unipc", "dpmpp", "ipndm")  # what "as near to the teacher as n calls of ..." is said of
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d
 from data.shards import Trajectories
 from evaluation.html import png_address
 from evaluation.svg import Chart, Series
-from learn.candidates import TITLES, YARDSTICKS
+from learn.candidates import TITLES
 from learn.judge import Choice, Judge, Judged
 from learn.subject import Subject
 from solvers.files import atomic_write
@@ -145,9 +145,10 @@ def _cells(row: Mapping[str, Any], yardstick: str) -> list[str]:
 def _strips(subject: Subject, judge: Judge, choices: Sequence[Choice]) -> list[dict[str, Any]]:
     """Pictures of the same noises: the teacher's, then at each number of calls the yardstick's and the chosen one's."""
     shown = judge.shown()
-    states = [shown.end, *(one.images for choice in choices for one in _shown(choice))]
+    compared = [one for choice in choices for one in _shown(choice, judge.yardstick_name)]
+    states = [shown.end, *(one.images for one in compared)]
     titles = [("teacher", subject.teacher_calls, "")]
-    titles += [(o.candidate.title, o.candidate.calls, f"{o.error:.4f}") for choice in choices for o in _shown(choice)]
+    titles += [(one.candidate.title, one.candidate.calls, f"{one.error:.4f}") for one in compared]
     pictures = _pictures(subject, shown, states)
     return [
         {"title": title, "calls": calls, "error": error, "picture": png_address(part), "count": len(part)}
@@ -173,7 +174,7 @@ def small(pictures: Tensor) -> Tensor:
     return avg_pool2d(pictures.flatten(0, -4), factor, ceil_mode=True).unflatten(0, pictures.shape[:-3])
 
 
-def _shown(choice: Choice) -> list[Judged]:
+def _shown(choice: Choice, yardstick: str) -> list[Judged]:
     """The yardstick and what is handed out."""
-    usual = [one for one in choice.judged if one.candidate.name in YARDSTICKS]
+    usual = [one for one in choice.judged if one.candidate.name == yardstick]
     return [*usual[:1], *([choice.taken] if choice.taken not in usual[:1] else [])]

@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.manifest import describe_teacher
 from data.shards import Trajectories
 from data.trajectories import run_teacher
 from data.trajectory_writer import TrajectoryWriter
-from denoisers import network_calls
+from denoisers import class_labels, network_calls
 from denoisers.evaluations import calls_per_row
 from denoisers.generate import as_images, device_of
 from learn.network import CountedNetwork
 from learn.options import SHARD
-from solvers import NoiseSchedule, SolverTable
+from solvers import NoiseSchedule, SolverTable, start_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +44,25 @@ class Subject:
     teacher_name: str
     pipe: Any = None
 
-    @property
+    @cached_property
     def is_differentiable(self) -> bool:
-        """Whether derivatives go through the network."""
+        """Whether the search's derivatives, forward ones of several directions at once, go through the network."""
+        state = start_noise([0], self.denoiser.sample_shape).to(self.device)
+        timestep, condition = self.teacher.timesteps[0].to(state), class_labels(self.denoiser, [0])
+        calls = self.network.calls
+
+        def push(*direction: torch.Tensor) -> torch.Tensor:
+            return jvp(lambda x, t: self.denoiser(x, t, condition), (state, timestep), direction)[1]
+
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                vmap(push)(state[None], timestep[None])
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            print(f"no search by derivatives, they do not go through {self.name}: {reason}", flush=True)
+            return False
+        finally:
+            self.network.calls = calls
         return True
 
     @property
@@ -81,5 +100,5 @@ class Subject:
 
 
 def default_teacher(schedule: NoiseSchedule) -> str:
-    """UniPC with 30 steps; a continuous VP schedule has iPNDM alone."""
-    return "ipndm:60" if schedule.kind == "continuous_vp" else "unipc:30"
+    """UniPC with 30 steps; EDM has DPM-Solver++ in its place, a continuous VP schedule iPNDM alone."""
+    return {"continuous_vp": "ipndm:60", "edm": "dpmpp:30"}.get(schedule.kind, "unipc:30")

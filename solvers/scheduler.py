@@ -152,6 +152,10 @@ class TableScheduler(StandaloneScheduler):
         lifted = lifted_checks(allow_mismatch, CHECKS)
         reasons = self._identity_reasons(original, guidance_scale, lifted)
         reasons += [] if "start scale" in lifted else self._start_reasons(pipeline_class)
+        if not _mentions(pipeline_class, "set_timesteps", "retrieve_timesteps"):
+            reasons.append(
+                "the pipeline runs others, with schedulers of their own: take one, such as pipe.decoder_pipe"
+            )
         if reasons:
             raise SolverError(
                 f"this solver does not fit the pipeline: {'; '.join(reasons)}. Use a solver made for this pipeline, "
@@ -273,11 +277,15 @@ def _config(scheduler: Any) -> dict[str, Any]:
     return dict(getattr(scheduler, "config", scheduler))
 
 
-def _mentions(pipeline_class: type | None, name: str) -> bool:
-    """Whether a pipeline's code uses a scheduler's attribute; assumed where there is no source to look at."""
-    if pipeline_class is None:
-        return True
+def _mentions(pipeline_class: type | None, *names: str) -> bool:
+    """Whether a pipeline's code, or that of one it is derived from, uses one of a scheduler's attributes.
+
+    Assumed where there is no source to look at.
+    """
+    kinds = () if pipeline_class is None else pipeline_class.__mro__
+    own = [kind for kind in kinds if issubclass(kind, diffusers.DiffusionPipeline)][:-1] or kinds[:1]
     try:
-        return name in inspect.getsource(sys.modules[pipeline_class.__module__])
+        sources = [inspect.getsource(sys.modules[kind.__module__]) for kind in own]
     except (OSError, KeyError, TypeError):
         return True
+    return not sources or any(name in source for source in sources for name in names)

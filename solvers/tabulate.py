@@ -79,7 +79,7 @@ def tabulate(
         start_scale=float(getattr(used, "init_noise_sigma", 1.0)) * factors[0],
         prediction_type=prediction_type,
     )
-    _check_linear(table, run, type(scheduler).__name__)
+    _check_linear(table, run, scheduler)
     alpha, sigma = propagate(table)
     return replace(table, alpha=alpha, sigma=sigma)
 
@@ -90,7 +90,11 @@ def _prepared(scheduler: Any, arguments: dict[str, Any]) -> Any:
     try:
         scheduler.set_timesteps(**arguments)
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{type(scheduler).__name__}.set_timesteps does not take these arguments: {error}") from error
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ValueError(
+            f"{type(scheduler).__name__}.set_timesteps({given}) fails ({type(error).__name__}: {error}): pass what "
+            "else it needs as set_timesteps={...}, or use a scheduler whose steps follow from their number"
+        ) from error
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # steps are counted, because rounding may repeat the first timestep
     return scheduler
@@ -170,7 +174,7 @@ def _noise_replaced(scheduler: Any) -> Iterator[_NoiseSource]:
                 modules[name]["randn_tensor"] = original
 
 
-def _check_linear(table: SolverTable, run: Callable[..., _Run], name: str) -> None:
+def _check_linear(table: SolverTable, run: Callable[..., _Run], scheduler: Any) -> None:
     """Compare table and `step` on random inputs of small, medium and large scale.
 
     Raises:
@@ -191,9 +195,11 @@ def _check_linear(table: SolverTable, run: Callable[..., _Run], name: str) -> No
         actual = sample * (factors[i + 1] if i + 1 < n else 1.0)
         error = (states[i + 1] - actual).flatten(1).norm(dim=1) / states[: i + 2].flatten(2).norm(dim=2).amax(0)
         if not bool((error < _TOLERANCE).all()):
+            name, config = type(scheduler).__name__, scheduler.config
+            off = ", ".join(f"{clip}=False" for clip in ("clip_sample", "thresholding") if config.get(clip))
             raise ValueError(
-                f"{name} is not linear with these settings (row {i} is off by {float(error.max()):.1g}): switch off "
-                "clip_sample, thresholding and learned variance; clipping belongs to the denoiser"
+                f"{name} is not linear with these settings (row {i} is off by {float(error.max()):.1g}): "
+                + (f"use {name}.from_config(scheduler.config, {off})" if off else "use a scheduler of another class")
             )
 
 
@@ -202,9 +208,12 @@ def _check_step(scheduler: Any) -> None:
     parameters = inspect.signature(getattr(scheduler, "step", None) or (lambda: None)).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if more := set(needed) - {"model_output", "timestep", "sample"}:
+        name = type(scheduler).__name__
+        other = "CogVideoXDDIMScheduler" if name.startswith("CogVideoX") else "DDIMScheduler"
         raise ValueError(
-            f"the pipeline has to tell {type(scheduler).__name__} its {' and '.join(sorted(more))} at each step, which "
-            "no table knows: give the pipeline another scheduler of the same schedule first"
+            f"the pipeline has to tell {name} its {' and '.join(sorted(more))} at each step, which no table knows: "
+            "give the pipeline another scheduler of the same schedule first, such as "
+            f"pipe.scheduler = {other}.from_config(pipe.scheduler.config)"
         )
 
 
@@ -214,9 +223,10 @@ def _prediction_type(scheduler: Any) -> str:
         raise ValueError(f"{name} is no diffusers scheduler: it needs config, set_timesteps and step")
     found = "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type")
     if not isinstance(found, str) or found not in PREDICTION_TYPES:
-        hint = "; solvers.ipndm builds iPNDM" if name == "IPNDMScheduler" else ""
+        hint = "solvers.ipndm builds iPNDM" if name == "IPNDMScheduler" else "use a scheduler that says one of these"
         raise ValueError(
-            f"{name} has prediction type {found!r}: a table needs one of {', '.join(PREDICTION_TYPES)}{hint}"
+            f"{name} has prediction type {found!r}, and a table needs one of {', '.join(PREDICTION_TYPES)} "
+            f"(consistency, flow-map and discrete models have none): {hint}"
         )
     if hasattr(scheduler, "precondition_outputs"):  # EDM: its two types are one output with two signs
         return edm_prediction(scheduler.config.sigma_data * (-1 if found == "v_prediction" else 1))
@@ -229,10 +239,14 @@ def _check_config(scheduler: Any) -> None:
         raise ValueError(f"{name} runs from image to noise: a table starts at noise")
     if str(config.get("variance_type") or "").startswith("learned"):
         raise ValueError(
-            f"{name} has variance_type {config['variance_type']!r}, which is not linear: use a fixed variance"
+            f"{name} has variance_type {config['variance_type']!r}, which is not linear: use "
+            f"{name}.from_config(scheduler.config, variance_type='fixed_small')"
         )
     if config.get("invert_sigmas"):
-        raise ValueError(f"{name} has invert_sigmas, where time 0 is noise: wrap the network to the usual direction")
+        raise ValueError(
+            f"{name} has invert_sigmas, so that time 0 is noise: make the network a denoiser of your own that is told "
+            "1 - time (docs/your_own_model.md)"
+        )
 
 
 def _is_flow(scheduler: Any) -> bool:

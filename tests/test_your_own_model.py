@@ -1,5 +1,6 @@
 """docs/your_own_model.md, run block by block on tiny models of the same names."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from denoisers import with_guidance
 from denoisers.dit import DiT
-from solvers import NoiseSchedule
+from solvers import NoiseSchedule, named_solver, sample, start_noise
 from tests.tiny_pipelines import tiny_pipeline
 
 PAGE = Path("docs/your_own_model.md").read_text()
@@ -105,10 +108,60 @@ def test_an_official_checkpoint(workplace: Path) -> None:
     assert (workplace / "runs/sit/learned/solver-8.json").is_file()
 
 
+class EDMNetwork(torch.nn.Module):
+    """What a pickle of EDM holds: a network in its preconditioning (arXiv 2206.00364, table 1), by its names."""
+
+    sigma_data, img_channels, img_resolution, label_dim = 0.5, 3, 8, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = EDMInner()
+
+    def forward(self, x: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+        power = level**2 + self.sigma_data**2
+        inner = self.model(x * power.rsqrt(), level.log().div(4).expand(len(x)), labels)
+        return self.sigma_data**2 / power * x + level * self.sigma_data * power.rsqrt() * inner
+
+
+class EDMInner(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.told = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor) -> Tensor:
+        told = self.told(torch.cat([noise_labels[:, None], class_labels], 1))
+        return torch.tanh(self.layer(x) + told[:, :, None, None])
+
+
 def test_your_own_network(workplace: Path) -> None:
+    (workplace / "my_edm_network.py").write_text(
+        "from tests.test_your_own_model import EDMNetwork\nnet = EDMNetwork()\n"
+    )
     for language, text in blocks("3."):
         run_block(language, text)
+    assert (workplace / "runs/edm/learned/solver-8.json").is_file()
+    assert_edm_is_sampled_as_the_paper_does(importlib.import_module("my_edm").EDMDenoiser())
     assert (workplace / "runs/own/learned/report.html").is_file()
     assert (workplace / "runs/own/olss-8.json").is_file()
     assert (workplace / "runs/own/compare/report.json").is_file()
-    sys.modules.pop("my_model", None)
+    for name in ("my_model", "my_edm", "my_edm_network"):
+        sys.modules.pop(name, None)
+
+
+def assert_edm_is_sampled_as_the_paper_does(denoiser: torch.nn.Module) -> None:
+    """Euler steps of dx / ds = (x - D(x, s)) / s, guided and not."""
+    network, noise = EDMNetwork(), start_noise([1, 2], denoiser.sample_shape, torch.float64)
+    network.double()
+    labels, denoiser.network = torch.tensor([0, 3]), network.model
+    table = named_solver("euler:6", denoiser.schedule)
+    levels = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 6, dtype=torch.float64) ** 7
+    for scale in (1.0, 2.5):
+        x = 80 * noise
+        for level, lower in zip(levels, [*levels[1:], torch.zeros(())]):
+            known, unknown = (
+                network(x, level, one) for one in (torch.eye(4).double()[labels], torch.zeros(2, 4).double())
+            )
+            x = x + (lower - level) * (x - unknown - scale * (known - unknown)) / level
+        found = sample(with_guidance(denoiser, scale), table, noise, labels)
+        torch.testing.assert_close(found, x, rtol=0, atol=3e-4)  # diffusers has noise levels in float32

@@ -181,6 +181,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | None = None,
         mu: float | None = None,
         original_inference_steps: int | None = None,
+        **further: Any,
     ) -> None:
         """Choose the table and forget the last run.
 
@@ -190,10 +191,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             sigmas, timesteps: pipelines pass them; they must be evenly spaced from 1 or the table's own.
             mu: the pipeline's dynamic shift, compared with the schedule's shift.
             original_inference_steps: LCM pipelines pass it on; it asks for steps of its own.
+            further: what pipelines tell other schedulers; only None is taken.
         Raises:
             ValueError: a number of steps without a table, or sigmas, timesteps, mu or guidance of the calling pipeline
                 that the table was not made for.
         """
+        _check_told("set_timesteps", further)
         given = sigmas if sigmas is not None else timesteps
         count = num_inference_steps if given is None else len(given)
         if count is None and len(self._plans) == 1:
@@ -266,6 +269,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         eta: float | None = 0.0,
         use_clipped_model_output: bool | None = None,
+        **further: Any,
     ) -> TableSchedulerOutput | tuple[Tensor, ...]:
         """The next state. States accumulate in float32 or better, whatever the pipeline's dtype.
 
@@ -276,11 +280,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             generator: source of fresh noises when the scheduler has no seed.
             return_dict: False returns a tuple.
             eta, use_clipped_model_output: DDIM's; only what switches them off is taken.
+            further: what pipelines tell other schedulers; only None is taken.
         Raises:
             ValueError: more steps than rows, outputs missing, or samples that the weights do not act on.
         """
         if eta or use_clipped_model_output:
             raise ValueError(f"eta is {eta}: this solver's noises stand in its table; call the pipeline without eta")
+        _check_told("step", further)
         row, rows = self._row, self._plan.rows
         if row >= len(rows):
             raise ValueError(f"all {len(self.timesteps)} steps are done: call set_timesteps before the next run")
@@ -375,15 +381,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.set_begin_index(0)
 
     def _check_steps(self, sigmas: Any, timesteps: Any, mu: float | None) -> None:
-        """Refuse what would ask for other steps than the table's; the usual linspace(1, 1/n, n) asks for nothing."""
-        n = len(self.timesteps)
-        even = torch.tensor([1 - i / n for i in range(n)])
+        """Refuse what would ask for other steps than the table's; what pipelines pass by themselves asks for nothing.
+
+        That is linspace(1, 1 / n, n), or in CogView 4 down to the last timestep of training, as timesteps too.
+        """
+        n, trained = len(self.timesteps), self.config["num_train_timesteps"]
+        even = [torch.linspace(1, 1 / last, n) for last in (n, trained)]
         given = {"sigmas": sigmas, "timesteps": timesteps, "shift": mu}
         given = {name: value for name, value in given.items() if value is not None and name in self._checks}
-        own = (even, self.sigmas[:-1], self.sigmas)
-        if "sigmas" in given and not any(_close(sigmas, values) for values in own):
+        if "sigmas" in given and not any(_close(sigmas, own) for own in (*even, self.sigmas[:-1], self.sigmas)):
             raise ValueError(f"sigmas are {list(sigmas)}: this solver has its own steps; pass num_inference_steps={n}")
-        if "timesteps" in given and not _close(timesteps, self.timesteps):
+        own_steps = ((self.timesteps, 1e-3), (even[1] * trained, 1.0))  # the latter are cut to whole numbers
+        if "timesteps" in given and not any(_close(timesteps, own, slack) for own, slack in own_steps):
             raise ValueError(f"timesteps are {list(timesteps)}: this solver's own are {self.timesteps.tolist()}")
         if "shift" in given:
             self._check_shift(float(given["shift"]))
@@ -653,6 +662,14 @@ def _broadcast(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _close(given: Any, own: Tensor) -> bool:
+def _check_told(method: str, arguments: Mapping[str, Any]) -> None:
+    if told := sorted(name for name, value in arguments.items() if value is not None):
+        raise ValueError(
+            f"the pipeline passes {' and '.join(told)} to the {method} of its scheduler, which no solver table knows: "
+            "use this solver in the pipeline it was made for"
+        )
+
+
+def _close(given: Any, own: Tensor, slack: float = 1e-3) -> bool:
     given = torch.as_tensor(given, dtype=torch.float32).cpu()
-    return given.shape == own.shape and torch.allclose(given, own.cpu(), rtol=1e-3, atol=1e-3)
+    return given.shape == own.shape and torch.allclose(given, own.cpu(), rtol=1e-3, atol=slack)

@@ -79,7 +79,7 @@ def scheduler_of(table: SolverTable, identity: Any, pipe: Any, folder: Path) -> 
 def runs(row: Row, pipe: Any, steps: int, told: int | None = None) -> Tensor:
     """What the pipeline makes of unseen seeds and the first prompt, one by one."""
     call = arguments(row, pipe, told or steps)
-    made = [pipe(**call, generator=torch.Generator().manual_seed(seed))[0] for seed in SEEDS]
+    made = [pipe(**call, generator=fresh.seeded(seed))[0] for seed in SEEDS]
     return torch.stack([torch.as_tensor(one).double() for one in made])
 
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.bridge.measure import Again, fresh_process, measure
+from tests.bridge.measure import (
+    STEPS,
+    TEACHER_STEPS,
+    Again,
+    error,
+    fresh_process,
+    learn,
+    measure,
+    runs,
+    scheduler_of,
+)
 from tests.bridge.page import MEASURED, PAGE, page
 from tests.bridge.rows import ROWS, Row
 
@@ -38,6 +48,16 @@ def assert_as_expected(row: Row, found: dict[str, Any]) -> None:
         assert found["learned"] < found["plain"]
         # weights read from a file lie elsewhere: 3e-8 in the image encoder of Stable Video Diffusion end as 2e-4
         assert row.unsaved or found["saved"] < 1e-3
+
+
+def test_inpainting_takes_the_solver_of_the_text_to_image_pipeline(tmp_path: Path) -> None:
+    """What its refusal says: the blend cannot be fitted to, and need not be."""
+    rows = {row.label: row for row in ROWS}
+    fitted, used = (rows[name] for name in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline 4 channels"))
+    pipe = used.pipeline()
+    teacher, plain = (runs(used, pipe, steps) for steps in (TEACHER_STEPS, STEPS))
+    pipe.scheduler = scheduler_of(*learn(fitted, fitted.pipeline(), tmp_path), pipe, tmp_path)
+    assert error(runs(used, pipe, STEPS), teacher) < 0.2 * error(plain, teacher)
 
 
 def test_the_page_is_current() -> None:

@@ -309,7 +309,7 @@ def test_recording_errors(tmp_path: Path) -> None:
         record_trajectories(pipe, PROMPTS, tmp_path, 4, height=16, width=16)
     partial = StableDiffusionImg2ImgPipeline(**tiny_pipeline("sd").components, requires_safety_checker=False)
     partial.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="stopped after 1 of 2 steps: record whole runs"):
+    with pytest.raises(ValueError, match=r"makes 1 of 2 steps as it is called, .* with strength=1\.0"):
         record_trajectories(
             partial, PROMPTS, tmp_path, 4, image=torch.zeros(1, 3, 16, 16), strength=0.5, progress=False
         )
@@ -353,7 +353,7 @@ def test_what_recordings_do_not_show_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"draws fresh noise.*FlowMatchEulerDiscreteScheduler\.from_config"):
         record_trajectories(pipe, [0.5], tmp_path, 4, **call)
     pipe.scheduler, pipe.blend = DDIMScheduler(clip_sample=False), 0.3
-    with pytest.raises(ValueError, match=r"changes its state between the steps of its scheduler \(step 1 is off by"):
+    with pytest.raises(ValueError, match=r"changes its state, or its scheduler, between the steps \(step 1 is off by"):
         record_trajectories(pipe, [0.5], tmp_path, 4, **call)
     pipe.blend, pipe.rise = 0.0, 0.5
     with pytest.raises(
@@ -387,6 +387,79 @@ def test_conditioning_drawn_from_the_generator_is_drawn_again(tmp_path: Path) ->
         found.states[:, 2], cache.table.timesteps[2], found.condition
     )
     torch.testing.assert_close(outputs, found.outputs[:, 2], rtol=1e-4, atol=1e-5)
+
+
+class DrawingElsewhere(Drawing):
+    """From torch's global generator."""
+
+    def __call__(self, pitch, num_inference_steps=50, generator=None):
+        torch.randn(3)
+        drawn = [torch.Generator().manual_seed(int(torch.randint(99, ()))) for _ in pitch]
+        return super().__call__(pitch, num_inference_steps, drawn)
+
+
+def test_conditioning_drawn_from_the_global_generator_is_the_seed_s_too(tmp_path: Path) -> None:
+    """As Stable Diffusion 3's control networks do; the user's own draws are as they were."""
+    pipe, call = DrawingElsewhere(sounds().network, DDIMScheduler(clip_sample=False)), {"prompt_argument": "pitch"}
+    torch.manual_seed(5)
+    expected = torch.randn(2)
+    torch.manual_seed(5)
+    cache = record_trajectories(pipe, [0.5], tmp_path / "one", 4, num_trajectories=2, progress=False, **call)
+    assert torch.equal(torch.randn(2), expected)
+    found = cache.load()
+    denoiser = PipelineDenoiser(pipe, [0.5], **call)
+    again = denoiser(found.states[:, 2], cache.table.timesteps[2], found.condition)
+    torch.testing.assert_close(again, found.outputs[:, 2], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"draws from torch's global generator.* record it with batch_size=1"):
+        record_trajectories(pipe, [0.5, 0.7], tmp_path / "two", 4, progress=False, batch_size=2, **call)
+
+
+class Broken(Sounds):
+    def __call__(self, pitch, num_inference_steps=50, generator=None):
+        self.network = lambda x: x * torch.nan
+        return super().__call__(pitch, num_inference_steps, generator)
+
+
+class Combined(Sounds):
+    def __init__(self, network, scheduler):
+        super().__init__(network, scheduler)
+        self.inner = Sounds(network, scheduler)
+
+    def __call__(self, pitch, num_inference_steps=50, generator=None):
+        return self.inner(pitch, num_inference_steps, generator)
+
+
+class Framewise(Sounds):
+    """A copy of the scheduler does the steps."""
+
+    def __call__(self, pitch, num_inference_steps=50, generator=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        return Sounds(self.network, copy.deepcopy(self.scheduler))(pitch, num_inference_steps, generator)
+
+
+class Telling(Sounds):
+    def __call__(self, pitch, num_inference_steps=50, generator=None):
+        self.scheduler.set_timesteps(num_inference_steps)
+        sample = torch.zeros(1, 2, 30)
+        for timestep in self.scheduler.timesteps:
+            sample = self.scheduler.step(sample, timestep, sample, variance_noise=torch.ones(1, 2, 30))[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Broken, "gives an output that is not finite at step 0: run it in float32"),
+        (Combined, r"does not step its scheduler itself: it runs other pipelines \(take the one that makes"),
+        (Framewise, "does not step its scheduler itself: .* a copy of it for each frame"),
+        (Telling, "tells its scheduler variance_noise at each step, which no table knows"),
+    ],
+)
+def test_what_cannot_be_recorded_is_one_line(kind: type, reason: str, tmp_path: Path) -> None:
+    pipe = kind(sounds().network, DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match=reason) as refusal:
+        record_trajectories(pipe, [0.5], tmp_path, 4, prompt_argument="pitch", progress=False)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.glob("*.tar"))
 
 
 def test_a_scheduler_that_needs_its_own_past_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from denoisers.diffusers_models import from_pipeline
 from denoisers.pipeline import PipelineDenoiser
 from solvers import start_noise
 from solvers.identity import weight_hash
+from tests.bridge.builders import controlnet, sd, unet, wan
 from tests.bridge.parts import embedded, noise, picture, ready
-from tests.bridge.rows import BOTH, SHORT, SIZE, controlnet, sd, unet, wan
+from tests.bridge.rows import BOTH, SHORT, SIZE
 from tests.denoisers.test_adapters import condition_of
 from tests.tiny_pipelines import tiny_pipeline
 

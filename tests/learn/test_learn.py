@@ -8,6 +8,7 @@ from io import StringIO
 
 import pytest
 import torch
+from torch import nn
 
 from data.trajectories import TrajectoryCache
 from data.trajectory_writer import TrajectoryWriter
@@ -223,6 +224,30 @@ def test_a_network_of_ones_own(tmp_path, capsys, shell):
     assert load_solver(tmp_path / "out" / "solver-2.json", OwnNetwork()).nfe == 2
     assert "solver-2.json" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 3
+
+
+class WithoutForwardDerivatives(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.tanh()
+
+
+class EDM(nn.Module):
+    """As EDM's own networks, whose attention is a function of their own."""
+
+    schedule, sample_shape = NoiseSchedule.edm(), (1, 4, 4)
+
+    def forward(self, x, timestep, condition=None):
+        return WithoutForwardDerivatives.apply(x + timestep)
+
+
+def test_where_no_derivatives_go_through_least_squares_are_left(tmp_path, capsys):
+    result = learn(EDM(), calls=[3], trajectories=2, device="cpu", output=tmp_path)
+    printed = capsys.readouterr().out
+    assert "no search by derivatives, they do not go through EDM: In order to use an autograd.Function" in printed
+    assert "teacher dpmpp:30, 30 calls" in printed
+    assert set(result.rows[0]["errors"]) >= {"olss", "euler", "dpmpp"}
+    assert "solver_search" not in result.rows[0]["errors"]
 
 
 def test_what_is_no_denoiser_is_refused(tmp_path):

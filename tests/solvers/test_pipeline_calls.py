@@ -8,15 +8,27 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KandinskyV22CombinedPipeline,
     MochiPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
 )
 
 from denoisers.pipeline import PipelineDenoiser
-from solvers import NoiseSchedule, TableScheduler, identify, named_solver, sample, save_solver, tabulate
+from solvers import (
+    DenoiserIdentity,
+    NoiseSchedule,
+    TableScheduler,
+    identify,
+    named_solver,
+    sample,
+    save_solver,
+    tabulate,
+)
 from tests.analytic import two_point_denoiser
+from tests.bridge.builders import klein, qwen_image, wan
 from tests.bridge.parts import embedded, ready
-from tests.bridge.rows import BOTH, SIZE, klein, wan
+from tests.bridge.rows import BOTH, SIZE
 from tests.solvers.test_scheduler import PROMPTS, VP, artifact, flow_solver, pipeline_table, solver
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline, tiny_unet
 
@@ -90,6 +102,56 @@ def test_arguments_of_other_schedulers():
     pipe.scheduler.set_timesteps(4, original_inference_steps=None)
     with pytest.raises(ValueError, match="original_inference_steps is 50: this solver has its own steps"):
         pipe.scheduler.set_timesteps(4, original_inference_steps=50)
+
+
+def test_what_pipelines_tell_other_schedulers_is_refused():
+    scheduler = TableScheduler.from_solver(solver(steps=4))
+    scheduler.set_timesteps(4, stage_index=None)
+    with pytest.raises(ValueError, match="passes stage_index to the set_timesteps of its scheduler, which no"):
+        scheduler.set_timesteps(4, stage_index=0)
+    sample = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="passes per_token_timesteps to the step of its scheduler, which no"):
+        scheduler.step(sample, 0, sample, per_token_timesteps=torch.ones(1))
+    assert scheduler.step(sample, 0, sample, per_token_timesteps=None).prev_sample.shape == sample.shape
+
+
+def test_a_pipeline_of_pipelines_is_refused(tmp_path):
+    """Its `scheduler` is not what makes the picture."""
+    combined = object.__new__(KandinskyV22CombinedPipeline)
+    original = DDIMScheduler(clip_sample=False)
+    object.__setattr__(combined, "scheduler", original)
+    table, schedule = tabulate(original, 4), NoiseSchedule.from_scheduler(original)
+    path = save_solver(table, tmp_path / "s.json", DenoiserIdentity(schedule, 1.0), method="test")
+    with pytest.raises(ValueError, match=r"the pipeline runs others, .* as pipe\.decoder_pipe"):
+        TableScheduler.for_pipeline(path, combined)
+
+
+def test_a_pipeline_derived_from_a_known_one_fits_as_that_does(tmp_path):
+    class Mine(StableDiffusionPipeline):
+        """In a file of the user's, which says nothing of schedulers."""
+
+    Mine.__module__ = "tests.analytic"
+    pipe, own = tiny_pipeline("sd"), object.__new__(Mine)
+    object.__setattr__(own, "scheduler", pipe.scheduler)
+    path = artifact(tmp_path, pipe, solver(steps=4))
+    assert [TableScheduler.for_pipeline(path, one).config["scale_start"] for one in (pipe, own)] == [False, False]
+
+
+def test_a_scale_that_qwen_image_ignores_is_none():
+    """diffusers #12223: without a negative prompt `true_cfg_scale` does nothing, nor does `guidance_scale` ever."""
+    pipe, (prompt, _) = ready(qwen_image), embedded(8, (*BOTH, "prompt_embeds_mask", "negative_prompt_embeds_mask"))
+    bare = {name: value for name, value in prompt.items() if "negative" not in name}
+    for arguments, expected in (
+        (bare | {"true_cfg_scale": 4.0}, 1.0),
+        (bare | {"guidance_scale": 4.0}, 1.0),
+        (prompt | {"true_cfg_scale": 1.0}, 1.0),
+        (prompt | {"true_cfg_scale": 4.0, "guidance_scale": 7.0}, 4.0),
+    ):
+        denoiser = PipelineDenoiser(pipe, [arguments], **SIZE)
+        assert denoiser.guidance_scale == expected
+        output = denoiser.record(2, denoiser.condition_of([0]))[1]
+        without = PipelineDenoiser(pipe, [bare], **SIZE).record(2, denoiser.condition_of([0]))[1]
+        assert torch.equal(output, without) == (expected == 1.0)
 
 
 def test_a_second_guidance_is_compared(tmp_path):
