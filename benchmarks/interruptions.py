@@ -25,10 +25,11 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.journal import Journal
 from solvers.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,44 +189,71 @@ def _work(work: Callable[[], object], log: Path, begin: Path, after: float, sign
         os._exit(code)
 
 
-def kills(kind: str, trials: int, folder: Path, prepared: Path, seed: int = 0) -> Counter:
-    """Broken rules of so many runs that are killed once and run again."""
-    return _interrupted(kind, trials, folder, prepared, seed, (signal.SIGKILL,))
-
-
-def signals(kind: str, trials: int, folder: Path, prepared: Path, seed: int = 0) -> Counter:
-    """Broken rules of so many runs that get a signal and go on as they say."""
-    return _interrupted(kind, trials, folder, prepared, seed, (signal.SIGTERM, signal.SIGINT))
-
-
-def _interrupted(
-    kind: str, trials: int, folder: Path, prepared: Path, seed: int, choice: tuple[signal.Signals, ...]
+def kills(
+    kind: str,
+    trials: int,
+    folder: Path,
+    prepared: Path,
+    seed: int = 0,
+    journal: Journal = Journal(),  # noqa: B008
 ) -> Counter:
-    counts, whole = Counter(), Job(kind, folder / f"{kind}-whole", prepared)
-    undisturbed = forked(whole.run, folder / f"{kind}.log")
-    if undisturbed.code:
-        raise RuntimeError(f"{kind} fails by itself: {undisturbed.text}")
-    for number in range(seed, seed + trials):
+    """Broken rules of so many runs that are killed once and run again."""
+    trial = _trial(kind, folder, prepared, (signal.SIGKILL,))
+    return journal.counts(f"{kind}, killed", _numbered(trial, seed, trials))
+
+
+def signals(
+    kind: str,
+    trials: int,
+    folder: Path,
+    prepared: Path,
+    seed: int = 0,
+    journal: Journal = Journal(),  # noqa: B008
+) -> Counter:
+    """Broken rules of so many runs that get a signal and go on as they say."""
+    trial = _trial(kind, folder, prepared, (signal.SIGTERM, signal.SIGINT))
+    return journal.counts(f"{kind}, signalled", _numbered(trial, seed, trials))
+
+
+def _numbered(trial: Callable[[int], list[str]], seed: int, trials: int) -> dict[str, Callable[[], list[str]]]:
+    return {str(number): partial(trial, number) for number in range(seed, seed + trials)}
+
+
+def _trial(kind: str, folder: Path, prepared: Path, choice: tuple[signal.Signals, ...]) -> Callable[[int], list[str]]:
+    """Number -> broken rules of a run that gets one of the signals, compared with one that gets none."""
+    whole = Job(kind, folder / f"{kind}-whole", prepared)
+
+    @cache
+    def undisturbed() -> Ended:
+        ended = forked(whole.run, folder / f"{kind}.log")
+        if ended.code:
+            raise RuntimeError(f"{kind} fails by itself: {ended.text}")
+        return ended
+
+    def trial(number: int) -> list[str]:
         source = random.Random(f"{kind} {number}")
-        signum, after = source.choice(choice), source.uniform(0.02, 1) * undisturbed.cpu
+        signum, after = source.choice(choice), source.uniform(0.02, 1) * undisturbed().cpu
         job = Job(kind, folder / f"{kind}-{number}", prepared)
         ended = forked(job.run, folder / f"{kind}-{number}.log", after, signum)
         rules = _rules_of_end(ended, signum)
-        line = None if signum == signal.SIGKILL else _told(ended.text)
         if ended.code:
-            go_on = partial(job.run, *job.resume(line))
-            again = forked(go_on, folder / f"{kind}-{number}-again.log")
-            name = "killed" if signum == signal.SIGKILL else "signal"
-            if again.code:
-                rules.append(f"{name}_lost")
-            elif job.result() != whole.result():
-                rules.append(f"{name}_other")
-        counts.update(rules)
+            rules += _rules_of_going_on(job, whole, None if signum == signal.SIGKILL else _told(ended.text))
         for rule in rules:
             print(f"{kind} {number} ({signum.name} after {after:.2f} s): {rule}", file=sys.stderr)
         if not rules:
             shutil.rmtree(job.folder, ignore_errors=True)
-    return counts
+        return rules
+
+    return trial
+
+
+def _rules_of_going_on(job: Job, whole: Job, line: str | None) -> list[str]:
+    """Of the command, run again as its line says, or from its checkpoint after a kill."""
+    name = "killed" if line is None else "signal"
+    again = forked(partial(job.run, *job.resume(line)), job.folder.with_name(f"{job.folder.name}-again.log"))
+    if again.code:
+        return [f"{name}_lost"]
+    return [f"{name}_other"] * (job.result() != whole.result())
 
 
 def _rules_of_end(ended: Ended, signum: signal.Signals) -> list[str]:
@@ -240,20 +268,27 @@ def _told(text: str) -> str:
     return next((line for line in text.splitlines() if line.startswith("stopped by")), "")
 
 
-def ranks(trials: int, folder: Path, prepared: Path, seed: int = 0) -> Counter:
+def ranks(
+    trials: int,
+    folder: Path,
+    prepared: Path,
+    seed: int = 0,
+    journal: Journal = Journal(),  # noqa: B008
+) -> Counter:
     """Broken rules of so many runs of two processes of which one is killed."""
-    counts = Counter()
-    for number in range(seed, seed + trials):
+
+    def trial(number: int) -> list[str]:
         source = random.Random(f"ranks {number}")
         kind, victim = source.choice(("base", "predict")), source.choice((0, 1))
         job = Job(kind, folder / f"ranks-{number}", prepared)
         options = "--trainer.strategy=ddp --trainer.devices=2"
         options += " --trainer.max_steps=100000" if kind == "base" else " --model.init_args.num_trajectories=30000"
         rules = _lost_rank([*job.arguments(), *options.split()], job.folder, victim)
-        counts.update(rules)
         for rule in rules:
             print(f"ranks {number} ({kind}, process {victim}): {rule}", file=sys.stderr)
-    return counts
+        return rules
+
+    return journal.counts("runs that lose a process", _numbered(trial, seed, trials))
 
 
 def _lost_rank(arguments: list[str], folder: Path, victim: int) -> list[str]:

@@ -10,7 +10,10 @@ checksum; forged ones get a new one, and reach the checks behind it. All counts 
 
 The counts of killed and signalled commands and of lost processes are described in `benchmarks/interruptions.py`.
 
-    python benchmarks/robustness.py --mutations 1000000 --kills 50 --signals 20 --ranks 6
+    python benchmarks/robustness.py --mutations 1000000 --kills 50 --signals 20 --ranks 6 --journal robustness.jsonl
+
+Every minute a line in the error stream says how far a part of it is, how long the rest takes, and what was broken so
+far. A campaign that was ended goes on from its journal.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import interruptions
+from benchmarks.journal import Journal
 from evaluation.charts import timesteps_chart
 from evaluation.contenders import fitted_seeds
 from solvers import Bands, DenoiserIdentity, NoiseSchedule, SolverError, load_solver, named_solver, save_solver
@@ -41,6 +46,7 @@ from solvers.export import describe
 from solvers.strict_json import checksum
 from solvers.table_json import table_to_dict
 
+BLOCK = 1000  # mutations that the journal counts together
 COUNTS = ("other_solver", "other_metadata", "other_error", "several_lines", "too_long", "crashes_later")
 STRANGE: tuple[Any, ...] = (
     None,
@@ -168,23 +174,33 @@ def content(table: Any) -> tuple[str, str]:
     return checksum(table_to_dict(table)), checksum(info)
 
 
-def campaign(mutations: int, seed: int = 0) -> dict[str, int]:
+def campaign(mutations: int, seed: int = 0, journal: Journal = Journal()) -> dict[str, int]:  # noqa: B008
     """Counts of broken rules; each case is named in the error stream."""
-    counts = Counter(dict.fromkeys(COUNTS, 0))
     with tempfile.TemporaryDirectory() as name:
         sources = [(path, path.read_text(), content(load_solver(path))) for path in artifacts(Path(name))]
-        for number in range(seed, seed + mutations):
-            source = random.Random(number)
-            path, text, original = source.choice(sources)
-            kind = source.choice(("damaged", "edited", "forged"))
-            mutated = damaged(text, source) if kind == "damaged" else _dumped(text, kind, source)
-            path.write_text(mutated, encoding="utf-8", errors="surrogatepass")
-            rules = broken_rules(path, None if kind == "forged" else original)
-            path.write_text(text)
-            counts.update(rules)
-            for rule in rules:
-                print(f"mutation {number} ({kind} {path.name}): {rule}", file=sys.stderr)
-    return dict(counts)
+
+        def block(first: int, last: int) -> list[str]:
+            return [rule for number in range(first, last) for rule in _mutation(number, sources)]
+
+        end = seed + mutations
+        edges = [(first, min(first + BLOCK, end)) for first in range(seed, end, BLOCK)]
+        trials = {f"{first}-{last}": partial(block, first, last) for first, last in edges}
+        found = journal.counts(f"mutations, blocks of {BLOCK}", trials)
+    return dict.fromkeys(COUNTS, 0) | found
+
+
+def _mutation(number: int, sources: Sequence[tuple[Path, str, tuple[str, str]]]) -> list[str]:
+    """Broken rules of one mutation."""
+    source = random.Random(number)
+    path, text, original = source.choice(sources)
+    kind = source.choice(("damaged", "edited", "forged"))
+    mutated = damaged(text, source) if kind == "damaged" else _dumped(text, kind, source)
+    path.write_text(mutated, encoding="utf-8", errors="surrogatepass")
+    rules = broken_rules(path, None if kind == "forged" else original)
+    path.write_text(text)
+    for rule in rules:
+        print(f"mutation {number} ({kind} {path.name}): {rule}", file=sys.stderr)
+    return rules
 
 
 def _dumped(text: str, kind: str, source: random.Random) -> str:
@@ -203,7 +219,14 @@ def _places(values: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value)
 
 
-def interrupted(kills: int, signals: int, ranks: int, seed: int = 0, kinds: Sequence[str] = ()) -> dict[str, int]:
+def interrupted(
+    kills: int,
+    signals: int,
+    ranks: int,
+    seed: int = 0,
+    kinds: Sequence[str] = (),
+    journal: Journal = Journal(),  # noqa: B008
+) -> dict[str, int]:
     """Counts of broken rules of commands; each case is named in the error stream.
 
     Args:
@@ -211,6 +234,7 @@ def interrupted(kills: int, signals: int, ranks: int, seed: int = 0, kinds: Sequ
         ranks: runs of two processes.
         seed: of the first run.
         kinds: some of `interruptions.KINDS`, default all.
+        journal: of what was done before.
     """
     counts = Counter(dict.fromkeys(interruptions.COUNTS, 0))
     with tempfile.TemporaryDirectory() as name:
@@ -220,8 +244,8 @@ def interrupted(kills: int, signals: int, ranks: int, seed: int = 0, kinds: Sequ
         interruptions.prepare(prepared)
         for kind in kinds or interruptions.KINDS:
             for trial, trials in ((interruptions.kills, kills), (interruptions.signals, signals)):
-                counts.update(trial(kind, trials, folder, prepared, seed) if trials else {})
-        counts.update(interruptions.ranks(ranks, folder, prepared, seed))
+                counts.update(trial(kind, trials, folder, prepared, seed, journal))
+        counts.update(interruptions.ranks(ranks, folder, prepared, seed, journal))
     return dict(counts)
 
 
@@ -234,12 +258,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=6, help="runs of which a process is killed")
     parser.add_argument("--kinds", nargs="+", default=interruptions.KINDS, choices=interruptions.KINDS)
     parser.add_argument("--seed", type=int, default=0, help="of the first mutation and run")
+    parser.add_argument("--journal", type=Path, help="file that keeps what was done; it goes on from there")
     options = parser.parse_args()
+    journal = Journal(options.journal)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    counts = campaign(options.mutations, options.seed)
+    counts = campaign(options.mutations, options.seed, journal)
     if options.kills or options.signals or options.ranks:
-        counts |= interrupted(options.kills, options.signals, options.ranks, options.seed, options.kinds)
+        numbers = options.kills, options.signals, options.ranks
+        counts |= interrupted(*numbers, options.seed, options.kinds, journal)
     print(json.dumps({name: getattr(options, name) for name in ("mutations", "kills", "signals", "ranks")} | counts))
     sys.exit(any(counts.values()))
 

@@ -1,10 +1,12 @@
 """Short campaigns of mutated artifacts and interrupted commands, and that a campaign finds what it looks for."""
 
 import time
+from functools import partial
 
 import pytest
 
-from benchmarks import interruptions
+from benchmarks import interruptions, journal
+from benchmarks.journal import Journal
 from benchmarks.robustness import COUNTS, campaign, interrupted
 from solvers import artifact
 from solvers.files import atomic_write
@@ -30,6 +32,30 @@ def test_a_campaign_finds_what_is_not_checked(monkeypatch, name, replacement, fo
     monkeypatch.setattr(artifact, name, replacement)
     counts = campaign(1500)
     assert {rule for rule, count in counts.items() if count} >= found
+
+
+def test_a_campaign_goes_on_from_its_journal(tmp_path, monkeypatch, capsys):
+    """What is broken still counts; what another commit has done does not."""
+    path, done = tmp_path / "journal.jsonl", []
+
+    def trial(name):
+        if name == "c" and not done.count("b") > 1:
+            raise KeyboardInterrupt
+        done.append(name)
+        return ["lost"] * (name == "a")
+
+    trials = {name: partial(trial, name) for name in "abc"}
+    with pytest.raises(KeyboardInterrupt):
+        Journal(path).counts("part", trials)
+    path.write_text(path.read_text()[:-10])  # killed while it wrote the line of b
+    assert Journal(path).counts("part", trials) == {"lost": 1}
+    assert done == ["a", "b", "b", "c"]
+    assert capsys.readouterr().err == "part: 3 of 3, 0 s left; lost 1\n"
+    assert Journal(path).counts("part", trials) == {"lost": 1}
+    assert Journal(path).counts("another part", {"a": list}) == {}
+    assert done == ["a", "b", "b", "c"]
+    monkeypatch.setattr(journal, "provenance", lambda: {"git_commit": "another"})
+    assert Journal(path).counts("part", {"a": list}) == {}
 
 
 @pytest.mark.slow
