@@ -72,6 +72,12 @@ class Solvers(Fitting):
         self._columns: dict[Key, Columns] = {}
 
     @property
+    def stays(self) -> str:
+        """Plans whose scores are on disk."""
+        tried = sum(1 for _ in self._store.folder.glob("*.score"))
+        return f"{tried} plans of calls that were tried stay" if tried else ""
+
+    @property
     def done(self) -> bool:
         """Whether every solver is complete."""
         return bool(self.fits) and all(fit.complete for fit in self.fits.values())
@@ -173,17 +179,11 @@ class Solvers(Fitting):
     def _searched(self, calls: int) -> CallPlan:
         """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
         options, run, teacher = self.options, self.run, self.teacher
-        fitted, factor = self._first
+        (fitted, factor), chosen = self._first, self._held()[0][: options.search_trajectories]
+        kept = self._store.scores(fitted, chosen, options.ridge, self.spent[calls])
+        processes = run.rank, run.world_size, run.sum, run.shows_progress
         search = PlanSearch(
-            self._network(calls),
-            teacher,
-            fitted,
-            self._held()[0][: options.search_trajectories],
-            options.ridge,
-            run.rank,
-            run.world_size,
-            run.sum,
-            run.shows_progress,
+            self._network(calls), teacher, fitted, chosen, options.ridge, *processes, kept, run.safe_point
         )
         budget = calls if teacher.has_branches else self.rows[calls]
         greedy = [

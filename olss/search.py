@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from data.shards import Trajectories
 from olss.plan import CallPlan, combined, moves, starting_plans
 from olss.run import Run, end_errors, fit_run
+from olss.store import Scores
 from solvers.table import SolverTable
 
 FEWEST = 8  # trajectories that screen plans
@@ -19,6 +21,10 @@ EQUATIONS = 64  # values to reach, at least, for each call
 
 def _alone(scores: Tensor) -> Tensor:
     return scores
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
@@ -37,6 +43,8 @@ class PlanSearch:
         rank, world_size: each process scores its share of the candidates.
         share: sums a tensor over processes.
         progress: show a progress bar over the candidates.
+        kept: scores of an earlier run that was broken off; this one's are added.
+        pause: called in all processes after each of them has scored a candidate, where nothing is lost.
         scored: the scores so far, by plan and number of trajectories.
     """
 
@@ -49,6 +57,8 @@ class PlanSearch:
     world_size: int = 1
     share: Callable[[Tensor], Tensor] = _alone
     progress: bool = False
+    kept: Scores | None = None
+    pause: Callable[[], None] = _nothing
     scored: dict[tuple[CallPlan, int], float] = field(default_factory=dict)
 
     def best(self, calls: int, more: Sequence[CallPlan] = (), rounds: int = 3) -> tuple[CallPlan, float]:
@@ -81,14 +91,23 @@ class PlanSearch:
         """
         size = size or self._sizes(0)[-1]
         todo = [plan for plan in dict.fromkeys(plans) if (plan, size) not in self.scored]
-        known = self._run(near, size, None) if near and todo else None
-        found = torch.zeros(len(todo), dtype=torch.float64)
-        mine = range(self.rank, len(todo), self.world_size)
-        for index in tqdm(mine, "plans of calls", disable=not self.progress or not todo or None, leave=False):
-            run = self._run(todo[index], size, known)
-            found[index] = end_errors(self.chosen[:size], run.fit, run.parts[-1]).sqrt().mean()
+        found, rounds = torch.zeros(len(todo), dtype=torch.float64), range(0, len(todo), self.world_size)
+        known = cache(lambda: near and self._run(near, size, None))
+        for first in tqdm(rounds, "plans of calls", disable=not self.progress or not todo or None, leave=False):
+            if (mine := first + self.rank) < len(todo):
+                found[mine] = self._score(todo[mine], size, known)
+            self.pause()
         self.scored |= {(plan, size): score for plan, score in zip(todo, self.share(found).tolist())}
         return [self.scored[plan, size] for plan in plans]
+
+    def _score(self, plan: CallPlan, size: int, known: Callable[[], Run | None]) -> float:
+        if self.kept and (score := self.kept.load(plan, size)) is not None:
+            return score
+        run = self._run(plan, size, known())
+        score = float(end_errors(self.chosen[:size], run.fit, run.parts[-1]).sqrt().mean())
+        if self.kept:
+            self.kept.save(plan, size, score)
+        return score
 
     def _survivors(self, plans: Sequence[CallPlan], near: CallPlan | None = None) -> list[CallPlan]:
         """The plans that stay among the better ones on ever more trajectories.

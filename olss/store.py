@@ -1,9 +1,11 @@
-"""A solver's own outputs on disk, so that each row costs its calls once per trajectory."""
+"""What a run keeps on disk until its end: a solver's own outputs, so that each row costs its calls once per trajectory,
+and what plans are worth, so that a search that is broken off goes on."""
 
 import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.shards import Trajectories, flatten_condition
+from denoisers import Evaluations
+from olss.plan import CallPlan
 from olss.run import Fit
 from solvers import SolverTable, identify
 from solvers.files import atomic_write
@@ -50,6 +54,14 @@ class OutputStore:
         with safe_open(path, "pt") as file:
             return list(file.get_tensor("outputs").to(batch.states.device).unbind())
 
+    def scores(self, fitted: Trajectories, chosen: Trajectories, ridge: float, spent: Evaluations) -> "Scores":
+        """Those of plans that are fitted and judged on these trajectories, and what they cost."""
+        digest = hashlib.sha256(repr((self._common, ridge, fitted.seeds, chosen.seeds)).encode())
+        for part in (fitted, chosen):
+            for value in (part.states, part.outputs, *flatten_condition("", part.condition).values()):
+                _add(digest, value)
+        return Scores(self.folder, digest.hexdigest(), spent)
+
     def clear(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -60,6 +72,45 @@ class OutputStore:
         weights = fit.space, fit.first_weight, [weight.tolist() for weight in fit.weights[:row]]
         digest = hashlib.sha256(repr((self._common, plan, weights, batch.seeds)).encode())
         for value in (batch.states[:, 0], *flatten_condition("", batch.condition).values()):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            _add(digest, value)
         return self.folder / f"{digest.hexdigest()}.safetensors"
+
+
+class Scores:
+    """What plans are worth, each a file, with the evaluations it took to find out.
+
+    Args:
+        folder: created on first use; shared by all processes.
+        common: all that the scores depend on beside plan and number of trajectories.
+        spent: evaluations of this process, to which are added those of scores that are found here.
+    """
+
+    def __init__(self, folder: Path, common: str, spent: Evaluations) -> None:
+        self.folder, self._common, self.spent = folder, common, spent
+        self._counted = spent.forward
+
+    def save(self, plan: CallPlan, size: int, score: float) -> None:
+        """Keep a score on `size` trajectories; all evaluations since the last one are its."""
+        cost, self._counted = self.spent.forward - self._counted, self.spent.forward
+        with atomic_write(self._path(plan, size)) as path:
+            path.write_text(f"{score!r} {cost}")
+
+    def load(self, plan: CallPlan, size: int) -> float | None:
+        """A score; None where it is not there."""
+        path = self._path(plan, size)
+        if not path.exists():
+            return None
+        score, cost = path.read_text().split()
+        self.spent.forward += int(cost)
+        self._counted = self.spent.forward
+        return float(score)
+
+    def _path(self, plan: CallPlan, size: int) -> Path:
+        digest = hashlib.sha256(repr((self._common, plan.path, plan.unconditional, size)).encode())
+        return self.folder / f"{digest.hexdigest()}.score"
+
+
+def _add(digest: Any, value: Tensor) -> None:
+    """A tensor's type, shape and bytes."""
+    digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -19,6 +19,7 @@ from data.sources import Batch
 from data.teacher_data import TeacherData, Wanted
 from denoisers import Evaluations
 from solvers import SolverTable
+from training.signals import stop
 
 
 class Parameters(Protocol):
@@ -96,6 +97,10 @@ class Run:
     def say(self, message: str) -> None:
         """One line for the user."""
 
+    def safe_point(self) -> None:
+        """A place that all processes reach together and where nothing is lost; a signal ends the run here."""
+        stop.check()
+
     def save(self, result: Result, is_final: bool = True) -> Path | None:
         """Write an artifact; called in all processes. None where nothing is written."""
         return None
@@ -112,6 +117,11 @@ class Fitting(ABC):
     """
 
     folders: Sequence[Path] = ()
+
+    @property
+    def stays(self) -> str:
+        """What stays on disk, for the same command to go on from, before there is a checkpoint; empty: nothing."""
+        return ""
 
     @property
     @abstractmethod

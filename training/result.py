@@ -72,6 +72,10 @@ class ResultModule(lightning.LightningModule):
         """Folders and files `*.json` that one training at a time writes."""
         return []
 
+    def stays(self) -> str:
+        """What the same command goes on from where there is no checkpoint yet; empty: nothing."""
+        return ""
+
     def made_by(self) -> dict[str, str]:
         """What a checkpoint is of, to be told apart from others: each a short text."""
         return {"module": type(self).__name__}

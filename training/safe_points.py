@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from solvers.files import claimed
 from training.result import ResultModule
@@ -21,6 +21,15 @@ KEPT = {
     "validate": "nothing was changed",
     "test": "nothing was changed",
 }
+
+
+def ask_all(strategy: Strategy) -> bool:
+    """Whether a process of the run was asked to stop; then all of them are. Called in all processes."""
+    is_any = partial(strategy.reduce_boolean_decision, all=False)
+    if not is_any(stop.asked is not None):
+        return False
+    stop.ask(SIGUSR1 if is_any(stop.asked == SIGUSR1) else SIGTERM)
+    return True
 
 
 class SafePoints(Callback):
@@ -37,7 +46,7 @@ class SafePoints(Callback):
         """From here on there is something to save; the processes that Lightning starts are running."""
         self._step, self._saved = trainer.global_step, ""
         stop.grace = GRACE if stage in ("fit", "predict") else 0.0
-        stop.kept = lambda: self._kept_of_fit(trainer) if stage == "fit" else KEPT[stage]
+        stop.kept = lambda: self._kept_of_fit(trainer, pl_module) if stage == "fit" else KEPT[stage]
         started = getattr(trainer.strategy.launcher, "procs", [])
         stop.children = list(started)
         started.clear()  # Lightning's own observer would kill this process without a word
@@ -79,9 +88,7 @@ class SafePoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """All processes stop together, with one checkpoint; not while gradients are being accumulated."""
         step, self._step = self._step, trainer.global_step
-        is_any = partial(trainer.strategy.reduce_boolean_decision, all=False)
-        if step != self._step and is_any(stop.asked is not None):
-            stop.ask(SIGUSR1 if is_any(stop.asked == SIGUSR1) else SIGTERM)  # where another process was asked
+        if step != self._step and ask_all(trainer.strategy):
             self._save(trainer, trainer.save_checkpoint)
             stop.check()
         is_whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)  # one process writes all of it
@@ -110,9 +117,12 @@ class SafePoints(Callback):
                 save(path)
             self._saved = path
 
-    def _kept_of_fit(self, trainer: Trainer) -> str:
-        """The newest checkpoint of this run, or the one that it went on from."""
+    def _kept_of_fit(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """The newest checkpoint of this run, or the one that it went on from; what stays without one."""
         callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         paths = [self._saved, *(path for one in callbacks for path in (one.last_model_path, one.best_model_path))]
         newest = max((path for path in paths if Path(path).is_file()), key=os.path.getmtime, default=trainer.ckpt_path)
-        return f"go on with --ckpt_path {newest}" if newest else "there is no checkpoint yet; start again"
+        if newest:
+            return f"go on with --ckpt_path {newest}"
+        stays = pl_module.stays() if isinstance(pl_module, ResultModule) else ""
+        return f"{stays}; run the same command again to go on" if stays else "there is no checkpoint yet; start again"

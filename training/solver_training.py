@@ -17,6 +17,8 @@ from training.method import Fitting, Method, Result, Run
 from training.record import log_validation, upload_solver
 from training.result import recorded, refuse_shorter
 from training.run_card import Origin, RunCard, about_model
+from training.safe_points import ask_all
+from training.signals import stop
 from training.testing import Evaluation, TableModule
 
 
@@ -74,6 +76,10 @@ class SolverTraining(TableModule):
     def claims(self) -> list[Path]:
         """The artifacts, and what the method keeps meanwhile."""
         return [*self.artifact_paths().values(), *(self.fitting.folders if self.fitting else [])]
+
+    def stays(self) -> str:
+        """Of the method."""
+        return self.fitting.stays if self.fitting else ""
 
     @property
     def card(self) -> RunCard:
@@ -216,6 +222,11 @@ class TrainerRun(Run):
     def say(self, message: str) -> None:
         """In the first process."""
         rank_zero_info(message)
+
+    def safe_point(self) -> None:
+        """By the trainer's strategy."""
+        ask_all(self.trainer.strategy)
+        stop.check()
 
     def save(self, result: Result, is_final: bool = True) -> Path | None:
         """By the first process; the last version of an artifact goes to the logger too."""

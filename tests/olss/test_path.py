@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from denoisers import Counted, Evaluations
 from olss.fit import solve
 from olss.path import (
     check_path,
@@ -21,8 +22,11 @@ from olss.path import (
 from olss.plan import CallPlan, combined, moves, starting_plans
 from olss.run import end_errors, fit_on_teacher, fit_run, teacher_columns
 from olss.search import PlanSearch
+from olss.store import OutputStore
 from solvers import NoiseSchedule
 from tests.olss.toy import Toy, teacher, trajectories
+from training.method import Run
+from training.signals import Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:row .* condition number")
 
@@ -217,6 +221,42 @@ def test_a_plan_is_scored_once():
     spent = len(calls)
     assert search.scores(plans) == scores
     assert len(calls) == spent == 4  # one call on each of two batches for two plans
+
+
+def test_a_search_that_is_broken_off_goes_on_from_what_it_has_tried(tmp_path):
+    """To the same plan, all calls counted; scores of other trajectories or another ridge are not taken for its own."""
+
+    def search(folder, fitted=DATA[:10], ridge=0.0, pause=lambda: None):
+        run, spent = Run(Toy(), None), Evaluations()
+        scores = OutputStore(folder, run, teacher(STEPS)).scores(fitted, DATA[12:], ridge, spent)
+        counted = Counted(Toy(), spent)
+        found = PlanSearch(counted, teacher(STEPS), fitted, DATA[12:], ridge, kept=scores, pause=pause)
+        return found, spent
+
+    def stop_after(count):
+        calls = iter(range(count))
+
+        def pause():
+            if next(calls, None) is None:
+                raise Interrupted
+
+        return pause
+
+    whole, all_spent = search(tmp_path / "whole")
+    expected = whole.best(4)
+    assert all_spent.forward > 0
+    for count in (1, 8, 8):  # each goes further than the one before
+        broken, _ = search(tmp_path / "broken", pause=stop_after(count + len(list(tmp_path.glob("broken/*")))))
+        with pytest.raises(Interrupted):
+            broken.best(4)
+    rest, spent = search(tmp_path / "broken")
+    assert rest.best(4) == expected
+    assert all_spent.forward <= spent.forward < 1.3 * all_spent.forward  # the first rows were computed again
+    again, _ = search(tmp_path / "broken")
+    again.denoiser = None  # nothing is left to compute
+    assert again.best(4) == expected
+    for other in (search(tmp_path / "broken", DATA[1:11]), search(tmp_path / "broken", ridge=1e-3)):
+        assert all(other[0].kept.load(plan, size) is None for plan, size in whole.scored)
 
 
 def test_processes_share_the_scores():

@@ -14,7 +14,9 @@ from data.teacher import TeacherTrajectories
 from data.trajectories import TrajectoryCache
 from data.trajectory_writer import TrajectoryWriter
 from denoisers.dit import DiT
+from olss.store import Scores
 from solver_search.objective import Objective
+from solvers import load_solver
 from solvers.files import claimed
 from tests.training.test_cli import fit
 from train import main
@@ -221,3 +223,40 @@ def test_a_step_without_an_end_is_broken_off(tmp_path, digits, monkeypatch, caps
     assert "there is no checkpoint yet" in interrupted(arguments, capsys)
     assert stop.asked == signal.SIGTERM
     assert not list(output.glob("*.json"))
+
+
+def olss(folder: Path, denoiser: Path, cache: Path) -> list[str]:
+    options = {"denoiser": denoiser, "output": folder, "method.init_args.calls": 3}
+    return [
+        "fit",
+        "--config=configs/olss/digits.yaml",
+        *(f"--model.init_args.{name}={value}" for name, value in options.items()),
+        f"--data.init_args.trajectories={cache}",
+        "--data.init_args.holdout=3",
+        f"--trainer.callbacks.dirpath={folder}",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+@pytest.mark.parametrize("grace", [0.0, 1e9])
+def test_a_plan_search_goes_on_from_the_plans_it_has_tried(tmp_path, digits, monkeypatch, capsys, grace):
+    main([*predict(tmp_path / "cache", digits), "--model.init_args.teacher=ddim:8"])
+    arguments = [olss(tmp_path / name, digits, tmp_path / "cache") for name in ("whole", "broken")]
+    with monkeypatch.context() as patch:
+        tried = signalled(patch, Scores, "save", 0)
+        main(arguments[0])
+    monkeypatch.setattr(safe_points, "GRACE", grace)
+    with monkeypatch.context() as patch:
+        signalled(patch, Scores, "save", 5, signal.SIGUSR1 if grace else signal.SIGTERM)
+        line = interrupted(arguments[1], capsys, 138 if grace else 143)
+    done = 5 if grace else 4
+    assert line.endswith(f": {done} plans of calls that were tried stay; run the same command again to go on")
+    with monkeypatch.context() as patch:
+        rest = signalled(patch, Scores, "save", 0)
+        main(arguments[1])
+    assert len(rest) == len(tried) - done
+    whole, broken = (load_solver(tmp_path / name / "olss-3.json") for name in ("whole", "broken"))
+    assert torch.equal(whole.output_coef, broken.output_coef)
+    assert torch.equal(whole.state_coef, broken.state_coef)
+    assert whole.info["validation"] == broken.info["validation"]
+    assert [path.name for path in (tmp_path / "broken").iterdir() if "outputs" in path.name] == []
