@@ -155,6 +155,11 @@ class ResumableLoader(DataLoader):
             self.batches += 1
             yield batch
 
+    @property
+    def num_samples(self) -> int:
+        """Of all processes together."""
+        return self.batch_sampler.num_samples  # type: ignore[union-attr]
+
     def state_dict(self) -> dict[str, Any]:
         """Epoch and batches handed out in it, and what says which batches these are."""
         return {"epoch": self.epoch, "batches": self.batches, "order": self._settings}

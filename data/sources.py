@@ -68,11 +68,11 @@ Batch = Trajectories | StoredTrajectories
 
 @dataclass(frozen=True)
 class Source:
-    """Samples by index: the first are learned from, the rest is held out.
+    """Samples by index: the first are learned from, of the rest some choose and the last report.
 
     Args:
         batch: (indices, seeds) -> the samples, or the seeds themselves where the teacher is still to be run on them.
-        num_fitted, num_held: how many of each.
+        num_fitted, num_choosing, num_reporting: how many of each.
         record: what artifacts say about them: `data` in words, and what is known of the teacher.
         table: the teacher's solver; None where it is not known.
         seeds: of stored trajectories, by index.
@@ -82,17 +82,44 @@ class Source:
 
     batch: Callable[[Sequence[int], Sequence[int]], Batch | tuple[int, ...]]
     num_fitted: int
-    num_held: int
+    num_choosing: int
+    num_reporting: int
     record: dict[str, Any]
     table: SolverTable | None = None
     seeds: Sequence[int] = ()
     known_seeds: Sequence[Sequence[int]] = ()
     draws: bool = True
 
+    @property
+    def num_held(self) -> int:
+        """How many are not learned from."""
+        return self.num_choosing + self.num_reporting
 
-def split(total: int, limit: int | None, holdout: int, folder: str | Path) -> tuple[range, range]:
-    """Indices of the first `limit` samples (default: all others) and of the last `holdout`.
+    @property
+    def choosing(self) -> range:
+        """Indices of those that choose what is kept of what was learned."""
+        return range(self.num_fitted, self.num_fitted + self.num_choosing)
 
+    @property
+    def reporting(self) -> range:
+        """Indices of those that choose nothing: figures come from them."""
+        return range(self.choosing.stop, self.choosing.stop + self.num_reporting)
+
+    def check_halves(self, may_be_empty: bool = False) -> None:
+        """ValueError where too few are held out for one half of them to choose and the other to report."""
+        if not self.num_choosing and (self.num_reporting or not may_be_empty):
+            raise ValueError(
+                f"of the samples held out one half chooses what is kept and the other reports, {self.num_held} are too "
+                f"few for that: set holdout to at least 2{', or to 0' if may_be_empty else ''}"
+            )
+
+
+def split(total: int, limit: int | None, holdout: int, folder: str | Path) -> tuple[range, range, range]:
+    """Indices of samples: three sets that have nothing in common.
+
+    Returns:
+        (the first `limit`, default all others, to learn from; the first half of the last `holdout`, to choose by; the
+        second half, to report on).
     Raises:
         ValueError: there are too few.
     """
@@ -103,7 +130,8 @@ def split(total: int, limit: int | None, holdout: int, folder: str | Path) -> tu
             f"{folder} has {total} samples: {fitted} to learn from and {holdout} to hold out do not fit; make more, or "
             "lower limit or holdout"
         )
-    return range(fitted), range(available, total)
+    middle = available + holdout // 2
+    return range(fitted), range(available, middle), range(middle, total)
 
 
 def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None, holdout: int) -> Source:
@@ -125,8 +153,8 @@ def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None
         if cache.manifest["teacher"]["table"] != caches[0].manifest["teacher"]["table"]:
             raise ValueError(f"{cache.folder} and {caches[0].folder} hold trajectories of different solvers: give one")
     parts = [split(len(cache), limit, holdout, cache.folder) for cache in caches]
-    fitted, held = ([(k, number) for k, part in enumerate(parts) for number in part[which]] for which in (0, 1))
-    everything = StoredTrajectories(caches, [*fitted, *held], denoiser)
+    sets = [[(k, number) for k, part in enumerate(parts) for number in part[which]] for which in range(3)]
+    everything = StoredTrajectories(caches, [place for places in sets for place in places], denoiser)
     kept = everything if states == "path" else everything.ends()
     is_clean = states == "samples" and isinstance(kept, Trajectories)
     what = "end points of the trajectories" if is_clean else "trajectories"
@@ -134,8 +162,7 @@ def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None
     solver = caches[0].manifest.get("solver") or f"a solver of {caches[0].table.num_rows} steps"
     return Source(
         partial(noised, kept.end, kept.condition) if is_clean else lambda indices, seeds: kept.choose(indices),
-        len(fitted),
-        len(held),
+        *map(len, sets),
         {
             "data": f"{what} {names}, sampled from the model with {solver}",
             "teacher": caches[0].manifest.get("solver"),
@@ -152,13 +179,14 @@ def stored(folders: Sequence[str], denoiser: Any, states: str, limit: int | None
 def clean(folder: str, pattern: str, denoiser: Any, limit: int | None, holdout: int) -> Source:
     """Images or latents in webdataset shards; see `read_images`."""
     data, condition = read_images(folder, pattern, denoiser)
-    fitted, held = split(len(data), limit, holdout, folder)
-    index, origin = [*fitted, *held], describe_samples(folder)
+    sets, origin = split(len(data), limit, holdout, folder), describe_samples(folder)
+    index = [number for numbers in sets for number in numbers]
     batch = partial(noised, data[index], index_condition(condition, index))
-    return Source(batch, len(fitted), len(held), {"data": origin["data"]}, known_seeds=origin.get("seeds", []))
+    return Source(batch, *map(len, sets), {"data": origin["data"]}, known_seeds=origin.get("seeds", []))
 
 
 def fresh(table: SolverTable, limit: int, holdout: int) -> Source:
     """Seeds on which the teacher is to be run, `limit` in an epoch."""
     record = {"data": f"fresh trajectories of a solver of {table.num_rows} steps", "teacher_steps": table.num_rows}
-    return Source(lambda indices, seeds: tuple(seeds), limit, holdout, record, table)
+    halves = holdout // 2, holdout - holdout // 2
+    return Source(lambda indices, seeds: tuple(seeds), limit, *halves, record, table)

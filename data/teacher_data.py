@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.loader import EpochBatchSampler, ResumableLoader, SharedData
-from data.shards import Trajectories
+from data.shards import Trajectories, seed_ranges
 from data.sources import Batch, Source, clean, fresh, stored
 from data.trajectories import FIRST_SEED, run_teacher
 from denoisers import class_labels, with_scale
@@ -49,7 +49,8 @@ class TeacherData(SharedData):
         shards: pattern of the shards in `images`.
         limit: learn from the first so many (of each cache), default all but those held out; of fresh ones, how many an
             epoch has.
-        holdout: the last so many (of each cache) are never learned from; they judge what was found.
+        holdout: the last so many (of each cache) are never learned from: the first half of them chooses what is kept,
+            the second half only reports.
         batch_size: samples a step sees, of all processes together, so that their number changes no result; of each
             process for a method that learns from whole epochs (OLSS). Default: what the method prefers.
         teacher: solver of fresh trajectories; default: ddim:100, or euler:100 for a flow schedule.
@@ -114,16 +115,27 @@ class TeacherData(SharedData):
         """The first samples that are learned from, in memory."""
         return self.source.batch(range(self.source.num_fitted)[:limit], ())[:]
 
-    def held_out(self) -> Batch:
-        """The samples held out; whole trajectories are in memory when a part of them is asked for."""
-        first = self.source.num_fitted
-        return self.source.batch(range(first, first + self.source.num_held), ())
+    def choosing(self) -> Batch:
+        """The samples that choose; whole trajectories are in memory when a part of them is asked for."""
+        return self.source.batch(self.source.choosing, ())
+
+    def reporting(self) -> Batch:
+        """The samples that report, in the same way."""
+        return self.source.batch(self.source.reporting, ())
 
     def seed_ranges(self) -> list[Sequence[int]]:
         """Half-open ranges of all seeds used so far: those of the folders, then those drawn."""
         source, epochs = self.source, 1 + (self._loader.epoch if self._loader else 0)
         drawn = [self.first_seed - source.num_held, self.first_seed + epochs * source.num_fitted]
         return [*source.known_seeds, *([drawn] if source.draws else [])]
+
+    def held_out_seeds(self) -> dict[str, list[Sequence[int]]]:
+        """Half-open ranges, as artifacts name them: `seeds` of those that report, `chosen_on` of those that choose."""
+        source = self.source
+        parts = {"seeds": source.reporting, "chosen_on": source.choosing}
+        if source.draws:
+            return {name: [[self._drawn(part), self._drawn(part) + len(part)]] for name, part in parts.items()}
+        return {name: seed_ranges(sorted({source.seeds[index] for index in part})) for name, part in parts.items()}
 
     def run_teacher(self, seeds: Sequence[int], device: Any) -> Trajectories:
         """Fresh trajectories; each seed has its own guidance scale where there is a range."""
@@ -145,13 +157,22 @@ class TeacherData(SharedData):
         sampler = EpochBatchSampler(size, batch_size * each, self.seed, rank, world_size, not in_order, even=in_order)
         return self.training_loader(_Samples(self.source, 0, self.first_seed, size, sampler), sampler)
 
-    def held_out_batches(self) -> ResumableLoader:
-        """This process's share of the samples held out, always with the same noises."""
-        size = self.source.num_held
-        batch_size = min(size, self.batch_size or self.wanted.batch_size or 64)
-        sampler = EpochBatchSampler(size, batch_size, self.seed, *self.processes(), shuffle=False)
-        first, first_seed = self.source.num_fitted, self.first_seed - size
-        return ResumableLoader(_Samples(self.source, first, first_seed, 0, sampler), sampler)
+    def choosing_batches(self) -> ResumableLoader:
+        """This process's share of the samples that choose, always with the same noises."""
+        return self._held_out(self.source.choosing)
+
+    def reporting_batches(self) -> ResumableLoader:
+        """This process's share of the samples that report, always with the same noises."""
+        return self._held_out(self.source.reporting)
+
+    def _held_out(self, part: range) -> ResumableLoader:
+        batch_size = min(len(part), self.batch_size or self.wanted.batch_size or 64)
+        sampler = EpochBatchSampler(len(part), batch_size, self.seed, *self.processes(), shuffle=False)
+        return ResumableLoader(_Samples(self.source, part.start, self._drawn(part), 0, sampler), sampler)
+
+    def _drawn(self, part: range) -> int:
+        """The first seed that is drawn for samples held out."""
+        return self.first_seed - self.source.num_held + part.start - self.source.num_fitted
 
 
 class _Samples(Dataset):

@@ -1,5 +1,6 @@
 """Distances between two sets of features, as plain functions of tensors; the metrics and the reports use them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -196,6 +197,12 @@ def error_figures(squared: Tensor) -> dict[str, float]:
         "p99": float(errors.quantile(0.99)),
         "worst": float(errors.max()),
     }
+
+
+def listed(figures: Mapping[str, float]) -> str:
+    """Those of `error_figures` for people."""
+    rmse, median, p99, worst = (f"{figures[name]:.4f}" for name in ("rmse", "median", "p99", "worst"))
+    return f"RMSE {rmse}, median {median}, 99 % below {p99}, worst {worst}"
 
 
 def psnr(rmse: float) -> float:

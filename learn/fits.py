@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,6 @@ def refined(
             compute=Compute(micro_batch=options.batch_size),
         )
         data = _data(cache, options, REFINED).open(subject.denoiser, method.wanted)
-        data.source = replace(data.source, num_held=data.source.num_held // 2)
         before = subject.network.calls
         _run(method, Here(subject, data, folder, method.name))
         spent = load_solver(path).info["fitted_on"]["evaluations"]["calls"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.shards import Trajectories
+from data.sources import split
 from data.trajectories import TrajectoryCache
 from learn.candidates import TITLES, Candidate, classical, named, yardstick_name
 from learn.subject import Subject
@@ -81,8 +82,7 @@ class Judge:
 
     def __init__(self, subject: Subject, cache: TrajectoryCache, batch_size: int) -> None:
         self.subject, self.cache, self.batch_size = subject, cache, batch_size
-        total = len(cache)
-        self.choosing, self.reporting = range(total // 2, total * 3 // 4), range(total * 3 // 4, total)
+        _, self.choosing, self.reporting = split(len(cache), None, len(cache) // 2, cache.folder)
         self._yardstick: dict[int, tuple[int, float]] = {}
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from data.shards import Trajectories, seed_ranges
 from data.sources import Batch
 from denoisers import Counted, Evaluations, calls_per_row, unguided
-from evaluation.distances import error_figures
+from evaluation.distances import error_figures, listed
 from olss.columns import Columns
 from olss.fit import Factor
 from olss.path import check_path, greedy_path, log_snr_path, uniform_path
@@ -55,11 +55,9 @@ class Solvers(Fitting):
         self.options, self.run = options, run
         self.teacher: SolverTable = run.data.source.table
         check_teacher(self.teacher)
-        if run.folder is None or run.data.source.num_held < 2:
-            raise ValueError(
-                "one half of the trajectories held out chooses, the other reports, and outputs are kept on disk: set "
-                f"holdout to at least 2 (it is {run.data.source.num_held}) and output"
-            )
+        run.data.source.check_halves()
+        if run.folder is None:
+            raise ValueError("outputs are kept on disk while solvers are fitted: set output")
         self.denoiser = unguided(run.denoiser) if self.teacher.has_branches else run.denoiser
         self.spaces = options.spaces(run.denoiser.sample_shape)
         self.rows = {calls: self._rows(calls) for calls in options.budgets}
@@ -179,7 +177,7 @@ class Solvers(Fitting):
     def _searched(self, calls: int) -> CallPlan:
         """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
         options, run, teacher = self.options, self.run, self.teacher
-        (fitted, factor), chosen = self._first, self._held()[0][: options.search_trajectories]
+        (fitted, factor), chosen = self._first, run.data.choosing().to(run.device)[: options.search_trajectories]
         kept = self._store.scores(fitted, chosen, options.ridge, self.spent[calls])
         processes = run.rank, run.world_size, run.sum, run.shows_progress
         search = PlanSearch(
@@ -246,12 +244,6 @@ class Solvers(Fitting):
         """The denoiser, counted for one budget."""
         return Counted(self.denoiser, self.spent[calls])
 
-    def _held(self) -> tuple[Batch, Batch]:
-        """The trajectories held out that choose, and those that report; in memory when a part is asked for."""
-        held = self.run.data.held_out().to(self.run.device)
-        numbers = range(len(held))
-        return held.choose(numbers[: len(held) // 2]), held.choose(numbers[len(held) // 2 :])
-
     def _kept(self, calls: int) -> Fit:
         return self.fits[calls, self.kept[calls]]
 
@@ -269,21 +261,18 @@ class Solvers(Fitting):
 
     def _choose(self, calls: int, fits: dict[str, Fit]) -> None:
         """Keep the kind of weights that is best on the half that chooses; measure it on the half that reports."""
-        choosing, reporting = self._held()
+        choosing, reporting = (
+            half.to(self.run.device) for half in (self.run.data.choosing(), self.run.data.reporting())
+        )
         scores = {kind: float(self._errors(calls, fit, choosing).sqrt().mean()) for kind, fit in fits.items()}
         kind = min(scores, key=scores.__getitem__)
         plan, found = fits[kind].plan, error_figures(self._errors(calls, fits[kind], reporting))
         self.kept[calls] = kind
-        self.validation[calls] = found | {
-            "seeds": seed_ranges(reporting.seeds),
-            "chosen_on": seed_ranges(choosing.seeds),
-            "chosen_from": scores,
-        }
+        self.validation[calls] = found | self.run.data.held_out_seeds() | {"chosen_from": scores}
         unconditional = f", unconditional at rows {list(plan.unconditional)}" if plan.unconditional else ""
         self.run.say(
-            f"OLSS, {calls} network calls: path {list(plan.path)}{unconditional}; weights: {kind}; held-out RMSE "
-            f"{found['rmse']:.4f}, median {found['median']:.4f}, 99 % below {found['p99']:.4f}, worst "
-            f"{found['worst']:.4f}"
+            f"OLSS, {calls} network calls: path {list(plan.path)}{unconditional}; weights: {kind}; held-out "
+            f"{listed(found)}"
         )
 
     def _errors(self, calls: int, fit: Fit, held: Batch) -> Tensor:

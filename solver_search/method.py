@@ -7,10 +7,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
+from data.loader import ResumableLoader
 from data.sources import Batch
 from data.teacher_data import Wanted
 from denoisers import Evaluations, class_labels, condition_to, with_scale
-from evaluation.distances import error_figures
+from evaluation.distances import error_figures, listed
 from solver_search.losses import Features, SearchLoss
 from solver_search.memory import describe
 from solver_search.objective import Compute, Objective
@@ -129,11 +130,12 @@ class Search(Fitting):
         options: what to search.
         run: its data are a teacher's trajectories.
     Raises:
-        ValueError: more evaluations than the teacher has.
+        ValueError: more evaluations than the teacher has, or a single trajectory held out.
     """
 
     def __init__(self, options: SolverSearch, run: Run) -> None:
         self.options, self.run, self.schedule = options, run, run.denoiser.schedule
+        run.data.source.check_halves(may_be_empty=True)
         steps = run.data.source.table.num_rows
         if max(options.nfes) > steps:
             raise ValueError(
@@ -193,7 +195,7 @@ class Search(Fitting):
         found = self._judge()
         if found:
             for name, value in found.items():
-                key = f"validation/{_name(self.stage.nfe)}/{name}"
+                key = f"train/{_name(self.stage.nfe)}/choosing_{name}"
                 self.run.log({key: value}, bar=name == "rmse", of_epoch=True)
 
     def finish(self) -> None:
@@ -201,8 +203,8 @@ class Search(Fitting):
         if self.stage is not None and self.stage.step:
             self._judge()
             self.finished[self.stage.nfe] = self.stage.best_table
-            if self.stage.best:
-                self.run.say(f"nfe {self.stage.nfe}: the best has {_listed(self.stage.best)} on held-out trajectories")
+            if self.stage.reported:
+                self.run.say(f"nfe {self.stage.nfe}: the best has held-out {listed(self.stage.reported)}")
             self.run.save(self._result(self.stage))
             self.stage = None
 
@@ -248,32 +250,32 @@ class Search(Fitting):
         self.run.say(f"nfe {nfe}: {stage.parameters.size} numbers, starting from {stage.start}")
         return stage
 
-    @torch.no_grad()
     def _judge(self) -> dict[str, float] | None:
-        """Loss and errors of the stage on the trajectories held out, once a step; the best so far is kept and saved."""
-        stage = self.stage
-        if stage is None or stage.judged == stage.step or not self.run.data.source.num_held:
+        """Figures of the stage on the trajectories that choose, once a step; the best so far is kept, measured on those
+        that report, and saved."""
+        stage, data = self.stage, self.run.data
+        if stage is None or stage.judged == stage.step or not data.source.num_choosing:
             return None
-        stage.judged, total, squared = stage.step, torch.zeros((), dtype=torch.float64), [torch.zeros(0)]
-        for number, batch in enumerate(self.run.data.held_out_batches()):
-            teacher, table = self._teacher(batch), stage.table
-            if not number:
-                self._show(table, teacher)
-            total += self.judge.value(stage.parameters, stage.theta, teacher) * len(teacher)
-            squared.append(self.judge.squared_errors(table, teacher))
-        errors = self._together(torch.cat(squared).double())
-        found = error_figures(errors) | {"loss": float(self.run.sum(total)) / len(errors)}
+        stage.judged, found = stage.step, self._measured(stage, data.choosing_batches())
         if found["loss"] < stage.best_loss:
-            stage.best, stage.best_theta = found, stage.theta.clone()
+            stage.best_loss, stage.best_theta = found["loss"], stage.theta.clone()
+            stage.reported = self._measured(stage, data.reporting_batches(), shows=True)
+            stage.started = stage.started or stage.reported
             self.run.save(self._result(stage), is_final=False)
         return found
 
-    def _together(self, values: Tensor) -> Tensor:
-        """Values of all processes, which may have unequal numbers of them, but together those held out."""
-        padded = torch.zeros(self.run.data.source.num_held, dtype=values.dtype)
-        padded[: len(values)] = values
-        counts = self.run.gather(torch.tensor(len(values))).tolist()
-        return torch.cat([part[:count] for part, count in zip(self.run.gather(padded), counts)])
+    @torch.no_grad()
+    def _measured(self, stage: Stage, batches: ResumableLoader, shows: bool = False) -> dict[str, float]:
+        """Errors and loss of the stage's table, on the trajectories of all processes."""
+        total, squared = torch.zeros((), dtype=torch.float64), [torch.zeros(0)]
+        for number, batch in enumerate(batches):
+            teacher = self._teacher(batch)
+            if shows and not number:
+                self._show(stage.table, teacher)
+            total += self.judge.value(stage.parameters, stage.theta, teacher) * len(teacher)
+            squared.append(self.judge.squared_errors(stage.table, teacher))
+        errors = self.run.together(torch.cat(squared).double(), batches.num_samples)
+        return error_figures(errors) | {"loss": float(self.run.sum(total)) / len(errors)}
 
     def _begun(self, stage: Stage) -> Stage:
         """The stage, its start judged on held-out trajectories: what a search ends with is never worse."""
@@ -284,7 +286,7 @@ class Search(Fitting):
         if found:
             if not math.isfinite(found["loss"]):
                 self._refuse_start(stage)
-            self.run.say(f"nfe {stage.nfe}: the start has {_listed(found)} on held-out trajectories")
+            self.run.say(f"nfe {stage.nfe}: the start has held-out {listed(stage.reported)}")
         return stage
 
     def _share(self, count: int) -> int:
@@ -369,7 +371,7 @@ class Search(Fitting):
             stage.best_table,
             self.objective.evaluations,
             data.source.record | {"seeds": data.seed_ranges()},
-            stage.best,
+            _reported(stage) | data.held_out_seeds() if stage.reported else {},
             {
                 "nfe": stage.nfe,
                 "start": stage.start,
@@ -383,8 +385,9 @@ class Search(Fitting):
         )
 
 
-def _listed(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _reported(stage: Stage) -> dict[str, Any]:
+    """Figures of the best table and, named so, of the start."""
+    return stage.reported | {f"start_{name}": value for name, value in stage.started.items()}
 
 
 def _name(nfe: int) -> str:

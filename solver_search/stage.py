@@ -25,10 +25,11 @@ class Stage:
         theta: the numbers, (size,) float64 on the CPU.
         damping: of Levenberg-Marquardt.
         step: optimiser steps taken.
-        judged: the step that was last judged on trajectories held out; -1 before the start was.
+        judged: the step that was last judged on the trajectories that choose; -1 before the start was.
         done: whether the stage has ended.
-        best_theta: with the lowest validation loss, None without validation.
-        best: its loss and errors on these trajectories, which chose it.
+        best_theta: with the lowest loss on these trajectories, None without any.
+        best_loss: its loss there.
+        reported, started: figures of the best and of the start on the trajectories that report, which chose nothing.
     """
 
     nfe: int
@@ -40,12 +41,9 @@ class Stage:
     judged: int = -1
     done: bool = False
     best_theta: Tensor | None = None
-    best: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def best_loss(self) -> float:
-        """The lowest loss on trajectories held out."""
-        return self.best.get("loss", math.inf)
+    best_loss: float = math.inf
+    reported: dict[str, float] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
 
     @property
     def table(self) -> SolverTable:
@@ -54,7 +52,7 @@ class Stage:
 
     @property
     def best_table(self) -> SolverTable:
-        """The table with the lowest validation loss; without validation the present one."""
+        """The table with the lowest loss on the trajectories that choose; without any the present one."""
         return self.table if self.best_theta is None else self.parameters.table(self.best_theta).detach()
 
     def to_dict(self) -> dict[str, Any]:

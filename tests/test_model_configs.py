@@ -65,6 +65,6 @@ def test_the_way_from_teacher_to_solver(model: str, tmp_path: Path) -> None:
     assert load_solver(f"{output}/olss-4.json").info["method"] == "olss"
     if Path(f"configs/solver_search/{model}.yaml").exists():
         places = [f"--data.trajectories={trajectories}", f"--model.output={output}"]
-        small = ["--model.method.nfe=[3]", "--model.method.descent.steps=1", "--data.holdout=1", "--data.batch_size=2"]
+        small = ["--model.method.nfe=[3]", "--model.method.descent.steps=1", "--data.holdout=2", "--data.batch_size=2"]
         main(["fit", f"--config=configs/solver_search/{model}.yaml", *shared, *places, *small])
         assert load_solver(f"{output}/solver-search-3.json").info["method"] == "solver_search"

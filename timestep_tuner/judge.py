@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from data.loader import ResumableLoader
 from data.shards import Trajectories
-from timestep_tuner.objective import Objective
+from evaluation.distances import error_figures
+from timestep_tuner.objective import Objective, squared
 from training.method import Run
 
 HALVINGS = 6  # of the way of the ratios from 1, before they are given up
@@ -19,7 +22,7 @@ class Stage:
 
     Args:
         row: row being tuned, None when all are.
-        before: held-out losses of the rows at ratio 1.
+        before: losses of the rows at ratio 1 on the samples that choose.
         after: those of the tuned rows.
         step: optimiser steps taken, on this row where there is one.
         ends: losses of the whole solver's images before and after, with the trajectory objective.
@@ -36,9 +39,24 @@ class Stage:
     curvature: list[list[float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Reported:
+    """What ratios are worth on the samples that report.
+
+    Args:
+        losses: of the rows, averaged over the samples.
+        samples: mean, median, 99th percentile and worst of the samples' losses, summed over the rows.
+        images: see `error_figures`; empty where the teacher's images are not known.
+    """
+
+    losses: list[float]
+    samples: dict[str, float]
+    images: dict[str, float]
+
+
 @dataclass
 class Judge:
-    """Losses on the held-out samples of all processes.
+    """Losses on the held-out samples of all processes: one half chooses what is kept, the other reports.
 
     Args:
         run: its data hold some out.
@@ -51,22 +69,43 @@ class Judge:
     needs_path: bool
 
     def losses(self, objective: Objective, ratio: Tensor) -> list[float]:
-        """Those of the rows, from states as the strategy has them."""
-        run = objective.parallel if self.strategy == "parallel" else objective.sequential
-        return self._mean(run, objective.ratios.timesteps(ratio))
+        """Those of the rows on the samples that choose, from states as the strategy has them."""
+        return self._row_losses(objective, ratio, self.run.data.choosing_batches()).mean(0).tolist()
 
-    def _mean(self, run: Callable[[Tensor, Trajectories], Tensor], timesteps: Tensor) -> list[float]:
-        """Mean of run(timesteps, examples) over the held-out samples of all processes; each has some."""
-        total = torch.zeros((), dtype=torch.float64)
-        with torch.no_grad():
-            for batch in self.run.data.held_out_batches():
-                losses = run(timesteps, batch.to(self.run.device)[:]).double().cpu()
-                total = total + torch.cat([losses, torch.ones(1, dtype=torch.float64)]) * len(batch)
-        total = self.run.sum(total)
-        return (total[:-1] / total[-1]).tolist()
+    def report(self, objective: Objective, ratio: Tensor) -> Reported:
+        """Figures of samples that chose nothing."""
+        losses = self._row_losses(objective, ratio, self.run.data.reporting_batches())
+        sums, images = losses.sum(1), {}
+        if self.needs_path:
+            elements = torch.Size(self.run.denoiser.sample_shape).numel()
+            images = error_figures(self._end_losses(objective, ratio, self.run.data.reporting_batches()) / elements)
+        figures = {"mean": sums.mean(), "median": sums.median(), "p99": sums.quantile(0.99), "worst": sums.max()}
+        return Reported(losses.mean(0).tolist(), {name: float(value) for name, value in figures.items()}, images)
+
+    def _row_losses(self, objective: Objective, ratio: Tensor, batches: ResumableLoader) -> Tensor:
+        """Of every sample, (samples, rows)."""
+        timesteps = objective.ratios.timesteps(ratio)
+
+        def losses(examples: Trajectories) -> Tensor:
+            is_parallel = self.strategy == "parallel"
+            rows = objective.rows_on_data(examples) if is_parallel else objective.rows_of_run(timesteps, examples)
+            return squared(objective.residuals(rows, timesteps)).T
+
+        return self._values(losses, batches, torch.zeros(0, objective.ratios.size))
+
+    def _end_losses(self, objective: Objective, ratio: Tensor, batches: ResumableLoader) -> Tensor:
+        """Of every sample, (samples,)."""
+        timesteps = objective.ratios.timesteps(ratio)
+        return self._values(partial(objective.end_loss, timesteps), batches, torch.zeros(0))
+
+    @torch.no_grad()
+    def _values(self, function: Callable[[Trajectories], Tensor], batches: ResumableLoader, none: Tensor) -> Tensor:
+        """What a function says of the samples of all processes; `none` is what it says of no samples."""
+        found = [function(batch.to(self.run.device)[:]).double().cpu() for batch in batches]
+        return self.run.together(torch.cat([none.double(), *found]), batches.num_samples)
 
     def keep(self, objective: Objective, stage: Stage, ratio: Tensor) -> Tensor:
-        """The ratios, 1 for rows that are better so on the held-out samples; sets the losses after.
+        """The ratios, 1 for rows that are better so on the samples that choose; sets the losses after.
 
         Where the teacher's images are known, the solver as a whole must end no further from them either.
         """
@@ -88,10 +127,14 @@ class Judge:
 
     def shortened(self, objective: Objective, ratio: Tensor) -> tuple[Tensor, list[float]]:
         """The ratios moved back towards 1 until the images are no worse; the end losses before and after."""
+
+        def end_loss(ratio: Tensor) -> float:
+            return float(self._end_losses(objective, ratio, self.run.data.choosing_batches()).mean())
+
         initial = objective.ratios.initial()
-        before = self._mean(objective.end_loss, objective.ratios.timesteps(initial))[0]
+        before = end_loss(initial)
         for _ in range(HALVINGS):
-            after = self._mean(objective.end_loss, objective.ratios.timesteps(ratio))[0]
+            after = end_loss(ratio)
             if after <= before:
                 return ratio, [before, after]
             ratio = (ratio + initial) / 2

@@ -12,9 +12,10 @@ from torch import Tensor
 from data.shards import Trajectories
 from data.teacher_data import Wanted
 from denoisers import Evaluations
+from evaluation.distances import listed
 from solvers import SolverTable, resolve_solver
 from timestep_tuner.gauss_newton import Slopes, slopes, towards
-from timestep_tuner.judge import Judge, Stage
+from timestep_tuner.judge import Judge, Reported, Stage
 from timestep_tuner.objective import OBJECTIVES, STRATEGIES, Objective
 from timestep_tuner.pictures import log_tuned
 from timestep_tuner.ratios import Ratios
@@ -66,8 +67,8 @@ class TimestepTuner(Method):
     """Tunes what each solver of a list tells the network at every evaluation; nothing else of the solver changes.
 
     Solvers are tuned one after the other. The parallel strategy tunes all rows of a solver at once, the sequential one
-    row after row. Rows that are no better on the held-out samples keep their timestep, so a solver never ends worse
-    than it started.
+    row after row. Rows that are no better on the half of the held-out samples that chooses keep their timestep, so a
+    solver never ends worse than it started there; figures are of the other half.
 
     Args:
         solvers: what to tune, name:steps or artifacts' paths.
@@ -131,11 +132,7 @@ class Tuning(Fitting):
 
     def __init__(self, options: TimestepTuner, run: Run) -> None:
         self.options, self.run = options, run
-        if run.data.source.num_held < run.world_size:
-            raise ValueError(
-                "tuned timesteps are kept only where they are better on samples held out, of which each process judges "
-                f"some: holdout is {run.data.source.num_held}, set it to at least {run.world_size}"
-            )
+        run.data.source.check_halves()
         self.objectives = [self._objective(solver) for solver in options.solvers]
         self.judge = Judge(run, options.strategy, options.needs_path)
         self.finished: list[list[float]] = []
@@ -266,14 +263,17 @@ class Tuning(Fitting):
 
     def _finish_solver(self, objective: Objective, stage: Stage) -> None:
         """Keep what is better, and write the artifact."""
-        index = len(self.finished)
-        self.finished.append(self.judge.keep(objective, stage, self.ratio).tolist())
+        index, name = len(self.finished), self.options.solvers[len(self.finished)]
+        kept, initial = self.judge.keep(objective, stage, self.ratio), objective.ratios.initial()
+        before = self.judge.report(objective, initial)
+        after = before if torch.equal(kept, initial) else self.judge.report(objective, kept)
+        self.finished.append(kept.tolist())
         self.stage = None
-        self.run.say(
-            f"{self.options.solvers[index]}: held-out loss {sum(stage.before):.5g} -> {sum(stage.after):.5g}, "
-            f"{objective.evaluations.calls} network calls in this process"
-        )
-        self.run.save(self._result(index, stage))
+        changes = [f"{figure} {before.samples[figure]:.5g} -> {after.samples[figure]:.5g}" for figure in before.samples]
+        images = f"; images: {listed(after.images)}" if after.images else ""
+        spent = f"{objective.evaluations.calls} network calls in this process"
+        self.run.say(f"{name}: held-out loss {', '.join(changes)}{images}; {spent}")
+        self.run.save(self._result(index, stage, before, after))
         log_tuned(self.run, self.options.artifacts[index], stage, self.table(index), objective.base)
 
     def _project(self, ratios: Ratios, stage: Stage) -> None:
@@ -299,7 +299,7 @@ class Tuning(Fitting):
             found["gradient_norm"] = self.ratio.grad.norm()
         self.run.log({f"{name}/{key}": value for key, value in found.items()})
 
-    def _result(self, index: int, stage: Stage) -> Result:
+    def _result(self, index: int, stage: Stage, before: Reported, after: Reported) -> Result:
         options, data, objective = self.options, self.run.data, self.objectives[index]
         solver, source = options.solvers[index], data.source
         known = objective.base.info.get("fitted_on", {}).get("seeds", [])
@@ -316,11 +316,18 @@ class Tuning(Fitting):
             },
             {
                 "objective": options.objective,
-                "before": sum(stage.before),
-                "after": sum(stage.after),
-                "rows_before": stage.before,
-                "rows_after": stage.after,
-                **dict(zip(("end_before", "end_after"), stage.ends)),
+                **_named("before", before.samples),
+                **_named("after", after.samples),
+                "rows_before": before.losses,
+                "rows_after": after.losses,
+                **after.images,
+                **{f"start_{name}": value for name, value in before.images.items()},
+                **data.held_out_seeds(),
+                "chosen_from": {
+                    "before": sum(stage.before),
+                    "after": sum(stage.after),
+                    **dict(zip(("end_before", "end_after"), stage.ends)),
+                },
             },
             {
                 "solver": options.names[index],
@@ -334,6 +341,11 @@ class Tuning(Fitting):
                 "precision": self.run.precision,
             },
         )
+
+
+def _named(when: str, figures: dict[str, float]) -> dict[str, float]:
+    """The mean by the name of `when`, the others with it in front."""
+    return {when if name == "mean" else f"{when}_{name}": value for name, value in figures.items()}
 
 
 def solver_name(solver: str) -> str:

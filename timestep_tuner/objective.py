@@ -86,11 +86,11 @@ class Objective:
 
     def parallel(self, timesteps: Tensor, examples: Trajectories) -> Tensor:
         """Losses of all tuned rows, (size,), from states on the data; one network call has all rows as its batch."""
-        return squared(self.residuals(self.rows_on_data(examples), timesteps))
+        return squared(self.residuals(self.rows_on_data(examples), timesteps)).mean(1)
 
     def sequential(self, timesteps: Tensor, examples: Trajectories, row: int | None = None) -> Tensor:
         """Loss of one row, (1,), or of all, (size,), from the states of the solver with these timesteps."""
-        return squared(self.residuals(self.rows_of_run(timesteps, examples, row), timesteps))
+        return squared(self.residuals(self.rows_of_run(timesteps, examples, row), timesteps)).mean(1)
 
     @torch.no_grad()
     def rows_on_data(self, examples: Trajectories, timesteps: Tensor | None = None) -> "Rows":
@@ -115,11 +115,11 @@ class Objective:
 
     @torch.no_grad()
     def end_loss(self, timesteps: Tensor, examples: Trajectories) -> Tensor:
-        """|| image - the teacher's image ||^2 of the whole solver, from the teacher's noise; `timesteps` (N,)."""
+        """|| image - the teacher's image ||^2 of the solver from the teacher's noise, (batch,); `timesteps` (N,)."""
         table = replace(self.base, timesteps=timesteps)
         image = sample(self.denoiser, table, examples.noise, examples.condition, seeds=examples.seeds)
         self.evaluations.forward += table.nfe * len(examples)
-        return squared((image - examples.end)[None])
+        return squared((image - examples.end)[None])[0]
 
     def residuals(self, rows: "Rows", timesteps: Tensor) -> Tensor:
         """What the losses are the squares of, (rows, batch, *shape); `timesteps` (N,)."""
@@ -208,8 +208,8 @@ class Objective:
 
 
 def squared(residuals: Tensor) -> Tensor:
-    """Losses: summed over elements, averaged over the batch, (rows,)."""
-    return residuals.square().flatten(2).sum(2).mean(1)
+    """Losses of every sample, summed over its elements: (rows, batch)."""
+    return residuals.square().flatten(2).sum(2)
 
 
 def first_rows(table: SolverTable, timesteps: Tensor, rows: int) -> SolverTable:

@@ -87,6 +87,13 @@ class Run:
         """Every process's value, (processes, *shape), on the CPU."""
         return value.cpu()[None]
 
+    def together(self, values: Tensor, most: int) -> Tensor:
+        """Every process's values, one after the other, of which each has a number of its own, at most `most`."""
+        padded = values.new_zeros(most, *values.shape[1:])
+        padded[: len(values)] = values
+        counts = self.gather(torch.tensor(len(values))).tolist()
+        return torch.cat([part[:count] for part, count in zip(self.gather(padded), counts)])
+
     def computing(self) -> AbstractContextManager:
         """The number format of the network, for work outside `Fitting.step` and `Fitting.validate`."""
         return nullcontext()

@@ -106,6 +106,21 @@ def test_several_caches_carry_their_guidance(tmp_path):
         opened([folders[0], other], "path", Labelled(SCHEDULE))
 
 
+def test_what_is_held_out_has_two_halves_in_every_cache(tmp_path):
+    """Solvers for a range of guidance scales are chosen, and measured, on all of them."""
+    scales = (1.0, 2.0)
+    folders = [make_cache(tmp_path / f"g{scale}", with_guidance(Labelled(SCHEDULE), scale)) for scale in scales]
+    data = opened(folders, "path", with_guidance(Labelled(SCHEDULE), [1.0, 2.0]), holdout=3)
+    for part, seeds in ((data.choosing(), SEEDS[7:8]), (data.reporting(), SEEDS[8:10])):
+        assert part[:].seeds == (*seeds, *seeds)
+        assert sorted(part[:].condition["guidance_scale"].tolist()) == [1.0] * len(seeds) + [2.0] * len(seeds)
+    expected = {"seeds": [[SEEDS[8], SEEDS[9] + 1]], "chosen_on": [[SEEDS[7], SEEDS[8]]]}
+    assert data.held_out_seeds() == expected
+    for loader, part in ((data.choosing_batches(), data.choosing()), (data.reporting_batches(), data.reporting())):
+        (batch,) = loader
+        assert (batch[:].seeds, loader.num_samples) == (part[:].seeds, len(part))
+
+
 def test_seeds_are_told_apart(cache):
     assert opened(cache, "path").seed_ranges() == [[SEEDS[0], SEEDS[-1] + 1]]
     drawn = opened(cache, "samples", first_seed=100).seed_ranges()

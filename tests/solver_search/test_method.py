@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data.teacher_data import TeacherData
-from data.trajectories import generate_trajectories
+from data.trajectories import TrajectoryCache, generate_trajectories
 from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
 from solver_search.losses import SearchLoss
@@ -98,6 +98,26 @@ def test_sweep_writes_artifacts_that_are_better_than_their_start_on_unseen_seeds
         assert found["rmse"] < min(found["worst"], start)
         assert found["median"] <= found["p99"] <= found["worst"]
     assert _rmse(_table(search, 4), denoiser) < _rmse(_table(search, 3), denoiser)
+
+
+def test_what_reports_chooses_nothing(cache, tmp_path, monkeypatch):
+    """Other trajectories in its place: the same numbers, other figures; they are those of the artifact."""
+    denoiser, reporting, found = TwoPoints(SCHEDULE), TeacherData.reporting_batches, []
+    for replaced in (reporting, TeacherData.choosing_batches):
+        monkeypatch.setattr(TeacherData, "reporting_batches", replaced)
+        folder = tmp_path / str(len(found))
+        _fit(_search(denoiser, folder, nfe=3, steps=2, tolerance=0.0), TeacherData(cache, holdout=6))
+        found.append(load_solver(folder / "solver-search-3.json"))
+    _same(*found)
+    held = TrajectoryCache(cache).load()[16 - 3 :]
+    start = named_solver("dpmpp:3", SCHEDULE)
+    figures, others = (table.info["validation"] for table in found)
+    for prefix, table in (("", found[0]), ("start_", start)):
+        squared = (sample(denoiser, table, held.noise) - held.end).square().flatten(1).mean(1)
+        assert figures[f"{prefix}rmse"] == pytest.approx(float(squared.mean().sqrt()), rel=1e-6)
+        assert figures[f"{prefix}worst"] == pytest.approx(float(squared.max().sqrt()), rel=1e-6)
+    assert (figures["seeds"], figures["chosen_on"]) == ([[FIRST + 13, FIRST + 16]], [[FIRST + 10, FIRST + 13]])
+    assert others["rmse"] != figures["rmse"]
 
 
 def test_an_artifact_fits_a_denoiser_that_thresholds(cache, tmp_path):
@@ -202,6 +222,7 @@ def test_two_processes_equal_one(cache, tmp_path, optimizer, batch_size):
     one = run("one")
     _same(pair, one, 1e-6)
     assert pair.info["fitted_on"]["evaluations"] == one.info["fitted_on"]["evaluations"]
+    assert all(pair.info["validation"].pop(name) == one.info["validation"].pop(name) for name in ("seeds", "chosen_on"))
     assert pair.info["validation"] == pytest.approx(one.info["validation"], rel=1e-6)
 
 
@@ -284,6 +305,8 @@ def test_refusals(cache, tmp_path):
         _fit(_search(Labelled(SCHEDULE), nfe=3, guidance_scale=2.0), data())
     with pytest.raises(ValueError, match="13 evaluations are more than the teacher's 12 steps"):
         _fit(_search(TwoPoints(SCHEDULE), nfe=[3, 13]), data())
+    with pytest.raises(ValueError, match="1 are too few for that: set holdout to at least 2, or to 0"):
+        _fit(_search(TwoPoints(SCHEDULE), nfe=3), TeacherData(cache, holdout=1))
     with pytest.raises(ValueError, match="16 samples: 13 to learn from and 4 to hold out do not fit"):
         _fit(_search(TwoPoints(SCHEDULE), nfe=3), data(limit=13))
     for option, message in (

@@ -37,7 +37,10 @@ def test_images_and_arrays_of_shards(tmp_path, kind):
     tuner = make(Labelled(SCHEDULE), output=tmp_path, steps=4)
     source = shards(tmp_path / "shards", kind)
     fit(tuner, source)
-    samples = [next(iter(loader)) for loader in (source.train_dataloader(), source.held_out_batches())]
+    samples = [
+        next(iter(loader))
+        for loader in (source.train_dataloader(), source.choosing_batches(), source.reporting_batches())
+    ]
     assert torch.cat([part.end for part in samples]).unique().tolist() == [-1, 1]
     assert torch.cat([part.condition for part in samples]).tolist() == [1] * 8
     info = load_solver(tmp_path / "tuned-ddim-4.json").info["fitted_on"]
@@ -54,10 +57,14 @@ def test_noise_is_fresh_in_every_epoch_and_the_same_when_held_out(cache):
     learn(tuning)
     flat = [seed for seeds in seen for seed in seeds]
     assert len(set(flat)) == len(flat) == 64
-    held_out = [next(iter(tuning.run.data.held_out_batches())) for _ in range(2)]
-    assert held_out[0].seeds == held_out[1].seeds == tuple(range(FIRST_SEED + 2**21 - 8, FIRST_SEED + 2**21))
+    source = tuning.run.data
+    held_out = [next(iter(part())) for part in (source.choosing_batches, source.reporting_batches) for _ in range(2)]
+    first = FIRST_SEED + 2**21 - 8
+    assert held_out[0].seeds == held_out[1].seeds == tuple(range(first, first + 4))
+    assert held_out[2].seeds == held_out[3].seeds == tuple(range(first + 4, first + 8))
     assert torch.equal(held_out[0].noise, held_out[1].noise)
-    assert not set(flat) & set(held_out[0].seeds)
+    assert not set(flat) & set(range(first, first + 8))
+    assert source.held_out_seeds() == {"seeds": [[first + 4, first + 8]], "chosen_on": [[first, first + 4]]}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data.teacher_data import TeacherData
-from data.trajectories import FIRST_SEED
+from data.trajectories import FIRST_SEED, TrajectoryCache
 from denoisers import with_guidance
 from evaluation.evaluate import evaluate_table
-from solvers import DenoiserIdentity, TableScheduler, load_solver, named_solver, save_solver
+from solvers import DenoiserIdentity, TableScheduler, load_solver, named_solver, sample, save_solver
 from tests.solver_search.toys import Labelled, TwoPoints
 from tests.timestep_tuner.runs import COUNT, SCHEDULE, data, fit, learn, make, make_cache, opened
 from timestep_tuner.method import OPTIMIZERS, solver_name
@@ -52,8 +52,13 @@ def test_every_solver_of_the_list_gets_better(cache, tmp_path, objective, strate
         assert table.timesteps[-1] == base.timesteps[-1]
         assert (table.timesteps != base.timesteps)[:-1].any()
         info = table.info
-        assert info["validation"]["after"] < 0.9 * info["validation"]["before"]
-        assert info["validation"]["before"] == pytest.approx(sum(info["validation"]["rows_before"]))
+        found = info["validation"]
+        assert found["after"] < 0.9 * found["before"]
+        for when in ("before", "after"):
+            assert found[when] == pytest.approx(sum(found[f"rows_{when}"]))
+            assert found[f"{when}_median"] <= found[f"{when}_p99"] <= found[f"{when}_worst"]
+            assert found[when] <= found[f"{when}_worst"]
+        assert ("rmse" in found) == (objective == "trajectory")
         assert info["fitted_on"]["original_timesteps"] == base.timesteps.tolist()
         assert info["fitted_on"]["seeds"][0] == [FIRST_SEED, FIRST_SEED + COUNT]
         assert "sampled from the model with" in info["fitted_on"]["data"]
@@ -191,6 +196,21 @@ def test_guided_artifact_base(tmp_path):
         opened(cache, Labelled(SCHEDULE), str(first_path))
 
 
+def test_what_reports_chooses_nothing(cache, tmp_path, monkeypatch):
+    """Other samples in its place: the same timesteps, other figures."""
+    reporting, found = TeacherData.reporting_batches, []
+    for replaced in (reporting, TeacherData.choosing_batches):
+        monkeypatch.setattr(TeacherData, "reporting_batches", replaced)
+        tuner = make(objective="trajectory", output=tmp_path / str(len(found)), steps=3)
+        fit(tuner, data(cache))
+        found.append(load_solver(tmp_path / str(len(found)) / "tuned-ddim-4.json"))
+    same(*found)
+    one, other = (table.info["validation"] for table in found)
+    assert one["chosen_from"] == other["chosen_from"]
+    assert one["after"] != other["after"] == pytest.approx(other["chosen_from"]["after"])
+    assert one["rmse"] != other["rmse"]
+
+
 @pytest.mark.parametrize("strategy", ["parallel", "sequential"])
 def test_images_are_never_further_from_the_teachers(cache, tmp_path, strategy):
     """A base whose rows do not follow the teacher's states, but whose image is the teacher's: row 0 stays behind."""
@@ -205,8 +225,14 @@ def test_images_are_never_further_from_the_teachers(cache, tmp_path, strategy):
     tuner = make(solvers=str(path), objective="trajectory", strategy=strategy, output=tmp_path)
     fit(tuner, data(cache))
     found = load_solver(tmp_path / "tuned-odd.json").info["validation"]
-    assert found["end_after"] <= found["end_before"]
-    assert found["after"] <= found["before"]
+    chosen = found["chosen_from"]
+    assert chosen["end_after"] <= chosen["end_before"]
+    assert chosen["after"] <= chosen["before"]
+    held = TrajectoryCache(cache).load()[COUNT - 4 :]  # the half that reports
+    for prefix, table in (("start_", odd), ("", tuner.fitting.table(0))):
+        error = (sample(denoiser, table, held.noise) - held.end).square().flatten(1).mean(1)
+        assert found[f"{prefix}rmse"] == pytest.approx(float(error.mean().sqrt()), rel=1e-6)
+        assert found[f"{prefix}worst"] == pytest.approx(float(error.max().sqrt()), rel=1e-6)
     reference = named_solver("ddim:16", SCHEDULE)
     errors = [evaluate_table(denoiser, t, reference, num_images=64)["rmse"] for t in (odd, tuner.fitting.table(0))]
     assert errors[1] <= 1.01 * errors[0]
@@ -251,8 +277,11 @@ def test_refusals(cache, tmp_path):
         fit(make(TwoPoints(SCHEDULE, 0.9), objective="trajectory"), data(cache))
     with pytest.raises(ValueError, match="made afresh: give trajectories"):
         fit(make(), TeacherData(limit=8))
-    with pytest.raises(ValueError, match="better on samples held out"):
-        fit(make(), data(cache, holdout=0))
+    for holdout in (0, 1):
+        with pytest.raises(
+            ValueError, match=f"other reports, {holdout} are too few for that: set holdout to at least 2$"
+        ):
+            fit(make(), data(cache, holdout=holdout))
     with pytest.raises(ValueError, match=r"ddim:1 cannot be tuned: .*set free_last"):
         fit(make(solvers="ddim:1"), data(cache))
     for options, message in (
