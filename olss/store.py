@@ -92,15 +92,17 @@ class Scores:
     def save(self, plan: CallPlan, size: int, score: float) -> None:
         """Keep a score on `size` trajectories; all evaluations since the last one are its."""
         cost, self._counted = self.spent.forward - self._counted, self.spent.forward
-        with atomic_write(self._path(plan, size)) as path:
-            path.write_text(f"{score!r} {cost}")
+        text, path = f"{score!r} {cost}", self._path(plan, size)
+        with atomic_write(path) as temporary:
+            temporary.write_text(f"{text} {_seal(path, text)}")
 
     def load(self, plan: CallPlan, size: int) -> float | None:
-        """A score; None where it is not there."""
+        """A score; None where it is not there, or not as it was written."""
         path = self._path(plan, size)
-        if not path.exists():
+        text, _, seal = path.read_text(errors="replace").rpartition(" ") if path.exists() else ("", "", "")
+        if not text or seal != _seal(path, text):
             return None
-        score, cost = path.read_text().split()
+        score, cost = text.split()
         self.spent.forward += int(cost)
         self._counted = self.spent.forward
         return float(score)
@@ -108,6 +110,11 @@ class Scores:
     def _path(self, plan: CallPlan, size: int) -> Path:
         digest = hashlib.sha256(repr((self._common, plan.path, plan.unconditional, size)).encode())
         return self.folder / f"{digest.hexdigest()}.score"
+
+
+def _seal(path: Path, text: str) -> str:
+    """What a file of this name and text ends with."""
+    return hashlib.sha256(f"{path.name} {text}".encode()).hexdigest()
 
 
 def _add(digest: Any, value: Tensor) -> None:

@@ -252,6 +252,12 @@ def test_a_search_that_is_broken_off_goes_on_from_what_it_has_tried(tmp_path):
     rest, spent = search(tmp_path / "broken")
     assert rest.best(4) == expected
     assert all_spent.forward <= spent.forward < 1.3 * all_spent.forward  # the first rows were computed again
+    for number, path in enumerate(sorted(tmp_path.glob("broken/*.score"))[:3]):
+        text = path.read_text()
+        path.write_text(("", text[:10], text.replace(text[0], "7", 1))[number])
+    damaged, more = search(tmp_path / "broken")
+    assert damaged.best(4) == expected
+    assert more.forward > all_spent.forward  # those three again
     again, _ = search(tmp_path / "broken")
     again.denoiser = None  # nothing is left to compute
     assert again.best(4) == expected
