@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from training.sharded import load_whole, own_part, whole_weights
@@ -28,31 +29,31 @@ class EMA(Callback):
             raise ValueError(f"EMA decay {decay} must lie in [0, 1)")
         self.decay, self.attribute = decay, attribute
         self.network: nn.Module | None = None
-        self._step = 0
-        self._restored: dict[str, Tensor] | None = None
+        self._step, self._has_begun = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the network before a module shards it: a sharded one cannot be copied."""
-        if stage == "fit" or (self.network is None and self._restored is not None):
-            self.network = average_of(getattr(pl_module, self.attribute))
+        if stage == "fit" or self.network is None:
+            self.network, self._has_begun = average_of(getattr(pl_module, self.attribute)), False
 
-    @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the network, or take up the average of the checkpoint."""
+        """To the network's device."""
         assert self.network is not None
         self.network.to(pl_module.device)
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the network, unless a checkpoint had an average, which sharded networks get late."""
         self._step = trainer.global_step
-        if self._restored is None:
+        if not self._has_begun:
             for average, value in self._pairs(pl_module):
                 average.copy_(value)
-        else:
-            load_whole(self.network, self._restored)
-            self._restored = None
+        self._has_begun = True
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the average of the checkpoint, so that it is what is tested."""
-        if self._restored is not None:
-            self.on_fit_start(trainer, pl_module)
+        """What is tested is the average, of this training or of the checkpoint, where there is one."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.network = self.network.to(pl_module.device) if self._has_begun else None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is validated is what is written."""
@@ -73,8 +74,10 @@ class EMA(Callback):
         return {} if self.network is None else whole_weights(self.network)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Keep the averaged weights until the network exists."""
-        self._restored = state or None
+        """Take up the average of a checkpoint."""
+        if state and self.network is not None:
+            load_whole(self.network, state)
+            self._has_begun = True
 
     def _pairs(self, pl_module: LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
         """Average and value of what this process holds of all that is trained."""
