@@ -482,8 +482,12 @@ def pipeline_guidance(pipe: Any, arguments: Mapping[str, Any]) -> float:
     Here it is uncond + scale (cond - uncond) at any scale: 0 is the unconditional output, 1 the conditional one. A
     pipeline guides above 1 only; below, it gives the conditional output, too. One whose network is told the scale
     (Flux, latent consistency models) keeps it. Where there is a `true_cfg_scale`, it is that of guidance, which a
-    negative prompt switches on.
+    negative prompt switches on. A pipeline with a `guider` has the scale there.
     """
+    if (guider := _guiders(pipe).get("guider")) is not None:
+        config = guider.config
+        scale = float(config.get("guidance_scale", 1.0)) + bool(config.get("use_original_formulation"))
+        return scale if guider._enabled else 1.0
     networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
     configs = [network.config for network in networks if network is not None]
     is_told = any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in configs)
@@ -505,12 +509,29 @@ def further_guidance(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         usual = (None, parameter.default, [parameter.default], arguments.get("guidance_scale"))
         if isinstance(value, int | float | str | list) and value not in usual:
             found[name] = value
-    return found
+    return found | {name: text for name, guider in _guiders(pipe).items() if (text := _described(name, guider))}
+
+
+def _guiders(pipe: Any) -> dict[str, Any]:
+    """Objects of a pipeline that guide, by name; `guider` is the one of its scale."""
+    parts = getattr(pipe, "__dict__", {})  # a folder's path has none
+    return {name: part for name, part in parts.items() if name.endswith("guider") and hasattr(part, "config")}
+
+
+def _described(name: str, guider: Any) -> str:
+    """What a guider does beside plain guidance by its scale; empty where it does nothing else."""
+    told = {key: parameter.default for key, parameter in inspect.signature(type(guider).__init__).parameters.items()}
+    by_scale = ("guidance_scale", "use_original_formulation", "enabled") if name == "guider" else ()
+    more = {key: value for key, value in guider.config.items() if key in told and value != told[key]}
+    more = {key: value for key, value in more.items() if key not in by_scale}
+    kind = type(guider).__name__
+    return "" if kind == "ClassifierFreeGuidance" and not more and name == "guider" else f"{kind} {more or ''}".strip()
 
 
 def is_guidance(name: str) -> bool:
-    """Whether an argument of a pipeline is about guidance, but not its scale."""
-    return ("guidance" in name or "cfg" in name) and name not in ("guidance_scale", "true_cfg_scale")
+    """Whether an argument of a pipeline is about guidance, but not its scale: by words, attention, frames or sound."""
+    is_known = re.search(r"guidance|cfg|(^|_)(pag|sag|stg)_|modality_scale", name)
+    return is_known is not None and name not in ("guidance_scale", "true_cfg_scale")
 
 
 def check_keeps_scheduler(pipeline_class: type | None) -> None:

@@ -363,3 +363,19 @@ def diffusion_forcing() -> Any:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
     )
     return bare("SkyReelsV2DiffusionForcingPipeline", network, scheduler=scheduler)
+
+
+def hunyuan_video_15(guider: Any = None) -> Any:
+    """Its guidance is an object beside the network."""
+    network = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_refiner_layers=1,
+        mlp_ratio=2.0, patch_size=1, patch_size_t=1, text_embed_dim=8, text_embed_2_dim=8, image_embed_dim=8,
+        rope_axes_dim=(2, 2, 4), target_size=16, task_type="t2v",
+    )  # fmt: skip
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0) if guider is None else guider
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16, 16), layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
+    )  # fmt: skip
+    parts = {"vae": vae, "guider": guider, "scheduler": flow(7.0)}
+    return bare("HunyuanVideo15Pipeline", network, absent="text_encoder tokenizer text_encoder_2 tokenizer_2", **parts)

@@ -22,6 +22,7 @@ from tests.bridge.builders import (
     flux,
     hunyuan_dit,
     hunyuan_video,
+    hunyuan_video_15,
     kandinsky,
     klein,
     latent_consistency,
@@ -49,6 +50,7 @@ SHORT = {"max_sequence_length": LENGTH}
 BOTH = ("prompt_embeds", "negative_prompt_embeds")
 MASKED = (*BOTH, "prompt_attention_mask", "negative_prompt_attention_mask")
 TWICE_MASKED = (*MASKED, *(f"{name}_2" for name in ("prompt_embeds", "negative_prompt_embeds", *MASKED[len(BOTH) :])))
+TWO_TEXTS = tuple(f"{name}{part}{end}" for name in BOTH for part in ("", "_mask") for end in ("", "_2"))
 
 
 @dataclass(frozen=True)
@@ -366,6 +368,13 @@ ROWS: tuple[Row, ...] = (
         hunyuan_video,
         embedded(8, ("prompt_embeds", "prompt_attention_mask"), pooled_prompt_embeds=noise(1, 8)),
         SIZE | {"num_frames": 5},
+    ),
+    Row(
+        "HunyuanVideo15Pipeline",
+        "video",
+        hunyuan_video_15,
+        embedded(8, TWO_TEXTS),
+        SIZE | {"height": 32, "width": 32, "num_frames": 5},
     ),
     Row(
         "LattePipeline",

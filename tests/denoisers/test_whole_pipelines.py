@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from denoisers import load_denoiser, with_guidance, with_precision
@@ -98,6 +99,18 @@ def test_the_hash_covers_every_module_of_a_step() -> None:
     assert_hashed(pipe, ("unet", "controlnet"), [{"prompt": "a cat", "image": picture()}], call)
     pipe = ready(lambda: wan(boundary_ratio=0.7))
     assert_hashed(pipe, ("transformer", "transformer_2"), embedded(8, BOTH), SIZE | {"num_frames": 5})
+
+
+def test_the_hash_covers_an_adapter_of_the_second_expert_and_its_strength() -> None:
+    """Wan 2.2's distilled LoRAs go onto both experts (diffusers 12074)."""
+    pipe = ready(lambda: wan(boundary_ratio=0.7))
+    prompts, call = embedded(8, BOTH), SIZE | {"num_frames": 5}
+    hashes = [PipelineDenoiser(pipe, prompts, **call).weight_hash]
+    pipe.transformer_2.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "fast")
+    for strength in (1.0, 0.5):
+        pipe.transformer_2.set_adapters(["fast"], [strength])
+        hashes.append(PipelineDenoiser(pipe, prompts, **call).weight_hash)
+    assert len(set(hashes)) == 3
 
 
 def assert_hashed(pipe: Any, names: tuple[str, ...], prompts: Any, call: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """How pipelines call TableScheduler: what counts of their arguments, and what is refused."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
     DDIMPipeline,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -25,10 +28,11 @@ from solvers import (
     save_solver,
     tabulate,
 )
+from solvers.standalone.table_scheduler import further_guidance, is_guidance, pipeline_guidance
 from tests.analytic import two_point_denoiser
-from tests.bridge.builders import klein, qwen_image, wan
+from tests.bridge.builders import hunyuan_video_15, klein, qwen_image, wan
 from tests.bridge.parts import embedded, ready
-from tests.bridge.rows import BOTH, SIZE
+from tests.bridge.rows import BOTH, SIZE, TWO_TEXTS
 from tests.solvers.test_scheduler import PROMPTS, VP, artifact, flow_solver, pipeline_table, solver
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline, tiny_unet
 
@@ -170,6 +174,39 @@ def test_a_second_guidance_is_compared(tmp_path):
             ValueError, match=r"called with guidance_scale_2 .*, this solver was made (at 3\.0|without):"
         ):
             pipe(**arguments, guidance_scale_2=called)
+
+
+def test_guidance_by_an_object_is_compared(tmp_path):
+    """HunyuanVideo 1.5 and HunyuanImage: nothing in the call says how they guide."""
+    plain, guided = (ready(partial(hunyuan_video_15, ClassifierFreeGuidance(scale))) for scale in (1.0, 3.0))
+    prompts, call = embedded(8, TWO_TEXTS), SIZE | {"height": 32, "width": 32, "num_frames": 5}
+    denoisers = [PipelineDenoiser(pipe, prompts, **call) for pipe in (plain, guided)]
+    assert [denoiser.guidance_scale for denoiser in denoisers] == [1.0, 3.0]
+    path = save_solver(denoisers[1].table(4), tmp_path / "s.json", identify(denoisers[1]), method="test")
+    arguments = {**prompts[0], **call, "num_inference_steps": 4}
+    guided.scheduler = TableScheduler.for_pipeline(path, guided)
+    assert guided(**arguments)[0].isfinite().all()
+    for guider, reason in (
+        (ClassifierFreeGuidance(5.0), r"called at guidance scale 5\.0, this solver was made for 3\.0"),
+        (ClassifierFreeGuidance(3.0, enabled=False), r"called at guidance scale 1\.0"),
+        (ClassifierFreeGuidance(3.0, use_original_formulation=True), r"called at guidance scale 4\.0"),
+        (
+            ClassifierFreeGuidance(3.0, stop=0.5),
+            r"with guider ClassifierFreeGuidance \{'stop': 0\.5\}, this solver was",
+        ),
+        (AdaptiveProjectedGuidance(3.0), "with guider AdaptiveProjectedGuidance.*, this solver was made without"),
+    ):
+        guided.guider = guider
+        with pytest.raises(ValueError, match=reason):
+            guided(**arguments)
+    assert further_guidance(guided, {}) == {"guider": "AdaptiveProjectedGuidance"}
+    assert pipeline_guidance("a/folder", {"guidance_scale": 3.0}) == 3.0
+
+
+@pytest.mark.parametrize("name", ["pag_scale", "sag_scale", "stg_scale", "audio_modality_scale", "cfg_trunc_ratio"])
+def test_guidance_by_attention_frames_and_sound_is_guidance(name):
+    assert is_guidance(name)
+    assert not is_guidance("controlnet_conditioning_scale")
 
 
 def test_a_shift_that_depends_on_the_number_of_steps(tmp_path):
