@@ -20,6 +20,7 @@ from denoisers.generate import as_images, device_of
 from learn.network import CountedNetwork
 from learn.options import SHARD
 from solvers import NoiseSchedule, SolverTable, start_noise
+from solvers.conditions import condition_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,8 @@ class Subject:
     def is_differentiable(self) -> bool:
         """Whether the search's derivatives, forward ones of several directions at once, go through the network."""
         state = start_noise([0], self.denoiser.sample_shape).to(self.device)
-        timestep, condition = self.teacher.timesteps[0].to(state), class_labels(self.denoiser, [0])
-        calls = self.network.calls
+        condition = condition_to(class_labels(self.denoiser, [0]), self.device)
+        timestep, calls = self.teacher.timesteps[0].to(state), self.network.calls
 
         def push(*direction: torch.Tensor) -> torch.Tensor:
             return jvp(lambda x, t: self.denoiser(x, t, condition), (state, timestep), direction)[1]
