@@ -41,7 +41,7 @@ def compare(args: CompareArgs, samplers: Mapping[str, Callable] | None = None) -
     groups = load_groups(args, device, samplers)
     default = extractor_of(groups[0].reference.denoiser)
     spaces = load_spaces(args.extractor, args.statistics, args.metrics, default, device)
-    return compare_groups(groups, args, spaces, load_judges(args.metrics, args.lpips, args.clip))
+    return compare_groups(groups, args, spaces, load_judges(args.metrics, args.lpips, args.clip, device))
 
 
 def load_spaces(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,9 @@ from evaluation.extractors import extractor_of
 from evaluation.judges import load_judges
 from evaluation.metrics import Measure, choose_metrics
 from evaluation.parts import Parts
-from evaluation.processes import barrier, processes
+from evaluation.processes import barrier, first_alone, processes
 from evaluation.sources import BLOCK, Pictures, find_pictures
-from solvers.files import atomic_write
+from solvers.files import atomic_write, claimed
 
 REPORT = "evaluation.json"
 
@@ -125,13 +126,14 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
             raise ValueError(f"there are {pictures.count} pictures and {found} {what}: give one for each")
     default = extractor_of(SimpleNamespace(name=_made_by(args.samples)))
     spaces = load_spaces(args.extractor, args.statistics, args.metrics, default, device)
-    judges = {name: judge.to(device) for name, judge in load_judges(args.metrics, args.lpips, args.clip).items()}
+    judges = load_judges(args.metrics, args.lpips, args.clip, device)
     for name, needed in (("lpips", "reference"), ("clip_score", "prompts")):
         if name in judges and getattr(args, needed) is None:
             raise ValueError(f"{name} was asked for: give --{needed}")
     measure = choose_metrics(args.metrics, spaces, pictures.count, pictures.shape, judges)
     evaluation = Evaluation(args, pictures, reference, prompts, measure)
-    with processes() as (rank, size):
+    with processes() as (rank, size), ExitStack() as alone:
+        first_alone(lambda: alone.enter_context(claimed(args.output)))
         evaluation.measure_all(rank, size)
         barrier()
         return _report(evaluation) if rank == 0 else {}

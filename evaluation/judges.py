@@ -67,15 +67,18 @@ class ClipScore(nn.Module):
         return 100 * torch.cosine_similarity(features, texts).clamp_min(0)
 
 
-def load_judges(metrics: Sequence[str] | None, lpips: str, clip: str) -> dict[str, nn.Module]:
+def load_judges(
+    metrics: Sequence[str] | None, lpips: str, clip: str, device: torch.device | None = None
+) -> dict[str, nn.Module]:
     """Those that metrics ask for.
 
     Args:
         metrics: names; None for the default ones, of which they are none.
         lpips, clip: see the classes.
+        device: of the networks.
     """
     kinds = {"lpips": lambda: Lpips(lpips), "clip_score": lambda: ClipScore(clip)}
-    return {name: make() for name, make in kinds.items() if name in (metrics or ())}
+    return {name: make().to(device) for name, make in kinds.items() if name in (metrics or ())}
 
 
 def prompts_of(denoiser: Any, seeds: Sequence[int]) -> list[str] | None:

@@ -186,6 +186,9 @@ def choose_metrics(
     chosen = [_chosen(names, *space, num_samples, shape, index, notes) for index, space in enumerate(spaces)]
     for name in set(wanted or ()) & set(NAMES) - {"rmse", *METRICS, *(judges or ())}:
         raise ValueError(f"{name} was asked for, which `sample.py compare` and `evaluate` measure: leave it out here")
+    for name in judges or ():
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ValueError(f"{name} was asked for: {shape} are no pictures")
     for name in names if wanted is not None else ():
         if not any(name in space.metrics for space in chosen):
             reason = _obstacle(name, *spaces[0], num_samples, shape) if spaces else MISSING

@@ -16,6 +16,7 @@ from evaluation.metrics import choose_metrics
 from evaluation.parts import Parts
 from evaluation.sources import find_pictures
 from evaluation.statistics import find_statistics
+from solvers.files import claimed
 from tests.evaluation.helpers import in_processes
 from tests.evaluation.test_sources import as_npz
 
@@ -92,7 +93,7 @@ def test_pictures_beside_a_reference_and_prompts(pictures, monkeypatch):
         def forward(self, images, reference, prompts):
             return images.flatten(1).mean(1) - reference.flatten(1).mean(1) + torch.tensor([len(p) for p in prompts])
 
-    monkeypatch.setattr(module, "load_judges", lambda metrics, lpips, clip: {"lpips": Judge(), "clip_score": Judge()})
+    monkeypatch.setattr(module, "load_judges", lambda *names: {"lpips": Judge(), "clip_score": Judge()})
     prompts = pictures.parent / "prompts.txt"
     prompts.write_text("\n".join("x" * (index % 7) for index in range(70)))
     options = {"reference": str(pictures.parent / "wanted.npz"), "prompts": str(prompts), "batch_size": 9}
@@ -123,6 +124,11 @@ def test_errors(pictures, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         run(pictures, **options)
     assert not (pictures.parent / "out").exists()
+
+
+def test_one_process_writes_to_a_folder(pictures):
+    with claimed(pictures.parent / "out"), pytest.raises(ValueError, match="another process writes to"):
+        run(pictures)
 
 
 def test_the_command_line_measures_what_it_generated(tmp_path, capsys):

@@ -58,6 +58,21 @@ def test_the_number_of_processes_does_not_matter(number, tmp_path):
         assert result == pytest.approx(values([IMAGES]), rel=1e-5)
 
 
+def test_processes_agree_on_figures_without_classes_and_errors(tmp_path):
+    network = extractor()
+    network.num_classes = 0
+    network.run = lambda images: (network.network.features(images), None)
+    measure = choose_metrics(["kid"], [(network, DATA)], 48, (3, 8, 8))
+
+    def measured(rank):
+        metric = Figures(measure)
+        metric.update(IMAGES[rank::2])
+        return {name: float(value) for name, value in metric.compute().items()}
+
+    first, second = in_processes(measured, 2, tmp_path / "work")
+    assert first == second == {"kid": pytest.approx(values([IMAGES])["kid"], rel=1e-5)}
+
+
 def test_every_space_has_figures_of_its_own():
     other = extractor("other")
     other.network.head.weight.data *= 2
@@ -129,4 +144,6 @@ def test_errors():
         choose_metrics(["lpips"], spaces(), 48, (3, 8, 8))
     with pytest.raises(ValueError, match="fd was asked for: there is no extractor"):
         choose_metrics(["fd"], [], 48, (3, 8, 8))
+    with pytest.raises(ValueError, match=r"lpips was asked for: \(4, 8, 8\) are no pictures"):
+        choose_metrics(["lpips"], spaces(), 48, (4, 8, 8), {"lpips": torch.nn.Identity()})
     assert choose_metrics(None, [], 48, (3, 8, 8)).notes[0].endswith("because there is no extractor")
