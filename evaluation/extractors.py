@@ -177,6 +177,7 @@ class LiteExtractor(ResizedExtractor):
         weights = torch.load(file, map_location="cpu", weights_only=True)
         # The file names its weights otherwise, in the same order.
         network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
+        network = network.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU
         super().__init__(network, {"name": "efficientnet-lite0", "weights": sha256(file)}, 1000, layer or "blocks.6")
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:

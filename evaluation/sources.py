@@ -14,7 +14,7 @@ from torch import Tensor
 from data.image_shards import split_name
 from data.pictures import decode_picture, picture_extensions, picture_paths
 
-BLOCK = 256  # pictures in memory
+BLOCK = 128  # pictures in memory
 
 
 @dataclass(frozen=True)
