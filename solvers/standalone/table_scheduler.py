@@ -488,21 +488,31 @@ def pipeline_guidance(pipe: Any, arguments: Mapping[str, Any]) -> float:
         config = guider.config
         scale = float(config.get("guidance_scale", 1.0)) + bool(config.get("use_original_formulation"))
         return scale if guider._enabled else 1.0
-    networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
-    configs = [network.config for network in networks if network is not None]
-    is_told = any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in configs)
     scale = arguments.get("guidance_scale")
-    if is_told:
+    if _is_told(pipe):
         return 1.0 if scale is None else float(scale)
     if "true_cfg_scale" in arguments:
-        negative = (arguments.get(name) for name in ("negative_prompt", "negative_prompt_embeds"))
-        scale = arguments["true_cfg_scale"] if any(value is not None for value in negative) else 1.0
+        scale = _true_scale(arguments)
     return 1.0 if scale is None else max(1.0, float(scale))
+
+
+def _is_told(pipe: Any) -> bool:
+    """Whether the network is told the guidance scale."""
+    networks = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    configs = [network.config for network in networks if network is not None]
+    return any(config.get("guidance_embeds") or config.get("time_cond_proj_dim") for config in configs)
+
+
+def _true_scale(arguments: Mapping[str, Any]) -> float:
+    """`true_cfg_scale`, which does nothing without a negative prompt, nor below 1."""
+    negative = (arguments.get(name) for name in ("negative_prompt", "negative_prompt_embeds"))
+    return max(1.0, float(arguments.get("true_cfg_scale") or 1.0)) if any(n is not None for n in negative) else 1.0
 
 
 def further_guidance(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a call says about guidance beside its scale, such as a second scale: arguments other than the defaults."""
-    found = {}
+    second = _true_scale(arguments) if _is_told(pipe) else 1.0  # a distilled Flux can be guided on top
+    found: dict[str, Any] = {} if second == 1.0 else {"true_cfg_scale": second}
     for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
         value = arguments.get(name) if is_guidance(name) else None
         value = list(value) if isinstance(value, tuple) else value

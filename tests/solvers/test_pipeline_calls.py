@@ -32,7 +32,7 @@ from solvers.standalone.table_scheduler import further_guidance, is_guidance, pi
 from tests.analytic import two_point_denoiser
 from tests.bridge.builders import hunyuan_video_15, klein, qwen_image, wan
 from tests.bridge.parts import embedded, ready
-from tests.bridge.rows import BOTH, SIZE, TWO_TEXTS
+from tests.bridge.rows import BOTH, SHORT, SIZE, TWO_TEXTS
 from tests.solvers.test_scheduler import PROMPTS, VP, artifact, flow_solver, pipeline_table, solver
 from tests.tiny_pipelines import KINDS, call_arguments, tiny_pipeline, tiny_unet
 
@@ -174,6 +174,19 @@ def test_a_second_guidance_is_compared(tmp_path):
             ValueError, match=r"called with guidance_scale_2 .*, this solver was made (at 3\.0|without):"
         ):
             pipe(**arguments, guidance_scale_2=called)
+
+
+def test_guidance_on_top_of_a_distilled_network_is_compared(tmp_path):
+    """Flux with a negative prompt: its network is told one scale, and guided by another."""
+    pipe, call = tiny_pipeline("flux"), SIZE | SHORT | {"guidance_scale": 3.0}
+    twice = {"negative_prompt": "fog", "true_cfg_scale": 4.0}
+    denoisers = [PipelineDenoiser(pipe, PROMPTS, **call | more) for more in ({}, twice, {"true_cfg_scale": 4.0})]
+    assert [denoiser.thresholding for denoiser in denoisers] == [None, {"true_cfg_scale": 4.0}, None]
+    path = save_solver(denoisers[0].table(4), tmp_path / "s.json", identify(denoisers[0]), method="test")
+    pipe.scheduler = TableScheduler.for_pipeline(path, pipe)
+    assert pipe(PROMPTS[0], num_inference_steps=4, **call).images.isfinite().all()
+    with pytest.raises(ValueError, match=r"called with true_cfg_scale 4\.0, this solver was made without"):
+        pipe(PROMPTS[0], num_inference_steps=4, **call | twice)
 
 
 def test_guidance_by_an_object_is_compared(tmp_path):
