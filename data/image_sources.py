@@ -4,6 +4,7 @@ import hashlib
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,7 +15,7 @@ from data.image_shards import split_name
 from data.pictures import files_below, picture_extensions
 
 Files = dict[str, bytes]  # content by extension
-TEXTS = {"txt", "json"}
+TEXTS = ("txt", "json")
 
 
 @dataclass
@@ -131,21 +132,27 @@ def find_sources(images: str | Path, pattern: str, captions: str | None = None, 
         if captions is not None:
             raise ValueError(f"{folder} holds shards, whose captions are in them: give no table of captions")
         return [ShardSource(path) for path in paths]
-    files, table = list(_grouped(folder).items()), read_captions(captions) if captions is not None else {}
+    files, table = list(_grouped(folder)), read_captions(captions) if captions is not None else {}
     if not files:
         raise ValueError(f"no image-text shards {pattern} and no files in {folder}: give the folder that holds them")
     parts = (dict(files[start : start + shard_size]) for start in range(0, len(files), shard_size))
     return [FolderSource(f"shard-{number:05d}", folder, part, table) for number, part in enumerate(parts)]
 
 
-def _grouped(folder: Path) -> dict[str, dict[str, str]]:
-    """Pictures below a folder, with what is beside them under the same name: paths by key and extension, in order."""
-    kinds, found = {*picture_extensions(), *TEXTS}, dict[str, dict[str, str]]()
+def _grouped(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Key of each picture below a folder, and paths by extension of it and of the texts of its name, in order."""
+    pictures, texts = defaultdict[str, list[Path]](list), defaultdict[str, dict[str, str]](dict)
     for path in files_below(folder):
-        extension, name = path.suffix[1:].lower(), path.relative_to(folder)
-        if extension in kinds:
-            found.setdefault(name.with_suffix("").as_posix(), {})[extension] = name.as_posix()
-    return {key: files for key, files in sorted(found.items()) if files.keys() - TEXTS}
+        name, extension = path.relative_to(folder), path.suffix[1:].lower()
+        key = name.with_suffix("").as_posix()
+        if extension in picture_extensions():
+            pictures[key].append(name)
+        elif extension in TEXTS:
+            texts[key][extension] = name.as_posix()
+    for key, names in sorted(pictures.items()):
+        for name in names:  # those that differ in their kind alone have it in their key
+            files = {name.suffix[1:].lower(): name.as_posix()} | texts.get(key, {})
+            yield key if len(names) == 1 else name.as_posix(), files
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

@@ -53,16 +53,18 @@ def test_shards_have_their_captions_in_them(tmp_path: Path) -> None:
 
 
 def test_files_are_grouped_by_name(tmp_path: Path) -> None:
-    for name in ("b.v2.PNG", "b.v2.txt", "a.webp", "c.txt", "d.mp4", "e/f.jpeg"):
+    for name in ("b.v2.PNG", "b.v2.txt", "a.webp", "c.txt", "d.mp4", "e/f.jpeg", "e/g.jpg", "e/g.png", "e/g.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"a cat" if name.endswith("txt") else picture(0))
-    first, second = find_sources(tmp_path, "*.tar", shard_size=2)
+    first, *others = find_sources(tmp_path, "*.tar", shard_size=2)
     left_out = LeftOut()
-    samples = [sample for source in (first, second) for sample in source.samples(left_out)]
+    samples = [sample for source in (first, *others) for sample in source.samples(left_out)]
     assert [(key, sorted(files)) for key, files in samples] == [
         ("a", ["webp"]),
         ("b.v2", ["png", "txt"]),
         ("e/f", ["jpeg"]),
+        ("e/g.jpg", ["jpg", "txt"]),
+        ("e/g.png", ["png", "txt"]),
     ]
     (tmp_path / "a.webp").unlink()
     batches = list(read_image_text(first, (16, 16), 4, left_out))
