@@ -94,8 +94,8 @@ class LatentWriter(ShardWriter):
         super().check_complete()
         if excess := self._excess(self._records()):
             raise ValueError(
-                f"{excess}, more than max_skipped {self.max_skipped:g} allows, see {self.folder / SKIPPED_NAME}: delete "
-                "the shards that it names and run again, which makes only them, or allow more, which makes nothing again"
+                f"{excess}, more than max_skipped {self.max_skipped:g} allows, see {self.folder / SKIPPED_NAME}: "
+                "delete the shards it names and run again, which makes only them, or allow more, which makes none again"
             )
 
     def summary(self) -> str:
