@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from data.image_sources import LeftOut, Source, find_sources
 from data.image_text import read_image_text
-from data.latent_shards import LatentSamples
+from data.latent_shards import LatentSamples, stored
 from data.latent_writer import LatentWriter
 from data.manifest import precision
 from data.shards import flatten_condition
 from data.teacher import StoreTrajectories
 from denoisers.encoders import Encoders, load_encoders
-from solvers.conditions import map_condition
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -81,7 +80,7 @@ class EncodeImages(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the folder, or refuse it, before any work."""
         with self.trainer.precision_plugin.predict_step_context():
-            null = self._stored(self.encoders.null_condition())
+            null = stored(self.encoders.null_condition(), self.dtype_)
             description = describe_encoding(self.encoders, null, self.dtype_)
         self.writer = LatentWriter(self.folder, description, self.sources, null, self.max_skipped)
 
@@ -106,24 +105,18 @@ class EncodeImages(lightning.LightningModule):
     def encode(self, source: Source, left_out: LeftOut) -> Iterator[LatentSamples]:
         """A source in batches, encoded on this module's device; they are on the CPU. Without samples an empty one."""
         for batch in read_image_text(source, self.encoders.pixels, self.batch_size, left_out, self.workers):
-            latents = self._stored(self.encoders.encode_images(scaled(batch.images.to(self.device))))
+            latents = stored(self.encoders.encode_images(scaled(batch.images.to(self.device))), self.dtype_)
             if not bool(latents.isfinite().all()):
                 raise ValueError(
                     f"latents of {', '.join(batch.keys[:3])}, ... of {source.name} are not finite in {self.dtype_}: "
                     "store them in another dtype, or run the autoencoder in float32 (trainer.precision)"
                 )
-            yield LatentSamples(batch.keys, latents, self._stored(self.encoders.encode_prompts(batch.captions)))
+            yield LatentSamples(batch.keys, latents, stored(self.encoders.encode_prompts(batch.captions), self.dtype_))
             self.progress.update(batch.share, len(batch.keys))
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         """The writer is part of the job."""
         return [StoreTrajectories()]
-
-    def _stored(self, value: Any) -> Any:
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.to("cpu", self.dtype_) if tensor.is_floating_point() else tensor.cpu()
-
-        return map_condition(convert, value)
 
 
 class Progress:

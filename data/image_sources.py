@@ -5,7 +5,7 @@ import tarfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +29,24 @@ class LeftOut:
 
     notes: list[str] = field(default_factory=list)
     is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class SeedSource:
+    """What becomes one shard.
+
+    Args:
+        name: of the shard.
+        seeds: of its samples.
+    """
+
+    name: str
+    seeds: Sequence[int]
+
+    @property
+    def identity(self) -> str:
+        """What tells a changed source from this one."""
+        return f"seeds {self.seeds[0]} to {self.seeds[-1]}"
 
 
 class Source(ABC):

@@ -51,6 +51,11 @@ class LatentSamples:
         return {"latents": self.latents, **flatten_condition("condition", self.condition)}
 
 
+def stored(value: Any, dtype: torch.dtype) -> Any:
+    """A condition, or one tensor, on the CPU in the dtype of shards; integers stay what they are."""
+    return map_condition(lambda one: one.to("cpu", dtype) if one.is_floating_point() else one.cpu(), value)
+
+
 @contextmanager
 def latent_file(path: Path, left_out: LeftOut) -> Iterator[Callable[[LatentSamples], None]]:
     """A shard that is written whole or not at all, and beside it first a JSON record with checksum and layout.

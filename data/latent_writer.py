@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from data.image_sources import LeftOut, Source
+from data.image_sources import LeftOut, SeedSource, Source
 from data.latent_shards import AGAIN, FIELDS, NULL_NAME, SKIPPED_NAME, LatentSamples, latent_file
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, parse_manifest, short
 from data.shard_writer import ShardWriter
@@ -24,7 +24,7 @@ class LatentWriter(ShardWriter):
     Args:
         folder: created if missing.
         description: what all shards have in common, JSON types; shards of another one are refused.
-        sources: what is encoded; their names must differ.
+        sources: what is encoded, or sampled; their names must differ.
         null: the condition of the empty prompt, (1, ...).
         max_skipped: share of the samples, and of the shards that are cut off, that may be left out.
     Raises:
@@ -37,7 +37,7 @@ class LatentWriter(ShardWriter):
         self,
         folder: str | Path,
         description: dict[str, Any],
-        sources: Sequence[Source],
+        sources: Sequence[Source | SeedSource],
         null: dict[str, Any],
         max_skipped: float = 0.0,
     ) -> None:

@@ -66,8 +66,13 @@ class LatentData(SharedData):
     def origin(self) -> dict[str, Any]:
         """What an artifact says about the data."""
         assert self.shards is not None
-        model = self.shards.manifest["encoded"]["model"]
-        return {"data": f"{len(self.shards)} pictures with captions, {self.shards.folder.name}, encoded by {model}"}
+        encoded, count, folder = self.shards.manifest["encoded"], len(self.shards), self.shards.folder.name
+        if "solver" not in encoded:
+            return {"data": f"{count} pictures with captions, {folder}, encoded by {encoded['model']}"}
+        return {
+            "data": f"{count} samples of {encoded['model']} by {encoded['solver']}, {folder}",
+            "seeds": encoded["seeds"],
+        }
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches; resumes at the exact batch."""
