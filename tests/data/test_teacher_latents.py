@@ -48,9 +48,11 @@ def test_a_student_of_videos_learns_from_its_teacher_s_own(tmp_path: Path) -> No
     assert fitted_on["seeds"] == [[7, 12]]
 
 
-def test_a_model_without_a_negative_prompt_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_negative_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = tiny_model("flux", tmp_path / "model")
     text = (model / "denoiser.yaml").read_text()
     (model / "denoiser.yaml").write_text(text.replace("negative_prompt: ''\n", ""))
     with pytest.raises(SystemExit):
         predict(model, tmp_path / "latents")
+    assert "error: model has no prompts with a negative one: write" in capsys.readouterr().err
+    assert not (tmp_path / "latents").exists()
