@@ -16,11 +16,9 @@ SHARDED = [
     "--trainer.strategy.init_args.process_group_backend=gloo",
     "--trainer.devices=2",
 ]
-ADAM = "--model.init_args.method.init_args.descent.optimizer=adam"
 CASES = {
     "base, ddp": ("base", [*DDP, "--trainer.max_steps=40"]),
     "slam, sharded": ("slam", [*SHARDED, "--trainer.max_steps=20"]),
-    "search, ddp": ("solver_search", [*DDP, ADAM, "--model.init_args.method.init_args.descent.steps=40"]),
 }
 
 
