@@ -13,6 +13,8 @@ from solvers.table import SolverTable
 
 Coefs = tuple[Tensor, Tensor, Tensor]
 
+_FINISHED = 0.2  # of the tolerance
+
 
 @dataclass(frozen=True)
 class WindowEquations:
@@ -26,7 +28,7 @@ class WindowEquations:
         calls: the network calls at the window's rows.
         seen: (calls,), which of the window's states each call sees.
         slope: (calls,), see `output_slope`.
-        tolerance: (rows,), the root mean square first-order residual at which a row is finished.
+        tolerance: (rows,), the root mean square residual of the order-k rows at which they are finished.
     """
 
     columns: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -55,7 +57,7 @@ class Equations:
         self._slope = torch.zeros(table.nfe, dtype=torch.float64)
         if settings.data_std is not None:
             self._slope = output_slope(self.table, settings.data_std)[table.call_rows]
-        self._tolerance = finished_tolerance(self.table, settings.tolerance, settings.noise_tolerance)
+        self._tolerance = finished_tolerance(self.table, settings)
         self._last_use = self.table.last_use()
         self.at = lru_cache(maxsize=256)(self._at)
 
@@ -123,18 +125,20 @@ def output_slope(table: SolverTable, data_std: float) -> Tensor:
     return on_data * gain + on_noise * sigma / power  # sigma / power = (1 - alpha gain) / sigma, also at sigma 0
 
 
-def finished_tolerance(table: SolverTable, tolerance: float, noise_tolerance: float) -> Tensor:
-    """Root mean square first-order residual at which each row is finished, (N,).
+def finished_tolerance(table: SolverTable, settings: ParallelSettings) -> Tensor:
+    """Root mean square residual of its order-k equation at which each row is finished, (N,).
 
-        max(tolerance * alpha' / N, noise_tolerance * sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2))
+        tolerance * min(1/5, k / N) * sqrt((alpha' data_std)^2 + sigma'^2),    ' the node after the row
 
-    with ' the node after the row. The first is relative to the data in the state (close to the noise end, where alpha
-    is 0.01, an error of 1e-3 in a state is one of 0.1 in the image), and N rows may add up. The second is relative to
-    the noise that an ancestral step would add there.
+    The residual is how far the state would move, rows before it included, so it speaks of the state's error and needs
+    no share of the tolerance for each row, unless the equations reach back over few of them. A fifth, because what
+    is left of the error grows on the way to the image (measured, parataa/README.md).
 
-    Source: the second is the stopping rule of arXiv 2402.09970, section 2; the first is absolute there.
+    Args:
+        table: nodes.
+        settings: tolerance, order and data_std (1 where it is None or 0), `filled_in`.
+    Source: ParaDiGMS (arXiv 2305.16317) slides its window by the movement too, relative to an ancestral step's noise.
     """
-    alpha, sigma = table.alpha, table.sigma
-    ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1]).clamp_min(1e-300)
-    noise_scale = sigma[1:] * (1 - ratio**2).clamp_min(0).sqrt()
-    return torch.maximum(tolerance * alpha[1:] / table.num_rows, noise_tolerance * noise_scale)
+    assert settings.order is not None
+    share = min(_FINISHED, settings.order / table.num_rows)
+    return settings.tolerance * share * torch.hypot(table.alpha[1:] * (settings.data_std or 1.0), table.sigma[1:])

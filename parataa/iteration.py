@@ -77,8 +77,9 @@ def step(
 ) -> tuple[Iterate, Progress]:
     """One round: finish rows from the noise end on, improve the others, slide the window.
 
-    A row is finished when its first-order residual is small and all rows before it are finished. The first unfinished
-    row has final inputs, so that its plain step is exact and finishes it as well: N rounds always suffice.
+    A row is finished when it hardly moves any more and all rows before it are finished; its last move is made. The row
+    after it is finished as well, in its newest state. The first row of the window has final inputs, so that its own
+    step is exact: N rounds always suffice.
 
     Args:
         equations: of the table.
@@ -94,14 +95,13 @@ def step(
     shifted = outputs - _each(now.slope, outputs) * iterate.states[now.seen]
     exact = _combine(now.plain, equations, iterate, outputs)
     plain = _combine(now.reaching, equations, iterate, shifted)
-    size = _rms(exact - iterate.states[1:])
-    finished = int((size <= now.tolerance).long().cumprod(0).sum())
+    finished = int((_rms(plain - iterate.states[1:]) <= now.tolerance).long().cumprod(0).sum())
     improved, history = _improve(iterate, plain, settings)
-    states = torch.cat([iterate.states[: finished + 1], exact[finished : finished + 1], improved[finished + 1 :]])
+    states = torch.cat([iterate.states[:1], exact[:1], improved[1:]])
     following = replace(iterate, states=states, history=history)
-    following = _slide(equations, following, outputs, min(finished + 1, len(size)))
+    following = _slide(equations, following, outputs, min(finished + 1, len(plain)))
     moves = torch.stack([states[-1], plain[-1]]) - iterate.states[-1]
-    return _refill(equations, following, draw, guess), Progress(size, _rms(moves).max())
+    return _refill(equations, following, draw, guess), Progress(_rms(exact - iterate.states[1:]), _rms(moves).max())
 
 
 def terminate(equations: Equations, iterate: Iterate) -> bool:

@@ -14,7 +14,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("order", "window", "max_rounds", "batch_size"), _COUNT),
     "memory": (_COUNT[0], f"{_COUNT[1]} (1 is plain iteration)"),
     **dict.fromkeys(("tolerance", "regularization"), _POSITIVE),
-    **dict.fromkeys(("noise_tolerance", "data_std"), _NOT_NEGATIVE),
+    "data_std": _NOT_NEGATIVE,
     "safeguard": (lambda value: isinstance(value, Real) and value > 0, "positive; infinity switches it off"),
 }
 _OPTIONAL = ("order", "window", "max_rounds", "batch_size", "data_std")
@@ -37,9 +37,8 @@ class ParallelSettings:
             of the round before, > 0; infinity accelerates always.
         data_std: standard deviation of the data; the equations then already know how outputs follow their states for
             Gaussian data (`output_slope`). About 0.5 for images in [-1, 1], 1 for scaled latents; None leaves it out.
-        tolerance: a row is finished when its first-order residual (root mean square) is at most tolerance * alpha / N
-            at its node and all rows before it are finished; about the relative error of the result.
-        noise_tolerance: the same relative to the noise of an ancestral step, >= 0; the larger bound counts.
+        tolerance: about the relative error of the result; a row is finished when all rows before it are and it moved,
+            relative to its state, by at most a fifth of it (`equations.finished_tolerance`).
         early_stop: end a sample when its final state settled, rounds before all rows are finished: going on as in the
             last two rounds it would move by at most `tolerance` (root mean square), and no first-order residual exceeds
             tolerance * order / N.
@@ -56,7 +55,6 @@ class ParallelSettings:
     safeguard: float = 0.5
     data_std: float | None = 0.5
     tolerance: float = 1e-3
-    noise_tolerance: float = 0.0
     early_stop: bool = True
     max_rounds: int | None = None
     batch_size: int | None = None

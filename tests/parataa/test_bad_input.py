@@ -27,7 +27,6 @@ TABLE, NOISE = euler_table(VP, 6), start_noise(range(2), SHAPE)
         ({"tolerance": "1e-3"}, "tolerance is 1e-3: it must be finite and positive"),
         ({"tolerance": None}, "tolerance is None"),
         ({"regularization": 0.0}, "regularization is 0.0"),
-        ({"noise_tolerance": -0.1}, "noise_tolerance is -0.1: it must be finite and not negative"),
         ({"data_std": -0.5}, "data_std is -0.5"),
         ({"data_std": float("inf")}, "data_std is inf"),
         ({"safeguard": 0.0}, "safeguard is 0.0: it must be positive; infinity switches it off"),
