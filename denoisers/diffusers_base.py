@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from denoisers.decoding import decode
 from solvers.calls import drop_learned_variance
 from solvers.conditions import map_condition
-from solvers.identity import weight_hash
+from solvers.identity import Guidance, guidance_range, weight_hash
 from solvers.schedule import NoiseSchedule
 
 NETWORKS = ("transformer", "unet")  # components of pipelines
@@ -120,7 +120,7 @@ class DiffusersDenoiser(nn.Module):
 
     network: Any
     upcasts_decoder = False  # whether its pipeline does
-    guidance_scale: float = 1.0  # that a distilled network is told
+    guidance_scale: Guidance = 1.0  # that a distilled network is told
     default_size: int | tuple[int, int] | None = None
     default_frames: int | None = None  # of a network of videos
     image_tokens: int | None = None
@@ -166,10 +166,10 @@ class DiffusersDenoiser(nn.Module):
         config = self.network.config
         return bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim"))
 
-    def told(self, guidance_scale: float) -> Any:
-        """The same network, told a guidance scale; this denoiser stays as it is."""
-        other = copy.copy(self)
-        other.guidance_scale = float(guidance_scale)
+    def told(self, guidance_scale: Guidance) -> Any:
+        """The same network, told a guidance scale, or each sample's of a range; this denoiser stays as it is."""
+        other, (low, high) = copy.copy(self), guidance_range(guidance_scale)
+        other.guidance_scale = (low, high) if isinstance(guidance_scale, Sequence) else low
         return other
 
     @property
@@ -244,6 +244,12 @@ class PromptDenoiser(DiffusersDenoiser):
         """The network's output at a state, (batch, *sample_shape)."""
         self._check_condition(condition)
         return super().forward(x, timestep, {key: value for key, value in condition.items() if key != "null"})
+
+    def scale_of(self, condition: Any) -> tuple[Any, Any]:
+        """The prompts of a condition, and the scale that the network is told; in a range each sample has its own."""
+        if isinstance(self.guidance_scale, tuple):
+            return condition["condition"], condition["guidance_scale"]
+        return condition, self.guidance_scale
 
     def _check_condition(self, condition: Any) -> None:
         if not isinstance(condition, dict):

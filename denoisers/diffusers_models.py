@@ -100,15 +100,20 @@ class Flux(PackedTransformer):
     A guidance-distilled network is told the scale: `guidance_scale` then costs one evaluation and needs no null prompt.
     """
 
+    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, gamma: Tensor | None = None) -> Tensor:
+        """The network's output at a state, (batch, *sample_shape); gamma (batch,) is for students."""
+        condition, scale = self.scale_of(condition)
+        self._check_condition(condition)
+        if self.is_told_guidance:
+            guidance = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+            condition = condition | {"guidance": guidance.expand(len(x))}
+        return super().forward(x, timestep, condition, gamma)
+
     def evaluate(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        guidance = None
-        if self.network.config.guidance_embeds:
-            guidance = torch.full((len(x),), self.guidance_scale, device=x.device, dtype=torch.float32)
         text = condition["encoder_hidden_states"]
         return self.network(
             hidden_states=x,
             timestep=timestep.to(x.dtype) / 1000,
-            guidance=guidance,
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
             img_ids=self._image_positions(x),
             **condition,

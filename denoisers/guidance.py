@@ -77,12 +77,12 @@ def with_guidance(denoiser: nn.Module, guidance_scale: Guidance = 1.0) -> nn.Mod
     """`denoiser` itself at the scale it has, which is 1 unless it is guided; else a GuidedDenoiser.
 
     A guidance-distilled network (`is_told_guidance`) is told the scale instead, in a denoiser of its own: one
-    evaluation at any.
+    evaluation at any, or for a range at that of each sample.
 
     Raises:
         ValueError: a denoiser that is guided already, with another scale.
     """
-    if getattr(denoiser, "is_told_guidance", False) and not isinstance(guidance_scale, Sequence):
+    if getattr(denoiser, "is_told_guidance", False):
         return denoiser.told(guidance_scale)
     own = own_guidance(denoiser)
     if guidance_range(own) == guidance_range(guidance_scale):

@@ -42,11 +42,12 @@ class PromptUNet(PromptDenoiser):
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, gamma: Tensor | None = None) -> Tensor:
         """The network's output at a state, (batch, *sample_shape); gamma (batch,) is for students; None: the scale."""
+        condition, scale = self.scale_of(condition)
         self._check_condition(condition)
         width = self.network.config.time_cond_proj_dim
         if width is not None:
-            told = 1 - (self.guidance_scale - 1) / 10
-            gamma = torch.full((len(x),), told, device=x.device) if gamma is None else gamma
+            told = torch.as_tensor(1 - (scale - 1) / 10, dtype=torch.float32, device=x.device)
+            gamma = told.expand(len(x)) if gamma is None else gamma
             condition = condition | {"timestep_cond": gamma_sinusoids(gamma, width)}
         return super().forward(x, timestep, condition)
 

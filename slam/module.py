@@ -9,12 +9,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from denoisers import calls_per_row, condition_length, load_denoiser
+from denoisers import calls_per_row, condition_length, load_denoiser, with_scale
 from evaluation.evaluate import shipped_measure
 from slam.choice import distances
 from slam.export import STUDENT_NAME, Exports, data_origin, export
 from slam.lines import teacher_points
 from slam.networks import (
+    at_one_scale,
     check_precision,
     follow,
     load_network,
@@ -28,6 +29,7 @@ from slam.networks import (
 from slam.objective import Objective, Weights, predictions
 from slam.tables import student_table
 from solvers import NoiseSchedule, SolverTable, default_solver, identify
+from solvers.identity import guidance_range, own_guidance
 from solvers.prediction import per_sample
 from training.ema import averaged_network, averages
 from training.network import AdamW, NetworkModule
@@ -46,7 +48,8 @@ class SLAM(NetworkModule, TableModule):
     Args:
         teacher: the network, or a path for `load_denoiser`; its class must offer students (denoisers/gamma.py).
         output: folder for student/ and slam-<steps>.json.
-        guidance_scale: of the teacher, uncond + guidance_scale (cond - uncond); the student needs none.
+        guidance_scale: of the teacher, uncond + guidance_scale (cond - uncond); the student needs none. A network that
+            is told its scale may have a range, of which every sample of the training has one of its own.
         teacher_dtype: number format of the teacher's weights; default: as they are.
         objective: what is minimised.
         optimizer: AdamW and its learning rate; the default is the paper's on Stable Diffusion.
@@ -69,7 +72,7 @@ class SLAM(NetworkModule, TableModule):
         self,
         teacher: str | nn.Module,
         output: str | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | tuple[float, float] = 1.0,
         teacher_dtype: str | None = None,
         objective: Objective = Objective(),  # noqa: B008 - frozen
         optimizer: AdamW = AdamW(8e-6),  # noqa: B008
@@ -108,7 +111,8 @@ class SLAM(NetworkModule, TableModule):
 
         Of a run that has finished, and is tested without a checkpoint, the exported student.
         """
-        return averaged_network(self.trainer, self.target) if self._exported is None else self._exported
+        found = averaged_network(self.trainer, self.target) if self._exported is None else self._exported
+        return at_one_scale(found)
 
     @property
     def decoder(self) -> Any:
@@ -123,7 +127,7 @@ class SLAM(NetworkModule, TableModule):
     @property
     def reference_denoiser(self) -> Any:
         """The teacher."""
-        return self.teacher
+        return at_one_scale(self.teacher)
 
     @property
     def default_reference(self) -> str:
@@ -145,7 +149,8 @@ class SLAM(NetworkModule, TableModule):
     def tables_to_test(self) -> list[str]:
         """Names of the tables; of a run that is not in memory, those of its artifacts, with the exported student."""
         if not self.images and self.destination and (self.destination / STUDENT_NAME).is_dir():
-            self._exported = load_denoiser(self.destination / STUDENT_NAME).to(self.device)
+            scale: Any = own_guidance(self.target)
+            self._exported = load_denoiser(self.destination / STUDENT_NAME, scale).to(self.device)
         return super().tables_to_test()
 
     def configure_model(self) -> None:
@@ -174,7 +179,7 @@ class SLAM(NetworkModule, TableModule):
         generator = self.generator("noise", self.current_epoch, batch_idx, device=self.device)
         noise = torch.randn(data.shape, generator=generator, device=self.device, dtype=data.dtype)
         weights = self._weights(len(data), batch_idx).to(self.device, data.dtype)
-        networks = self.student, self.target, self.teacher
+        networks, condition = (self.student, self.target, self.teacher), self._scaled(condition, len(data), batch_idx)
         found, aim = predictions(*networks, weights, data, noise, condition, self.objective.tells_gamma)
         loss = self.objective.of(per_sample(weights.loss, found) * (found - aim))
         self.images += len(data) * self.trainer.world_size
@@ -273,6 +278,12 @@ class SLAM(NetworkModule, TableModule):
             self.kept[count], self.tables[count] = best, tables[best]
             told = ", ".join(f"{share:g}: {distance:.3f}" for share, distance in found.items())
             rank_zero_info(f"slam-{count} keeps {best:g} of its noise; Frechet distance by share: {told}")
+
+    def _scaled(self, condition: Any, batch: int, batch_idx: int) -> Any:
+        """With random guidance scales of a range."""
+        low, high = guidance_range(own_guidance(self.teacher))
+        share = torch.rand(batch, generator=self.generator("scale", self.current_epoch, batch_idx))
+        return with_scale(self.teacher, condition, (low + (high - low) * share).to(self.device))
 
     def _weights(self, batch: int, batch_idx: int) -> Weights:
         """Random points, and gammas (1 for plain consistency distillation)."""

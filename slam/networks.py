@@ -1,5 +1,6 @@
 """The networks of a run: the teacher in its own number format, the student, and its average, the target."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from denoisers import load_denoiser, map_condition, with_guidance
 from denoisers.gamma import with_gamma
 from denoisers.protocol import DenoiserWrapper
 from slam.lora import add_lora
-from solvers.identity import Guidance
+from solvers.identity import Guidance, own_guidance
 from solvers.schedule import NoiseSchedule
 from training.ema import average_of
 from training.sharded import own_part
@@ -97,8 +98,26 @@ def share(student: nn.Module, network: nn.Module) -> None:
 
 
 def told_scale(network: Any, guidance_scale: Guidance) -> Any:
-    """What a student starts from: the network, told the scale where it is one that is."""
-    return network.told(guidance_scale) if getattr(network, "is_told_guidance", False) else network
+    """What a student starts from: the network, told the scale where it is one that is.
+
+    Raises:
+        ValueError: a range of scales for a network that is told none.
+    """
+    if getattr(network, "is_told_guidance", False):
+        return network.told(guidance_scale)
+    if isinstance(guidance_scale, Sequence):
+        name = getattr(network, "name", None) or type(network).__name__
+        raise ValueError(
+            f"guidance_scale is {list(guidance_scale)}: a student of {name} is told no scale, so it learns one; give one "
+            "number"
+        )
+    return network
+
+
+def at_one_scale(denoiser: Any) -> Any:
+    """A denoiser that is told a range of scales, at its middle; any other as it is."""
+    scale = own_guidance(denoiser)
+    return denoiser.told(sum(scale) / 2) if isinstance(scale, tuple) else denoiser
 
 
 def widest(network: nn.Module) -> torch.dtype:

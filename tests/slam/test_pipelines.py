@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from denoisers import class_labels, load_denoiser
+from denoisers import class_labels, load_denoiser, with_scale
 from denoisers.diffusers_models import from_pipeline
 from denoisers.gamma import Student, with_gamma
 from slam.export import Exports
@@ -16,6 +16,7 @@ from slam.module import SLAM
 from slam.objective import Objective
 from solvers import load_solver, sample, start_noise
 from solvers.accelerate import accelerate_pipeline
+from solvers.errors import SolverError
 from tests.tiny_pipelines import call_arguments, encoding, size, tiny_pipeline
 from training.network import AdamW
 
@@ -46,7 +47,8 @@ def distil(model: Path, output: Path, **options: Any) -> SLAM:
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
     trainer |= {name: options.pop(name) for name in ("precision", "callbacks") if name in options}
     made = {"objective": Objective(teacher_points=10), "optimizer": AdamW(3e-2), "exports": Exports((1, 4))}
-    module = SLAM(str(model), str(output), guidance_scale=GUIDANCE, sample_every=0, **made | options)
+    made |= {"guidance_scale": GUIDANCE, "sample_every": 0}
+    module = SLAM(str(model), str(output), **made | options)
     lightning.Trainer(**trainer).fit(module, batches(model))
     return module
 
@@ -128,3 +130,30 @@ def test_adapters_stand_around_the_teacher_s_own_weights(tmp_path: Path) -> None
     assert load_denoiser(tmp_path / "out" / "student").network.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"in bfloat16, and trainer\.precision is 32-true: train with --trainer\.prec"):
         distil(model, tmp_path / "other", lora_rank=2)
+
+
+def test_a_student_is_told_any_scale_of_a_range(tmp_path: Path) -> None:
+    """Every sample has one of its own, which teacher and student are told; pipelines choose one."""
+    model = tiny_model("flux", tmp_path / "model")
+    module = distil(model, tmp_path / "out", guidance_scale=(1.5, 4.0))
+    scales = module._scaled(module.teacher.conditions, 64, 0)["guidance_scale"]
+    assert 1.5 <= scales.min() < 2 < 3.5 < scales.max() <= 4
+    ranged, teacher = load_denoiser(model, (1.5, 4.0)), load_denoiser(model)
+    x, timestep = start_noise([0, 1], teacher.sample_shape), torch.tensor(400.0)
+    found = ranged(x, timestep, with_scale(ranged, teacher.conditions, torch.tensor([2.0, 3.0])))
+    wanted = [teacher.told(scale)(x, timestep, teacher.conditions)[k] for k, scale in enumerate((2.0, 3.0))]
+    assert torch.allclose(found, torch.stack(wanted), atol=1e-6)
+    assert (wanted[0] - teacher.told(3.0)(x, timestep, teacher.conditions)[0]).abs().max() > 1e-4
+    student = load_denoiser(tmp_path / "out" / "student", 2.5)
+    table = load_solver(tmp_path / "out" / "slam-1.json", student)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "student")
+    with accelerate_pipeline(pipe, tmp_path / "out" / "slam-1.json"):
+        drawn = pipe(**call_arguments("flux", PROMPTS, 2.5, 1), latents=x.clone()).images
+    assert (drawn - sample(student, table, x, student.conditions, seeds=[0, 1])).abs().max() < 1e-5
+    with pytest.raises(SolverError, match="made for guidance scale"):
+        load_solver(tmp_path / "out" / "slam-1.json", load_denoiser(tmp_path / "out" / "student", 5.0))
+
+
+def test_a_range_of_scales_needs_a_network_that_is_told_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"guidance_scale is \[1\.5, 4\.0\]: a student of model is told no scale"):
+        SLAM(str(tiny_model("sd3", tmp_path / "model")), guidance_scale=(1.5, 4.0))
