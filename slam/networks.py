@@ -108,8 +108,7 @@ def told_scale(network: Any, guidance_scale: Guidance) -> Any:
     if isinstance(guidance_scale, Sequence):
         name = getattr(network, "name", None) or type(network).__name__
         raise ValueError(
-            f"guidance_scale is {list(guidance_scale)}: a student of {name} is told no scale, so it learns one; give one "
-            "number"
+            f"guidance_scale is {list(guidance_scale)}: a student of {name} is told no scale and learns one: give it"
         )
     return network
 
