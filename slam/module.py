@@ -282,8 +282,9 @@ class SLAM(NetworkModule, TableModule):
     def _scaled(self, condition: Any, batch: int, batch_idx: int) -> Any:
         """With random guidance scales of a range."""
         low, high = guidance_range(own_guidance(self.teacher))
-        share = torch.rand(batch, generator=self.generator("scale", self.current_epoch, batch_idx))
-        return with_scale(self.teacher, condition, (low + (high - low) * share).to(self.device))
+        generator = self.generator("scale", self.current_epoch, batch_idx)
+        share = torch.rand(batch, generator=generator, dtype=torch.float64)
+        return with_scale(self.teacher, condition, (low + (high - low) * share).float().to(self.device))
 
     def _weights(self, batch: int, batch_idx: int) -> Weights:
         """Random points, and gammas (1 for plain consistency distillation)."""
