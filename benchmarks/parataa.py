@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "defaults, no safeguard": {"safeguard": math.inf},
 }
 SOLVERS = ("ddim:25", "ddim:50", "ddpm:100")
-TOLERANCES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
+TOLERANCES = (1.0, 0.5, 0.2, 0.1, 0.08, 0.05, 0.04, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0007, 0.0005)
 
 
 def main(arguments: list[str] | None = None) -> None:
