@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from solvers.errors import one_line
-from solvers.text import read_text
+from solvers.text import read_text, split_lines
 
 NAMES = ("file_name", "file", "path", "image")
 TEXTS = ("caption", "text", "prompt")
@@ -20,7 +20,8 @@ def read_captions(path: str | Path) -> dict[str, str]:
     Args:
         path: a table with a column (or key) of NAMES and one of TEXTS; .json may also map names to captions.
     Raises:
-        ValueError: another kind of file, one that cannot be read, or a row without name or caption.
+        ValueError: another kind of file, one that cannot be read, a row without name or caption, or two captions of
+            one picture.
     """
     path = Path(path)
     if path.suffix.lower() not in _READERS:
@@ -28,9 +29,18 @@ def read_captions(path: str | Path) -> dict[str, str]:
     text = read_text(path)
     try:
         rows = _READERS[path.suffix.lower()](text)
-        return dict(_entry(row, number) for number, row in enumerate(rows, 1))
+        return _by_name(rows)
     except (ValueError, csv.Error, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as captions: {one_line(str(error))}") from error
+
+
+def _by_name(rows: Iterable[Any]) -> dict[str, str]:
+    captions: dict[str, str] = {}
+    for number, row in enumerate(rows, 1):
+        name, text = _entry(row, number)
+        if captions.setdefault(name, text) != text:
+            raise ValueError(f"row {number} is another caption of {name}: give one of each picture")
+    return captions
 
 
 def _entry(row: Any, number: int) -> tuple[str, str]:
@@ -52,7 +62,7 @@ def _json(text: str) -> Iterable[Any]:
 
 
 def _lines(text: str) -> Iterable[Any]:
-    return (json.loads(line) for line in text.splitlines() if line.strip())
+    return (json.loads(line) for line in split_lines(text) if line.strip())
 
 
 def _columns(text: str, delimiter: str = ",") -> Iterable[Any]:

@@ -18,8 +18,10 @@ from data.manifest import precision
 from data.shards import flatten_condition
 from data.teacher import StoreTrajectories
 from denoisers.encoders import Encoders, load_encoders
+from denoisers.prompts import call_defaults
 
 DTYPES = ("float16", "bfloat16", "float32")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class EncodeImages(lightning.LightningModule):
@@ -45,8 +47,8 @@ class EncodeImages(lightning.LightningModule):
             the run ends with an error, and the shards are not used for training until more is allowed.
         workers: threads of each process that decode pictures.
     Raises:
-        ValueError: a model that cannot be loaded, an unknown dtype, no pictures, a table that cannot be read, a folder
-            with other shards, or in the end too much that was left out.
+        ValueError: a model that cannot be loaded, an unknown dtype or precision, no pictures, a table that cannot be
+            read, a folder with other shards, or in the end too much that was left out.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class EncodeImages(lightning.LightningModule):
         workers: int = 4,
     ) -> None:
         super().__init__()
-        self.dtype_, text_dtype_ = _dtype(dtype), _dtype(text_dtype)
+        self.dtype_, self.text_dtype = _dtype(dtype), _dtype(text_dtype)
         if min(batch_size, workers, shard_size) < 1:
             raise ValueError(
                 f"batch_size {batch_size}, workers {workers} and shard_size {shard_size} must be at least 1"
@@ -72,16 +74,21 @@ class EncodeImages(lightning.LightningModule):
         if not 0 <= max_skipped <= 1:
             raise ValueError(f"max_skipped is {max_skipped}: give a share between 0 and 1")
         self.sources = find_sources(images, shards, captions, shard_size)
-        self.encoders: Encoders = load_encoders(model, text_dtype_)
+        self.encoders: Encoders = load_encoders(model, self.text_dtype)
         self.folder, self.batch_size, self.max_skipped, self.workers = folder, batch_size, max_skipped, workers
         self.writer: LatentWriter
         self.progress: Progress
 
     def setup(self, stage: str) -> None:
-        """Check the folder, or refuse it, before any work."""
+        """Check precision and folder, or refuse them, before any work."""
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: encode with one of {', '.join(PRECISIONS)}; "
+                "model.text_dtype makes text encoders small"
+            )
         with self.trainer.precision_plugin.predict_step_context():
             null = stored(self.encoders.null_condition(), self.dtype_)
-            description = describe_encoding(self.encoders, null, self.dtype_)
+            description = describe_encoding(self.encoders, null, self.dtype_, self.text_dtype)
         self.writer = LatentWriter(self.folder, description, self.sources, null, self.max_skipped)
 
     def on_predict_start(self) -> None:
@@ -105,13 +112,11 @@ class EncodeImages(lightning.LightningModule):
     def encode(self, source: Source, left_out: LeftOut) -> Iterator[LatentSamples]:
         """A source in batches, encoded on this module's device; they are on the CPU. Without samples an empty one."""
         for batch in read_image_text(source, self.encoders.pixels, self.batch_size, left_out, self.workers):
-            latents = stored(self.encoders.encode_images(scaled(batch.images.to(self.device))), self.dtype_)
-            if not bool(latents.isfinite().all()):
-                raise ValueError(
-                    f"latents of {', '.join(batch.keys[:3])}, ... of {source.name} are not finite in {self.dtype_}: "
-                    "store them in another dtype, or run the autoencoder in float32 (trainer.precision)"
-                )
-            yield LatentSamples(batch.keys, latents, stored(self.encoders.encode_prompts(batch.captions), self.dtype_))
+            latents = self.encoders.encode_images(scaled(batch.images.to(self.device)))
+            encoded = (latents, self.encoders.encode_prompts(batch.captions))
+            samples = LatentSamples(batch.keys, *(stored(value, self.dtype_) for value in encoded))
+            _check_finite(samples, source.name)
+            yield samples
             self.progress.update(batch.share, len(batch.keys))
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -166,7 +171,19 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def describe_encoding(encoders: Encoders, null: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _check_finite(samples: LatentSamples, name: str) -> None:
+    broken = [part for part, value in samples.tensors().items() if not bool(value.isfinite().all())]
+    if broken:
+        dtype = str(samples.latents.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{', '.join(broken)} of {', '.join(samples.keys[:3])}, ... of {name} are not finite in {dtype}: store "
+            "them in another dtype, or run the encoders in bfloat16 or float32 (trainer.precision, text_dtype)"
+        )
+
+
+def describe_encoding(
+    encoders: Encoders, null: dict[str, Any], dtype: torch.dtype, text_dtype: torch.dtype
+) -> dict[str, Any]:
     """What all shards of a folder have in common, JSON types."""
     tensors = {name: list(value.shape[1:]) for name, value in flatten_condition("condition", null).items()}
     return {
@@ -176,7 +193,9 @@ def describe_encoding(encoders: Encoders, null: dict[str, Any], dtype: torch.dty
         "image_size": list(encoders.pixels),
         "negative_prompt": encoders.negative_prompt,
         "options": encoders.options,
+        "defaults": call_defaults(encoders.pipe),
         "dtype": str(dtype).removeprefix("torch."),
+        "text_dtype": str(text_dtype).removeprefix("torch."),
         "precision": precision(torch.float32),
         "tensors": {"latents": list(encoders.sample_shape), **tensors},
     }

@@ -1,8 +1,8 @@
 """Where pictures with captions come from: webdataset shards, or a folder of files. One source becomes one shard."""
 
 import hashlib
+import json
 import tarfile
-import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from pathlib import Path
 from data.captions import read_captions
 from data.image_shards import split_name
 from data.pictures import files_below, picture_extensions
+from solvers.errors import one_line
 
 Files = dict[str, bytes]  # content by extension
 TEXTS = ("txt", "json")
@@ -29,6 +30,10 @@ class LeftOut:
 
     notes: list[str] = field(default_factory=list)
     is_cut: bool = False
+
+    def note(self, text: str) -> None:
+        """One more, in one line; of a name that is no text the odd bytes by their codes."""
+        self.notes.append(one_line(text.encode("utf-8", "backslashreplace").decode()))
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,15 @@ class ShardSource(Source):
         return self.size
 
     def samples(self, left_out: LeftOut) -> Iterator[tuple[str, Files]]:
-        """Neighbouring files of one name are a sample, as webdataset groups them."""
+        """Neighbouring files of one name are a sample, as webdataset groups them; hidden files are not seen."""
         try:
             with tarfile.open(self.path) as archive:
-                files = (member for member in archive if member.isfile())
+                files = (member for member in archive if member.isfile() and not _is_hidden(member.name))
                 for key, members in groupby(files, key=lambda member: split_name(member.name)[0]):
                     yield key, {split_name(one.name)[1]: archive.extractfile(one).read() for one in members}  # type: ignore
                 _check_end(archive)
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            left_out.notes.append(f"shard {self.path.name} is corrupt ({error}): what came before is kept")
+        except Exception as error:  # each compression raises its own
+            left_out.note(f"shard {self.path.name} is corrupt ({one_line(str(error), 150)}): what came before is kept")
             left_out.is_cut = True
 
     def share(self, samples: int, read: int) -> float:
@@ -103,7 +108,7 @@ class FolderSource(Source):
         name: of the shard.
         folder: where they lie.
         files: paths below it, by key and extension.
-        captions: by path below it, of pictures without NAME.txt.
+        captions: by path below it; they go before those beside the pictures.
     """
 
     def __init__(
@@ -113,10 +118,10 @@ class FolderSource(Source):
 
     @property
     def identity(self) -> str:
-        """Hash of their names and captions."""
+        """Hash of their names, sizes and captions in the table."""
         names = [path for files in self.files.values() for path in files.values()]
-        listed = "\n".join(f"{path}\t{self.captions.get(path)}" for path in names)
-        return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+        listed = [(path, _size(self.folder / path), self.captions.get(path)) for path in names]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def samples(self, left_out: LeftOut) -> Iterator[tuple[str, Files]]:
         """Files of one name beside each other are a sample."""
@@ -125,9 +130,9 @@ class FolderSource(Source):
             try:
                 files = {extension: (self.folder / path).read_bytes() for extension, path in paths.items()}
             except OSError as error:
-                left_out.notes.append(f"sample {key}: {error}")
+                left_out.note(f"sample {key}: {error}")
                 continue
-            yield key, files if caption is None else {"txt": caption.encode(), **files}
+            yield key, files if caption is None else {**files, "txt": caption.encode("utf-8", "surrogatepass")}
 
     def share(self, samples: int, read: int) -> float:
         """By samples."""
@@ -143,7 +148,7 @@ def find_sources(images: str | Path, pattern: str, captions: str | None = None, 
         captions: a table of captions of files, see `read_captions`.
         shard_size: samples of files that make a shard.
     Raises:
-        ValueError: neither is there, captions for shards, or a table that cannot be read.
+        ValueError: neither is there, captions for shards, or a table that cannot be read or is of other pictures.
     """
     folder = Path(images)
     if paths := sorted(folder.glob(pattern)):
@@ -153,6 +158,10 @@ def find_sources(images: str | Path, pattern: str, captions: str | None = None, 
     files, table = list(_grouped(folder)), read_captions(captions) if captions is not None else {}
     if not files:
         raise ValueError(f"no image-text shards {pattern} and no files in {folder}: give the folder that holds them")
+    if table and not any(path in table for _, paths in files for path in paths.values()):
+        raise ValueError(
+            f"{captions} names {next(iter(table))} and no picture of {folder}: give paths below that folder"
+        )
     parts = (dict(files[start : start + shard_size]) for start in range(0, len(files), shard_size))
     return [FolderSource(f"shard-{number:05d}", folder, part, table) for number, part in enumerate(parts)]
 
@@ -171,6 +180,16 @@ def _grouped(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
         for name in names:  # those that differ in their kind alone have it in their key
             files = {name.suffix[1:].lower(): name.as_posix()} | texts.get(key, {})
             yield key if len(names) == 1 else name.as_posix(), files
+
+
+def _is_hidden(name: str) -> bool:
+    """Such as ._NAME.jpg, which macOS packs before each NAME.jpg."""
+    return name.rpartition("/")[2].startswith(".")
+
+
+def _size(path: Path) -> int | None:
+    """None where there is nothing behind a link."""
+    return path.stat().st_size if path.exists() else None
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

@@ -82,7 +82,7 @@ def _caption(files: Files) -> str:
     caption = told.get("caption") if isinstance(told, dict) else None
     if not isinstance(caption, str):
         raise ValueError(f"it has no caption (.txt, or caption in .json), only {', '.join(files)}")
-    return caption
+    return decode_text(caption.encode("utf-8", "surrogatepass"))  # which refuses half a letter
 
 
 def _batches(
@@ -106,5 +106,5 @@ def _usable(decoding: list[tuple[str, Future]], left_out: LeftOut) -> list[tuple
         try:
             found.append((key, *future.result()))
         except Exception as error:  # whatever a file makes a decoder raise
-            left_out.notes.append(f"sample {key}: {one_line(str(error), 200)}")
+            left_out.note(f"sample {key}: {one_line(str(error), 150) or type(error).__name__}")
     return found

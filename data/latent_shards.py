@@ -94,7 +94,7 @@ def latent_file(path: Path, left_out: LeftOut) -> Iterator[Callable[[LatentSampl
 def map_latents(path: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     """Every tensor of all samples of a shard, (n, ...), read from the disk where it is indexed."""
     with open(path, "rb") as file:
-        member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+        member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     first = tarfile.BLOCKSIZE + 8 + length
@@ -166,7 +166,8 @@ class LatentShards:
         A denoiser that was not loaded from a pipeline's folder knows no encoders: only shapes are compared then.
 
         Raises:
-            ValueError: latents of another shape, embeddings that the network does not take, or other encoders.
+            ValueError: latents of another shape, embeddings that the network does not take, other encoders, or
+                prompts encoded with other options.
         """
         if self.sample_shape != tuple(denoiser.sample_shape):
             raise ValueError(
@@ -178,6 +179,7 @@ class LatentShards:
         if source is not None:
             from denoisers.encoder_files import encoder_hashes
 
+            self._check_options(source.options.get("encode") or {})
             self._check_encoders(source.root, encoder_hashes(source.root, source.variant))
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
@@ -238,6 +240,14 @@ class LatentShards:
             raise ValueError(
                 f"{self.folder} holds text embeddings of width {found}, the denoiser takes {wanted}: encode with the "
                 "text encoders of its own folder"
+            )
+
+    def _check_options(self, wanted: dict[str, Any]) -> None:
+        found = self.manifest["encoded"].get("options", wanted)
+        if found != wanted:
+            raise ValueError(
+                f"{self.folder} holds prompts encoded with the options {found}, the denoiser's are {wanted}: write the "
+                "same `encode: {...}` in its denoiser.yaml, or encode again"
             )
 
     def _check_encoders(self, root: str, wanted: dict[str, str]) -> None:

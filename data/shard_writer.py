@@ -107,9 +107,6 @@ class ShardWriter(FolderWriter):
             self.claim()
         mine = range(rank, self.num_shards, world_size)
         todo = [shard for shard in mine if not self._is_done(shard)]
-        for shard in mine:
-            for leftover in self.folder.glob(f".{self.path(shard).name}.*"):
-                leftover.unlink()
         self.announce(rank, todo)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / MANIFEST_NAME).exists():
@@ -170,6 +167,8 @@ class ShardWriter(FolderWriter):
         paths = [self.path(shard) for shard in range(self.num_shards)]
         if all(path.exists() and record_path(path).exists() for path in paths):
             self._save(self.manifest({path.name: self._record(path) for path in paths}))
+            for partial in self.folder.glob(".*.tar.*"):  # of killed processes: nobody writes a shard that exists
+                partial.unlink(missing_ok=True)
 
     def _record(self, path: Path) -> dict[str, Any]:
         return read_record(record_path(path), f"delete it and {path.name}, then {self.again}: only it is recomputed")

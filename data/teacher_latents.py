@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data.image_sources import LeftOut, SeedSource
 from data.latent_shards import LatentSamples, stored
 from data.latent_writer import LatentWriter
-from data.manifest import describe_teacher
+from data.manifest import describe_teacher, short
 from data.shards import flatten_condition, seed_ranges
 from data.teacher import TeacherTrajectories
 from data.trajectories import FIRST_SEED
@@ -87,11 +87,14 @@ class TeacherLatents(TeacherTrajectories):
     def _description(self, null: dict[str, Tensor]) -> dict[str, Any]:
         """What all shards have in common, JSON types."""
         shape, source = list(self.denoiser.sample_shape), getattr(self.denoiser, "source", None)
+        options = {} if source is None else source.options
         tensors = {name: list(value.shape[1:]) for name, value in flatten_condition("condition", null).items()}
         return {
             "model": self.denoiser.name,
             "encoders": {} if source is None else encoder_hashes(source.root, source.variant),
             "sample_shape": shape,
+            "options": options.get("encode") or {},
+            "prompts": short([options.get("prompts"), options.get("negative_prompt")]),
             "solver": self.solver,
             "teacher": describe_teacher(self.denoiser, self.table, self.dtype_),
             "seeds": seed_ranges(list(self.seeds)),

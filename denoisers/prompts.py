@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 from torch.nn.functional import pad
 
 from denoisers.diffusers_base import DiffusersDenoiser
 from denoisers.diffusers_models import from_pipeline
 from solvers.conditions import concatenate_conditions
-from solvers.text import read_text
+from solvers.text import read_text, split_lines
 
 HIDDEN, NULL = "encoder_hidden_states", "null/"
 MASK, PIXART_MASK, POOLED = "encoder_hidden_states_mask", "encoder_attention_mask", "pooled_projections"
 PIXART = (HIDDEN, PIXART_MASK, NULL + HIDDEN, NULL + PIXART_MASK)
+HANDED_ON = ("max_sequence_length", "clean_caption")
 RETURNED: dict[str, tuple[str | None, ...]] = {  # by a pipeline's `encode_prompt`, as arguments of its network
     "StableDiffusionPipeline": (HIDDEN, NULL + HIDDEN),
     "StableDiffusionXLPipeline": (HIDDEN, NULL + HIDDEN, "text_embeds", NULL + "text_embeds"),
@@ -60,7 +62,7 @@ def encode_prompts(
             f"the prompts of {type(pipe).__name__} cannot be encoded here, only those of "
             f"{', '.join(RETURNED)}: record any other pipeline with data.record_trajectories"
         )
-    denoiser, options = denoiser or from_pipeline(pipe), _defaults(pipe) | options
+    denoiser, options = denoiser or from_pipeline(pipe), call_defaults(pipe) | options
     parts = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     with torch.no_grad():
         return concatenate_conditions(
@@ -73,6 +75,18 @@ def takes_prompts(pipe: Any) -> bool:
     return type(pipe).__name__ in RETURNED
 
 
+def call_defaults(pipe: Any) -> dict[str, Any]:
+    """What a call of the pipeline hands `encode_prompt`, which may have another default (Wan, Qwen-Image, PixArt).
+
+    Captions are cleaned (PixArt) only where the packages for it are installed, as in the pipeline.
+    """
+    called, known = (inspect.signature(one).parameters for one in (type(pipe).__call__, pipe.encode_prompt))
+    found = {name: called[name].default for name in HANDED_ON if name in called and name in known}
+    if "clean_caption" in found:
+        found["clean_caption"] &= is_bs4_available() and is_ftfy_available()
+    return found
+
+
 def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
     """A list of prompts as it is, or the lines of a text file.
 
@@ -83,7 +97,7 @@ def read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:
         return list(prompts)
     if not Path(prompts).is_file():
         raise ValueError(f"{prompts} does not exist: give a text file with one prompt a line, or a list of prompts")
-    lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
+    lines = [line.strip() for line in split_lines(read_text(prompts)) if line.strip()]
     if not lines:
         raise ValueError(f"{prompts} has no prompts: write one a line")
     return lines
@@ -118,14 +132,6 @@ def _returned(
     arguments |= {"do_classifier_free_guidance": with_null, "negative_prompt": negative}
     given = {name: value for name, value in arguments.items() if name in known}
     return pipe.encode_prompt(prompts, **given | dict(options))
-
-
-def _defaults(pipe: Any) -> dict[str, Any]:
-    """What a call of the pipeline hands `encode_prompt`, which may have another default itself (Wan, Qwen-Image)."""
-    name = "max_sequence_length"
-    called = inspect.signature(type(pipe).__call__).parameters
-    takes = name in inspect.signature(pipe.encode_prompt).parameters
-    return {name: called[name].default} if takes and name in called else {}
 
 
 def _of_full_length(condition: dict[str, Any], length: int) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from evaluation.parts import Parts
 from evaluation.processes import barrier, first_alone, processes
 from evaluation.sources import BLOCK, Pictures, find_pictures
 from solvers.files import atomic_write, claimed
+from solvers.text import read_text, split_lines
 
 REPORT = "evaluation.json"
 
@@ -120,7 +121,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """
     pictures, device = find_pictures(args.samples), current_device()
     reference = None if args.reference is None else find_pictures(args.reference)
-    prompts = None if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
+    prompts = None if args.prompts is None else split_lines(read_text(args.prompts))
     for what, found in (("reference pictures", reference and reference.count), ("prompts", prompts and len(prompts))):
         if found is not None and found != pictures.count:
             raise ValueError(f"there are {pictures.count} pictures and {found} {what}: give one for each")

@@ -15,6 +15,7 @@ from data.image_shards import split_name
 from data.pictures import decode_picture, picture_extensions, picture_paths
 
 BLOCK = 128  # pictures in memory
+Reader = tuple[str, Callable[[], bytes]]  # a picture's name, and what reads its file
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,17 @@ def find_pictures(path: str | Path) -> Pictures:
     files = list(picture_paths(folder))
     if not files:
         raise ValueError(f"{path} has no pictures: give a folder of picture files or of shards (.tar), or an .npz file")
-    return _files([file.read_bytes for file in files], f"pictures of {path.name}")
+    return _files([(str(file), file.read_bytes) for file in files], f"pictures of {path.name}")
 
 
-def _files(readers: Sequence[Callable[[], bytes]], description: str) -> Pictures:
+def _files(readers: Sequence[Reader], description: str) -> Pictures:
+    sizes: set[tuple[int, ...]] = set()  # of all that were read
+
     def read(chosen: range) -> Tensor:
-        pictures = [torch.from_numpy(np.array(decode_picture(readers[index]()))) for index in chosen]
+        pictures = [_decode(*readers[index]) for index in chosen]
         channels = max(map(len, pictures))
         pictures = [picture.expand(channels, -1, -1) for picture in pictures]
-        sizes = {tuple(picture.shape[1:]) for picture in pictures}
+        sizes.update(tuple(picture.shape[1:]) for picture in pictures)
         if len(sizes) > 1:
             raise ValueError(f"{description} differ in size ({', '.join(map(str, sorted(sizes)))}): crop them to one")
         return torch.stack(pictures)
@@ -91,12 +94,19 @@ def _files(readers: Sequence[Callable[[], bytes]], description: str) -> Pictures
     return Pictures(len(readers), read, description)
 
 
-def _members(shards: Sequence[Path]) -> list[Callable[[], bytes]]:
-    readers = []
+def _decode(name: str, read: Callable[[], bytes]) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(decode_picture(read())))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _members(shards: Sequence[Path]) -> list[Reader]:
+    readers: list[Reader] = []
     for shard in shards:
         archive = tarfile.open(shard)  # noqa: SIM115  (read from as long as the pictures are)
         readers += [
-            lambda archive=archive, member=member: archive.extractfile(member).read()
+            (f"{member.name} in {shard}", lambda archive=archive, member=member: archive.extractfile(member).read())
             for member in archive
             if split_name(member.name)[1] in picture_extensions()
         ]

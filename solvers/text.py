@@ -28,6 +28,12 @@ def decode_text(content: bytes) -> str:
     return text
 
 
+def split_lines(text: str) -> list[str]:
+    """Lines as editors show them; `str.splitlines` also splits at letters that people write inside a line."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file.
 

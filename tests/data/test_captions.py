@@ -33,6 +33,7 @@ def test_tables_of_any_kind(name: str, encoding: str, tmp_path: Path) -> None:
         ("a.parquet", "", r"no table of captions: give one that ends in \.csv, \.tsv, \.json, \.jsonl"),
         ("a.csv", "name,words\na,b\n", r"row 1 \(name, words\) needs one of file_name"),
         ("a.csv", "file_name,text\na.jpg\n", r"row 1 \(file_name, text\) needs one of"),
+        ("a.csv", "file_name,text\na,b\na,b\na,c\n", "row 3 is another caption of a: give one"),
         ("a.json", "[3]", r"row 1 \(int\) needs one of"),
         ("a.json", '{"a.jpg": 3}', "row 1 .* both texts"),
         ("a.jsonl", "{", "cannot be read as captions"),
@@ -44,6 +45,46 @@ def test_what_is_no_table_is_one_line(name: str, text: str, line: str, tmp_path:
     with pytest.raises(ValueError, match=line) as error:
         read_captions(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_a_line_ends_where_editors_end_it(tmp_path: Path) -> None:
+    rows = [{"file": name, "caption": f"one\u2028two\x85{name}"} for name in WANTED]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_captions(tmp_path / "a.jsonl") == {row["file"]: row["caption"] for row in rows}
+
+
+def test_a_table_goes_before_what_lies_beside_the_pictures(tmp_path: Path) -> None:
+    """And half a letter in it, or in NAME.json, costs that picture alone."""
+    for name, files in {"a": {"txt": b"old"}, "b": {}, "c": {"json": b'{"caption": "\\ud83d"}'}, "d": {}}.items():
+        for kind, content in ({"png": picture(0)} | files).items():
+            (tmp_path / f"{name}.{kind}").write_bytes(content)
+    rows = [{"file": "a.png", "text": "new"}, {"file": "b.png", "text": "\ud83d"}, {"file": "d.png", "text": "d"}]
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (source,) = find_sources(tmp_path, "*.tar", captions=str(tmp_path / "table.jsonl"))
+    left_out = LeftOut()
+    (batch,) = read_image_text(source, (16, 16), 4, left_out)
+    assert (batch.keys, batch.captions) == (["a", "d"], ["new", "d"])
+    assert [note.partition(" at ")[0] for note in left_out.notes] == [
+        "sample b: the text is not UTF-8",
+        "sample c: the text is not UTF-8",
+    ]
+
+
+def test_a_table_of_other_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "table.csv").write_text("path,text\n/data/a.png,a cat\n")
+    with pytest.raises(ValueError, match=r"names /data/a\.png and no picture of .*: give paths below that folder"):
+        find_sources(tmp_path, "*.tar", captions=str(tmp_path / "table.csv"))
+
+
+def test_a_changed_file_is_another_source(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    before = [source.identity for source in find_sources(tmp_path, "*.tar")]
+    assert before == [source.identity for source in find_sources(tmp_path, "*.tar")]
+    (tmp_path / "a.txt").write_text("a small cat")
+    assert before != [source.identity for source in find_sources(tmp_path, "*.tar")]
 
 
 def test_shards_have_their_captions_in_them(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Latents and embeddings: what the pipeline's encoders give; resume, processes, damage, other models."""
 
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import lightning
@@ -23,11 +26,11 @@ from data.image_text import read_image_text
 from data.latent_shards import NULL_NAME, LatentShards
 from data.latents import LatentData
 from data.pictures import cover
-from data.shards import flatten_condition
+from data.shards import add_member, flatten_condition
 from data.teacher import TrajectoryShards
 from denoisers import load_denoiser
-from denoisers.encoders import load_encoders
-from solvers.conditions import condition_tensors, index_condition
+from denoisers.encoders import Encoders, load_encoders
+from solvers.conditions import condition_tensors, index_condition, map_condition
 from tests.image_text import CAPTIONS, image_text_folder, picture, sample_files, write_image_text
 from tests.tiny_pipelines import LENGTH, tiny_pipeline
 
@@ -207,6 +210,8 @@ def test_two_processes_share_the_shards(models: Path, images: Path, encoded: Pat
 def test_another_run_s_folder_is_refused(models: Path, images: Path, encoded: Path) -> None:
     with pytest.raises(ValueError, match=r"holds shards with another dtype: found \"float32\", asked for \"float16\""):
         encode(models / "sd", images, encoded, dtype="float16")
+    with pytest.raises(ValueError, match="holds shards with another text_dtype"):
+        encode(models / "sd", images, encoded, text_dtype="bfloat16")
     with pytest.raises(ValueError, match="holds shards with another encoders"):
         encode(models / "other-vae", images, encoded)
     write_image_text(images / "pairs-9.tar", {"a": sample_files(0)})
@@ -243,6 +248,37 @@ def test_what_cannot_be_used_is_named_and_too_much_of_it_is_refused(
     assert (len(shards), shards.records["a.tar"]["skipped"]) == (3, 6)
     wanted, _ = expected(tiny_pipeline("sd"), range(8))
     torch.testing.assert_close(shards.read([0, 1, 2])[0], wanted[[0, 4, 7]], rtol=0, atol=1e-6)
+
+
+def test_names_that_are_no_text_are_stored_and_named_in_one_line(models: Path, tmp_path: Path) -> None:
+    """Bytes of another encoding, a line break; and the hidden files that macOS packs between those of a sample."""
+    samples = {"a\udcfc": sample_files(0), "b\udcfc\nb": {"png": b""}, "c": sample_files(1)}
+    path = write_image_text(tmp_path / "images" / "a.tar", samples)
+    hidden = {f"c/.{kind}": content for kind, content in sample_files(2).items()}
+    files = {"c/1.png": picture(2), "c/._1": b"", "c/1.txt": b"tree", **hidden}
+    with tarfile.open(path, "a") as archive:
+        for name, content in files.items():
+            add_member(archive, name, content)
+    encode(models / "sd", path.parent, tmp_path / "out", max_skipped=0.25)
+    shards = LatentShards(tmp_path / "out")
+    assert len(shards) == 3
+    assert (tmp_path / "out" / "skipped.txt").read_text() == "a.tar: sample b\\udcfc b: an empty file\n"
+    wanted, _ = expected(tiny_pipeline("sd"), range(3))
+    torch.testing.assert_close(shards.read(range(3))[0], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.xz"])
+def test_whatever_is_damaged_is_one_line(tmp_path: Path, kind: str) -> None:
+    whole = image_text_folder(tmp_path, (3,)) / "pairs-0.tar"
+    pack = {"tar": bytes, "tar.gz": gzip.compress, "tar.xz": lzma.compress}[kind]
+    content, random = pack(whole.read_bytes()), np.random.default_rng(0)
+    for place in random.integers(0, len(content), 20):
+        (tmp_path / f"a.{kind}").write_bytes(content[:place] + b"\x5a" * 40 + content[place + 40 :])
+        left_out = LeftOut()
+        found = list(ShardSource(tmp_path / f"a.{kind}").samples(left_out))
+        assert len(found) <= 4
+        assert not any("\n" in note for note in left_out.notes)
+        assert left_out.is_cut == bool(left_out.notes)
 
 
 @pytest.mark.parametrize("damage", ["data", "header", "marker"])
@@ -336,6 +372,27 @@ def test_batches_of_an_epoch_show_each_sample_once(encoded: Path, models: Path, 
     assert module.origin() == {"data": "6 pictures with captions, shards, encoded by sd"}
 
 
+def test_embeddings_that_are_no_numbers_are_refused(
+    models: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5 overflows in float16."""
+    encoding = Encoders.encode_prompts
+    monkeypatch.setattr(
+        Encoders, "encode_prompts", lambda *args: map_condition(lambda value: value / 0, encoding(*args))
+    )
+    with pytest.raises(
+        ValueError, match=r"condition/encoder_hidden_states of 0000, 0001, .* of pairs-0 are not finite"
+    ):
+        encode(models / "sd", images, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_prompts_encoded_with_other_options_are_refused(encoded: Path, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "denoiser.yaml").write_text(f"path: {models / 'sd'}\nencode: {{clip_skip: 1}}\n")
+    with pytest.raises(ValueError, match=r"encoded with the options \{\}, the denoiser's are \{'clip_skip': 1\}"):
+        data(encoded, tmp_path)
+
+
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_shards_of_other_encoders_are_refused(encoded: Path, models: Path, part: str) -> None:
     with pytest.raises(ValueError, match=rf"was encoded with another {part}: weights \w{{12}} of sd, .*other-{part}"):
@@ -418,6 +475,8 @@ def test_a_damaged_shard_is_made_again(models: Path, images: Path, copied: Path,
 def test_refusals(models: Path, images: Path, copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no image-text shards \*\.tar\* and no files in .*none"):
         EncodeImages(str(models / "sd"), str(tmp_path / "none"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="precision is bf16-true: encode with one of 32-true, bf16-mixed, 16-mixed"):
+        encode(models / "sd", images, tmp_path / "out", {"precision": "bf16-true"})
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         EncodeImages(str(models / "sd"), str(images), str(tmp_path / "out"), dtype="int8")
     with pytest.raises(ValueError, match="batch_size 0, workers 4 and shard_size 1000 must be at least 1"):

@@ -22,7 +22,7 @@ def predict(model: Path, folder: Path, *options: str) -> None:
     main(["predict", "--return_predictions=false", *QUIET, *ALONE, *kind, *where, *made, *options])
 
 
-def test_a_student_of_videos_learns_from_its_teacher_s_own(tmp_path: Path) -> None:
+def test_a_student_of_videos_learns_from_its_teacher_s_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = tiny_model("wan", tmp_path / "model")
     predict(model, tmp_path / "latents", "--model.dtype=float32", "--model.first_seed=7")
     shards, teacher = LatentShards(tmp_path / "latents"), load_denoiser(model, GUIDANCE)
@@ -38,6 +38,12 @@ def test_a_student_of_videos_learns_from_its_teacher_s_own(tmp_path: Path) -> No
     predict(model, tmp_path / "latents", "--model.dtype=float32", "--model.first_seed=7")
     assert (tmp_path / "latents" / "samples-00000.tar").stat().st_mtime_ns == kept
     assert len(LatentShards(tmp_path / "latents")) == 5
+    text = (model / "denoiser.yaml").read_text()
+    (model / "denoiser.yaml").write_text(text.replace("prompts: ['", "prompts: ['not "))
+    with pytest.raises(SystemExit):
+        predict(model, tmp_path / "latents", "--model.dtype=float32", "--model.first_seed=7")
+    assert "holds shards with another prompts" in capsys.readouterr().err
+    (model / "denoiser.yaml").write_text(text)
 
     where = [f"--model.teacher={model}", f"--model.output={tmp_path / 'out'}", f"--data.folder={tmp_path / 'latents'}"]
     small = ["--data.batch_size=2", "--trainer.max_steps=1", "--model.sample_every=0", "--model.exports.steps=[1]"]

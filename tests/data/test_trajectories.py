@@ -145,6 +145,17 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_second_run_leaves_alone_what_the_first_one_is_writing(tmp_path):
+    """Its other processes do not wait for the first of them, which is refused."""
+    generate(tmp_path)
+    (tmp_path / "shard-00001.tar").unlink()
+    partial = tmp_path / ".shard-00001.tar.elsewhere.1.abc.tar"
+    partial.write_bytes(b"half")
+    writer = TrajectoryWriter(tmp_path, describe_teacher(Toy(), TEACHER, torch.float32), SEEDS, 4)
+    assert writer.prepare(1, 2) == [1]
+    assert partial.exists()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_names_a_damaged_shard(tmp_path, damage):
     generate(tmp_path)

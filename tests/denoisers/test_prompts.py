@@ -68,6 +68,22 @@ def test_qwen_s_network_does_not_mind_the_padding() -> None:
     assert (padded - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_captions_are_cleaned_where_the_pipeline_cleans_them(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny_pipeline("pixart")
+    for module in ("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha", "denoisers.prompts"):
+        for name in ("is_bs4_available", "is_ftfy_available"):
+            monkeypatch.setattr(f"{module}.{name}", lambda: is_installed)
+    monkeypatch.setattr(type(pipe), "_clean_caption", lambda self, caption: caption.replace("small", "dog"))
+    (call,) = told(pipe, guidance_scale=1.0, use_resolution_binning=False)
+    condition = encode_prompts(pipe, PROMPTS)
+    assert torch.equal(condition["encoder_hidden_states"], call["encoder_hidden_states"])
+    plain = encode_prompts(pipe, PROMPTS, clean_caption=False)
+    assert torch.equal(condition["encoder_hidden_states"], plain["encoder_hidden_states"]) != is_installed
+
+
 @pytest.mark.parametrize("kind", ["wan", "qwen"])
 def test_prompts_are_as_long_as_a_call_of_the_pipeline_allows(kind: str) -> None:
     condition = encode_prompts(tiny_pipeline(kind), PROMPTS, denoiser=object())  # type: ignore[arg-type]

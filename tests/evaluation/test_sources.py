@@ -87,6 +87,13 @@ def test_what_is_no_pictures(tmp_path):
     (tmp_path / "sizes" / "x.png").write_bytes(png(torch.zeros(3, 4, 4, dtype=torch.uint8)))
     with pytest.raises(ValueError, match=r"pictures of sizes differ in size \(\(4, 4\), \(8, 8\)\): crop them"):
         find_pictures(tmp_path / "sizes").read(range(3))
+    pictures = find_pictures(tmp_path / "sizes")
+    pictures.read(range(2))
+    with pytest.raises(ValueError, match="pictures of sizes differ in size"):
+        pictures.read(range(2, 3))
+    (tmp_path / "sizes" / "y.png").touch()
+    with pytest.raises(ValueError, match=r"sizes/y\.png: an empty file"):
+        find_pictures(tmp_path / "sizes").read(range(3, 4))
     as_npz(tmp_path / "latents.npz", samples=np.zeros((2, 4, 8, 8), np.float32))
     with pytest.raises(ValueError, match=r"samples of .* is float32 \(2, 4, 8, 8\): pictures have 1 or 3 channels"):
         find_pictures(tmp_path / "latents.npz")

@@ -14,6 +14,11 @@ def test_texts_with_a_mark_and_without(encoding: str, tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "prompts.txt") == ["ein Gürteltier", "猫"]
 
 
+def test_a_line_ends_where_editors_end_it(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("one\u2028two\x0c\x85three\rfour\r\nfive".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["one\u2028two\x0c\x85three", "four", "five"]
+
+
 @pytest.mark.parametrize("mark", ["utf-16-be", "utf-32-be"])
 def test_the_other_byte_order(mark: str) -> None:
     assert decode_text("\ufeffein Gürteltier".encode(mark)) == "ein Gürteltier"
