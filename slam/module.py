@@ -23,6 +23,7 @@ from slam.networks import (
     make_target,
     make_teacher,
     shard,
+    shared_names,
     shares,
     told_scale,
 )
@@ -94,6 +95,8 @@ class SLAM(NetworkModule, TableModule):
         self.tables = {count: self._table(count, share) for count, share in self.kept.items()}
         told, options = told_scale(network, guidance_scale), (lora_rank, gradient_checkpointing, objective.tells_gamma)
         self.student = make_student(told, *options, shared=shares(network, teacher_dtype))
+        self._of_teacher = shared_names(self.student, network)
+        self.strict_loading = not self._of_teacher
         self.target = make_target(self.student)
         guided = make_teacher(network, guidance_scale, teacher_dtype)
         object.__setattr__(self, "teacher", guided)  # no submodule: not in checkpoints, and keeps its dtype
@@ -104,6 +107,15 @@ class SLAM(NetworkModule, TableModule):
     def trained(self) -> nn.Module:
         """The student."""
         return self.student
+
+    @property
+    def left_out(self) -> set[str]:
+        """With adapters, the teacher's weights around which they stand."""
+        return {f"{role}.{name}" for role in ("student", "target") for name in self._of_teacher}
+
+    def made_by(self) -> dict[str, str]:
+        """With the teacher, where its weights are not in the checkpoint."""
+        return super().made_by() | ({"teacher": str(self.identity.weight_hash)[:12]} if self._of_teacher else {})
 
     @property
     def result(self) -> Any:

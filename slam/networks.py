@@ -97,6 +97,14 @@ def share(student: nn.Module, network: nn.Module) -> None:
         setattr(student.get_submodule(owner), last, theirs[name])
 
 
+def shared_names(student: nn.Module, network: nn.Module) -> set[str]:
+    """Names of a student's weights that are the network's own, with its buffers; none where it has copies."""
+    theirs, own = {id(value) for value in network.parameters()}, dict(student.named_parameters())
+    if not any(id(value) in theirs for value in own.values()):
+        return set()
+    return {name for name in student.state_dict() if name not in own or id(own[name]) in theirs}
+
+
 def told_scale(network: Any, guidance_scale: Guidance) -> Any:
     """What a student starts from: the network, told the scale where it is one that is.
 

@@ -29,12 +29,13 @@ class EMA(Callback):
             raise ValueError(f"EMA decay {decay} must lie in [0, 1)")
         self.decay, self.attribute = decay, attribute
         self.network: nn.Module | None = None
-        self._step, self._has_begun = 0, False
+        self._step, self._has_begun, self._left_out = 0, False, set[str]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the network before a module shards it: a sharded one cannot be copied."""
         if stage == "fit" or self.network is None:
             self.network, self._has_begun = average_of(getattr(pl_module, self.attribute)), False
+            self._left_out = {name.removeprefix(f"{self.attribute}.") for name in getattr(pl_module, "left_out", ())}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """To the network's device."""
@@ -70,8 +71,9 @@ class EMA(Callback):
             average.lerp_(value, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights; of a sharded network whole, in the first process (collective)."""
-        return {} if self.network is None else whole_weights(self.network)
+        """What a checkpoint holds of the average; sharded, whole in the first process (collective)."""
+        found = {} if self.network is None else whole_weights(self.network)
+        return {name: value for name, value in found.items() if name not in self._left_out}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up the average of a checkpoint."""

@@ -117,6 +117,11 @@ class NetworkModule(ResultModule):
     def written_steps(self, folder: Path) -> float | None:
         """Steps of what was written into a folder; None where nothing was."""
 
+    @property
+    def left_out(self) -> set[str]:
+        """Names of weights that are known without a checkpoint, which does not hold them."""
+        return set()
+
     def after_step(self, step: int) -> None:
         """After a step of the optimiser."""
 
@@ -204,12 +209,14 @@ class NetworkModule(ResultModule):
         """Never of a network that is lost."""
         self.check_finite(self.trained)
         super().on_save_checkpoint(checkpoint)
+        for name in self.left_out:
+            checkpoint["state_dict"].pop(name, None)  # of sharded networks only the first process has some
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another network."""
         super().on_load_checkpoint(checkpoint)
         shapes, saved = _shapes(self.state_dict()), _shapes(checkpoint.get("state_dict", {}))
-        for name in sorted(shapes.keys() | saved.keys() if saved else ()):
+        for name in sorted((shapes.keys() | saved.keys()) - self.left_out if saved else ()):
             if shapes.get(name) != saved.get(name):
                 raise ValueError(
                     f"the checkpoint is of another network: {name} has shape {saved.get(name)}, here "

@@ -54,5 +54,5 @@ def whole_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_whole(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """The inverse of `whole_weights`, with the weights in every process."""
-    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))
+    """The inverse of `whole_weights`, or of some of them, which every process has."""
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, strict=False))

@@ -7,6 +7,7 @@ import lightning
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from denoisers import class_labels, load_denoiser, with_scale
 from denoisers.diffusers_models import from_pipeline
@@ -18,6 +19,7 @@ from solvers import load_solver, sample, start_noise
 from solvers.accelerate import accelerate_pipeline
 from solvers.errors import SolverError
 from tests.tiny_pipelines import call_arguments, encoding, size, tiny_pipeline
+from training.ema import EMA
 from training.network import AdamW
 
 KINDS = ("pixart", "sd3", "flux", "qwen", "wan")
@@ -45,11 +47,14 @@ def distil(model: Path, output: Path, **options: Any) -> SLAM:
     torch.manual_seed(0)
     trainer = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 2}
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer |= {name: options.pop(name) for name in ("precision", "callbacks") if name in options}
+    trainer |= {
+        name: options.pop(name) for name in ("precision", "callbacks", "enable_checkpointing") if name in options
+    }
+    start = {"ckpt_path": options.pop("ckpt_path"), "weights_only": True} if "ckpt_path" in options else {}
     made = {"objective": Objective(teacher_points=10), "optimizer": AdamW(3e-2), "exports": Exports((1, 4))}
     made |= {"guidance_scale": GUIDANCE, "sample_every": 0}
     module = SLAM(str(model), str(output), **made | options)
-    lightning.Trainer(**trainer).fit(module, batches(model))
+    lightning.Trainer(**trainer).fit(module, batches(model), **start)
     return module
 
 
@@ -157,3 +162,17 @@ def test_a_student_is_told_any_scale_of_a_range(tmp_path: Path) -> None:
 def test_a_range_of_scales_needs_a_network_that_is_told_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale is \[1\.5, 4\.0\]: a student of model is told no scale"):
         SLAM(str(tiny_model("sd3", tmp_path / "model")), guidance_scale=(1.5, 4.0))
+
+
+def test_a_checkpoint_of_adapters_knows_its_teacher(tmp_path: Path) -> None:
+    """It holds the adapters alone, in every role, and goes on around no other weights."""
+    first, second = (tiny_model("sd3", tmp_path / name) for name in ("first", "second"))
+    tiny_pipeline("sd3", seed=1).transformer.save_pretrained(second / "transformer")
+    keep = ModelCheckpoint(tmp_path, "one", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
+    distil(first, tmp_path / "out", lora_rank=2, callbacks=[keep, EMA(0.5, "student")], enable_checkpointing=True)
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    names = [*saved["state_dict"], *saved["callbacks"]["EMA"]]
+    assert all("lora_" in name or "gamma_embedding" in name for name in names)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"student", "target"}
+    with pytest.raises(ValueError, match="the checkpoint is of teacher"):
+        distil(second, tmp_path / "other", lora_rank=2, ckpt_path=tmp_path / "one.ckpt")

@@ -66,6 +66,9 @@ def test_a_sharded_student_and_its_average_equal_those_of_ddp(kind: str, lora_ra
     moved = torch.cat([(whole[name] - before[name]).abs().flatten() for name in whole])
     differ = torch.cat([(sharded[name] - whole[name]).abs().flatten() for name in whole])
     assert moved.mean() > 1e-4
+    saved = torch.load(tmp_path / "sharded" / "step=1.ckpt", weights_only=True)
+    names = [*saved["state_dict"], *saved["callbacks"]["EMA"]]
+    assert all("lora_" in name or "gamma_embedding" in name for name in names) == bool(lora_rank)
     assert (differ > 1e-5).float().mean() < 0.01  # Adam turns gradients of nothing but rounding into whole steps
 
 
