@@ -14,7 +14,7 @@ from train import main
 from training.network import AdamW
 
 CONFIGS = {
-    "base": ({"learning_rate": 0.002, "warmup_steps": 50}, {"decay_fraction": 1.0, "betas": [0.9, 0.95]}),
+    "base": ({"learning_rate": 0.002, "warmup_steps": 50, "decay_fraction": 0.5}, {"betas": [0.9, 0.95]}),
     "slam": ({"learning_rate": 0.0005, "warmup_steps": 50}, {"decay_fraction": 0.0, "betas": [0.9, 0.999]}),
 }
 
