@@ -22,7 +22,7 @@ from safetensors.torch import load
 from data.encode_images import EncodeImages
 from data.image_shards import split_name
 from data.image_sources import LeftOut, ShardSource
-from data.image_text import read_image_text
+from data.image_text import decode, read_image_text
 from data.latent_shards import NULL_NAME, LatentShards
 from data.latents import LatentData
 from data.pictures import cover
@@ -340,6 +340,19 @@ def test_files_of_a_folder_are_encoded_as_shards_are(models: Path, tmp_path: Pat
     (images / "0" / "0009.png").write_bytes(picture(9))
     with pytest.raises(ValueError, match="holds shards with another sources"):
         encode(models / "sd", images, tmp_path / "out", captions=str(images / "metadata.csv"), shard_size=4)
+
+
+def test_of_several_pictures_it_is_the_most_usual_kind() -> None:
+    files = {kind: picture(number, (16, 16)) for number, kind in enumerate(("webp", "png", "jpeg"))}
+    pixels, caption = decode("a", files | {"txt": b" a cat\n"}, (16, 16))
+    assert np.array_equal(pixels, cover(Image.open(io.BytesIO(files["jpeg"])), (16, 16)))
+    assert caption == "a cat"
+
+
+def test_text_encoders_alone_are_made_small(models: Path) -> None:
+    encoders = load_encoders(models / "sd", torch.bfloat16)
+    dtypes = {name: next(part.parameters()).dtype for name, part in encoders.parts.items()}
+    assert dtypes == {"vae": torch.float32, "text_encoder": torch.bfloat16}
 
 
 def test_keys_and_extensions_are_webdataset_s() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.image_shards import read_shards
-from data.pictures import TURNS, cover, decode_picture, picture_extensions, picture_paths
+from data.pictures import cover, decode_picture, picture_extensions, picture_paths
 from tests.image_text import write_image_text
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -34,8 +34,28 @@ def png(kind: int, depth: int, row: bytes, *chunks: tuple[bytes, bytes], size: t
     return b"\x89PNG\r\n\x1a\n" + b"".join(named)
 
 
+def tiff(bits: int, row: bytes, width: int) -> bytes:
+    """A grey TIFF file of one row, by hand."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1, 279: len(row)}
+    begin = 8 + 2 + 12 * len(tags) + 4
+    entries = [struct.pack("<HHII", tag, 4, 1, begin if tag == 273 else value) for tag, value in tags.items()]
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + row
+
+
 def words(*values: int) -> bytes:
     return struct.pack(f">{len(values)}H", *values)
+
+
+UPRIGHT = {  # of rows and columns: where the first ones belong, by the definition of the tag
+    1: lambda rows: rows,
+    2: lambda rows: rows[:, ::-1],
+    3: lambda rows: rows[::-1, ::-1],
+    4: lambda rows: rows[::-1],
+    5: lambda rows: rows.swapaxes(0, 1),
+    6: lambda rows: rows[::-1].swapaxes(0, 1),
+    7: lambda rows: rows[::-1, ::-1].swapaxes(0, 1),
+    8: lambda rows: rows[:, ::-1].swapaxes(0, 1),
+}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF"])
@@ -50,9 +70,7 @@ def test_pictures_stand_upright(kind: str, orientation: int) -> None:
         "AVIF": {"quality": 100, "subsampling": "4:4:4"},
     }
     found = decode_picture(saved(flat, kind, exif=exif, **options.get(kind, {})))
-    image = Image.fromarray(flat)
-    turned = image if orientation == 1 else image.transpose(TURNS[orientation])
-    wanted = np.asarray(turned).transpose(2, 0, 1)
+    wanted = UPRIGHT[orientation](flat).transpose(2, 0, 1)
     assert found.shape == wanted.shape
     assert np.abs(found.astype(int) - wanted).mean() < 2
 
@@ -102,6 +120,10 @@ WIDE = {
 @pytest.mark.parametrize("kind", WIDE)
 def test_wide_grey_values_are_scaled(kind: str) -> None:
     assert decode_picture(WIDE[kind]).tolist() == [GREY.tolist()]
+
+
+def test_white_of_a_tiff_is_all_of_its_bits() -> None:
+    assert decode_picture(tiff(12, b"\xff\xf0\x00\x80\x00\x00", 4))[0, 0].tolist() == [255, 0, 128, 0]
 
 
 def test_wide_colours_keep_their_high_bytes() -> None:
@@ -170,5 +192,8 @@ def test_pictures_cover_the_size_and_are_cut_at_the_centre() -> None:
     wide = np.zeros((8, 32, 3), dtype=np.uint8)
     wide[:, 12:20] = 255
     assert (cover(Image.fromarray(wide), (8, 8)) == 255).all()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 48, 3), dtype=np.uint8))
+    small = np.asarray(image.resize((38, 16), Image.Resampling.LANCZOS))[:, 11:27]
+    assert np.array_equal(cover(image, (16, 16)), small.transpose(2, 0, 1))
     for height, width in ((7, 30), (31, 5), (16, 16), (1, 3)):
         assert cover(Image.fromarray(np.zeros((height, width), dtype=np.uint8)), (16, 24)).shape == (3, 16, 24)
