@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+import yaml
 from PIL import Image
 from safetensors.torch import load
 
@@ -219,6 +220,31 @@ def test_another_run_s_folder_is_refused(models: Path, images: Path, encoded: Pa
         encode(models / "sd", images, encoded)
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("encode: {lora_scale: 1.0}", "options"),
+        ("negative_prompt: bad", "negative_prompt"),
+        ("{height: 32, width: 32}", "sample_shape"),
+    ],
+)
+def test_another_description_s_folder_is_refused(
+    models: Path, images: Path, encoded: Path, tmp_path: Path, line: str, name: str
+) -> None:
+    described = {"path": str(models / "sd"), **yaml.safe_load(line)}
+    (tmp_path / "denoiser.yaml").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"holds shards with another {name}"):
+        encode(tmp_path, images, encoded)
+
+
+def test_a_finished_shard_that_was_altered_is_named_on_resuming(models: Path, images: Path, copied: Path) -> None:
+    content = bytearray((copied / "pairs-1.tar").read_bytes())
+    content[1000] ^= 1
+    (copied / "pairs-1.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pairs-1\.tar is corrupt.*delete it and pairs-1\.json, then encode again"):
+        encode(models / "sd", images, copied)
+
+
 def test_what_cannot_be_used_is_named_and_too_much_of_it_is_refused(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +325,7 @@ def test_a_damaged_shard_keeps_its_whole_samples(models: Path, tmp_path: Path, d
             encode(models / "sd", path.parent, tmp_path / "out")
         encode(models / "sd", path.parent, tmp_path / "out", max_skipped=1.0)
         assert len(LatentShards(tmp_path / "out")) == 2
+        assert LatentShards(tmp_path / "out").records["pairs-0.tar"]["skipped"] == 0
 
 
 def test_threads_change_nothing_and_a_log_tells_the_time_left(
