@@ -550,8 +550,10 @@ def check_keeps_scheduler(pipeline_class: type | None) -> None:
     Raises:
         ValueError: such a class.
     """
+    if pipeline_class is None:
+        return
     try:
-        source = "" if pipeline_class is None else inspect.getsource(pipeline_class.__init__)
+        source = inspect.getsource(pipeline_class.__init__)
     except (OSError, TypeError):  # there is no source to look at
         return
     if re.search(r"\bscheduler = \w+\.from_config\(", source):
