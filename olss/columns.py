@@ -29,10 +29,12 @@ class Columns:
     Args:
         space: what a weight is.
         factors: triangular factor of each band.
+        redundant: rows of the factors for each element of a sample; above 1 for a half spectrum.
     """
 
     space: Space
     factors: list[Factor]
+    redundant: float = 1.0
 
     @classmethod
     def empty(cls, space: Space, count: int) -> "Columns":
@@ -42,6 +44,8 @@ class Columns:
 
     def add(self, bound: Plain | BoundBands, columns: Sequence[Tensor]) -> None:
         """Add samples: equally shaped columns in the split form of `bound`, which belongs to the space."""
+        if isinstance(bound, BoundBands):
+            self.redundant = sum(bound.numbers) / (bound.size[0] * bound.size[1])
         for factor, *bands in zip(self.factors, *(bound.isometric(parts) for parts in columns)):
             factor.add([channel for band in bands for channel in (band.unbind(1) if self.space.ops else [band])])
 
@@ -56,10 +60,22 @@ class Columns:
         solutions = [
             solve(factor, self._places(basis), self._places([target]), ridge, prior) for factor in self.factors
         ]
-        rows = [factor.num_rows * max(1, self._channels) for factor in self.factors]
         squares = sum(float(s.error.square().sum()) * f.num_rows for s, f in zip(solutions, self.factors))
         weights = self._weights([solution.coef for solution in solutions])
-        return RowSolution(weights, (squares / max(sum(rows), 1)) ** 0.5, max(s.condition for s in solutions))
+        return RowSolution(weights, self._root_mean(squares), max(s.condition for s in solutions))
+
+    def error(self, weights: Tensor) -> float:
+        """Root-mean-square residual of given weights, (columns - 1, *ops), of all columns for the last."""
+        count, squares = self._channels, 0.0
+        known = weights.unbind(1) if self.space.ops else [weights]
+        for factor, weight in zip(self.factors, known):
+            unknowns = weight.transpose(-1, -2).flatten(0, 1) if self.space.ops else weight[:, None]
+            squares += float((factor.r.cpu()[:, :-count] @ unknowns - factor.r.cpu()[:, -count:]).square().sum())
+        return self._root_mean(squares)
+
+    def _root_mean(self, squares: float) -> float:
+        elements = sum(factor.num_rows for factor in self.factors) * self._channels / self.redundant
+        return (squares / max(elements, 1)) ** 0.5
 
     @property
     def _channels(self) -> int:

@@ -24,13 +24,13 @@ from olss.run import (
     check_teacher,
     fit_on_teacher,
     next_outputs,
-    solve_row,
     take,
     teacher_columns,
 )
 from olss.search import PlanSearch
 from olss.store import OutputStore
 from solvers import Plain, SolverTable, sample
+from solvers.identity import own_guidance
 from solvers.space import Space
 from training.method import Fitting, Result, Run
 from training.record import log_table
@@ -110,7 +110,8 @@ class Solvers(Fitting):
                     factor.merge(self.run.gather(factor.r), int(rows))
             if self.fits:
                 for key, columns in self._columns.items():
-                    self.fits[key].append(solve_row(columns, self.options.ridge))
+                    fit = self.fits[key]
+                    fit.append(fit.solved(columns, self.teacher, self.options.ridge))
             else:
                 self._begin_on_teacher()
             self._report()
@@ -178,10 +179,18 @@ class Solvers(Fitting):
         """The best plan on the half of the held-out trajectories that chooses; processes share the candidates."""
         options, run, teacher = self.options, self.run, self.teacher
         (fitted, factor), chosen = self._first, run.data.choosing().to(run.device)[: options.search_trajectories]
-        kept = self._store.scores(fitted, chosen, options.ridge, self.spent[calls])
+        kept = self._store.scores(fitted, chosen, (options.ridge, self._data_scale), self.spent[calls])
         processes = run.rank, run.world_size, run.sum, run.shows_progress
         search = PlanSearch(
-            self._network(calls), teacher, fitted, chosen, options.ridge, *processes, kept, run.safe_point
+            self._network(calls),
+            teacher,
+            fitted,
+            chosen,
+            options.ridge,
+            *processes,
+            kept,
+            run.safe_point,
+            self._data_scale,
         )
         budget = calls if teacher.has_branches else self.rows[calls]
         greedy = [
@@ -201,7 +210,7 @@ class Solvers(Fitting):
         batches = [self.run.data.fitted(self.options.search_trajectories)] if any(first.values()) else []
         for calls, plan in plans.items():
             for kind, space in self.spaces.items():
-                self.fits[calls, kind] = begin(self.teacher, plan, space, batches)
+                self.fits[calls, kind] = begin(self.teacher, plan, space, batches, self._data_scale)
 
     def _begin_on_teacher(self) -> None:
         """Paths from the teacher's columns; with the teacher basis all rows too."""
@@ -239,6 +248,12 @@ class Solvers(Fitting):
                 self._store.save(trajectories, fit, row, outputs)
             take(fit, trajectories, parts, outputs)
         return parts
+
+    @property
+    def _data_scale(self) -> float | None:
+        """See `Fit.data_scale`."""
+        scale = own_guidance(self.run.denoiser)
+        return (scale if self.teacher.has_branches else 1.0) if self.options.last_row == "data" else None
 
     def _network(self, calls: int) -> Counted:
         """The denoiser, counted for one budget."""
@@ -300,6 +315,7 @@ class Solvers(Fitting):
                 "unconditional": list(fit.plan.unconditional),
                 "weights": self.kept[calls],
                 "ridge": options.ridge,
+                "last_row": options.last_row,
             },
         )
 
@@ -311,9 +327,9 @@ def _finite(condition: float) -> float | None:
 
 def _packed(key: Key, fit: Fit) -> list[Any]:
     plan = [list(fit.plan.path), list(fit.plan.unconditional)]
-    return [*key, *plan, fit.first_weight, fit.weights, fit.errors, fit.conditions]
+    return [*key, *plan, fit.first_weight, fit.data_scale, fit.weights, fit.errors, fit.conditions]
 
 
 def _unpacked(values: Sequence[Any], spaces: dict[str, Space]) -> tuple[Key, Fit]:
-    calls, kind, path, unconditional, first_weight, *rows = values
-    return (calls, kind), Fit(CallPlan(tuple(path), tuple(unconditional)), spaces[kind], first_weight, *rows)
+    calls, kind, path, unconditional, first_weight, data_scale, *rows = values
+    return (calls, kind), Fit(CallPlan(tuple(path), tuple(unconditional)), spaces[kind], first_weight, data_scale, *rows)

@@ -13,6 +13,7 @@ from training.method import Method, Run
 
 PATHS = ("uniform", "log_snr", "greedy", "search")
 WEIGHTS = ("numbers", "channels", "bands")
+LAST_ROWS = ("fitted", "data")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class OLSS(Method):
         edges: of the bands, in cycles per pixel.
         ridge: penalty on the weights, mean squared error + ridge * sum of squares; of matrices, on their distance to
             the best numbers.
+        last_row: `fitted`, as in the paper, or `data`: the data that the network predicts at the last node, as in every
+            classical solver, so that no grain of earlier outputs is left in flat parts of an image.
         search_trajectories: trajectories that `search` fits each candidate on, and judges it on.
         search_rounds: rounds of local moves of `search`.
     Raises:
@@ -49,6 +52,7 @@ class OLSS(Method):
     weights: str = "numbers"
     edges: tuple[float, ...] = (0.06, 0.12, 0.25)
     ridge: float = 0.0
+    last_row: str = "fitted"
     search_trajectories: int = 64
     search_rounds: int = 3
 
@@ -60,6 +64,7 @@ class OLSS(Method):
             ("basis", self.basis, BASES),
             ("path", self.path, PATHS),
             ("weights", self.weights, (*WEIGHTS, "auto")),
+            ("last_row", self.last_row, LAST_ROWS),
         ):
             if isinstance(value, str) and value not in allowed:
                 hint = ", or a list of indices" if name == "path" else ""
@@ -68,6 +73,8 @@ class OLSS(Method):
             raise ValueError(f"one path was given for several numbers of calls, {self.budgets}: give one of them")
         if self.path == "search" and self.basis == "teacher":
             raise ValueError("path search fits solvers on their own outputs: use basis own, or path greedy")
+        if self.last_row == "data" and self.basis == "teacher":
+            raise ValueError("the data predicted at the solver's own last state is no teacher's output: use basis own")
         if not self.ridge >= 0:
             raise ValueError(f"ridge is {self.ridge}: it must be 0 or more")
         Bands(tuple(self.edges), 1)

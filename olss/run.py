@@ -13,6 +13,7 @@ from olss.path import check_path, state_column
 from olss.plan import CallPlan
 from solvers.calls import Call, branch_condition, call_branches
 from solvers.executor import told_node
+from solvers.prediction import data_weights, noise_weights
 from solvers.space import Plain, Space
 from solvers.table import SolverTable
 
@@ -27,6 +28,8 @@ class Fit:
         plan: where the network is called.
         space: what a weight is.
         first_weight: what the teacher's state 0 is multiplied by: 1 where the path begins there.
+        data_scale: guidance scale at which the last row is the data that the network predicts there, as in every
+            classical solver; None: it is fitted like the others.
         weights: row i is float64 (plan.columns(i), *ops).
         errors: root-mean-square error of each row on the fitted trajectories.
         conditions: condition number of each row's basis.
@@ -35,6 +38,7 @@ class Fit:
     plan: CallPlan
     space: Space = Plain()  # noqa: RUF009 - frozen
     first_weight: float = 1.0
+    data_scale: float | None = None
     weights: list[Tensor] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     conditions: list[float] = field(default_factory=list)
@@ -51,6 +55,31 @@ class Fit:
         """Whether every row is there."""
         return len(self.weights) == len(self.plan.path)
 
+    def solved(self, columns: Columns, teacher: SolverTable, ridge: float) -> RowSolution:
+        """The next row: by least squares, or the predicted data.
+
+        Args:
+            columns: of the row, see `add_row`.
+            teacher: its table.
+            ridge: see `Columns.solve`.
+        """
+        if self.data_scale is None or len(self.weights) + 1 < len(self.plan.path):
+            return solve_row(columns, ridge)
+        on_state, on_outputs = self._data_row(teacher)
+        state = on_state * self.weights[-1] if self.weights else self.space.embed(on_state[None])
+        weights = torch.cat([state, self.space.embed(on_outputs)])
+        return RowSolution(weights, columns.error(weights), 1.0)
+
+    def _data_row(self, teacher: SolverTable) -> tuple[Tensor, Tensor]:
+        """Weights of the last row on its own state, a number, and on the outputs there, (branches,)."""
+        row = self.plan.path[-1]
+        node = teacher.alpha[row], teacher.sigma[row]
+        data, noise = (weights(teacher.prediction_type, *node) for weights in (data_weights, noise_weights))
+        on_state, on_output = (teacher.alpha[-1] * d + teacher.sigma[-1] * n for d, n in zip(data, noise))
+        both = len(self.plan.at(len(self.plan.path) - 1)) > 1
+        shares = [self.data_scale, 1 - self.data_scale] if both else [1.0]
+        return on_state, on_output * torch.tensor(shares, dtype=torch.float64)
+
     def table(self, teacher: SolverTable) -> SolverTable:
         """The solver as a table, at the teacher's nodes and timesteps."""
         path, calls = list(self.plan.path), self.plan.calls
@@ -59,6 +88,10 @@ class Fit:
         for row, weights in enumerate(self.weights):
             state[row, 0] = weights[0]
             output[row, : len(weights) - 1] = weights[1:]
+        if self.data_scale is not None and self.complete:
+            on_state, on_outputs = self._data_row(teacher)
+            state[-1], output[-1] = 0, 0
+            state[-1, -1], output[-1, -len(on_outputs) :] = self.space.embed(on_state), self.space.embed(on_outputs)
         nodes = [*path, teacher.num_rows]
         return SolverTable(
             teacher.timesteps[path].clone(),
@@ -80,14 +113,20 @@ def check_teacher(teacher: SolverTable) -> None:
         raise ValueError("the teacher of these trajectories adds noise at every step: OLSS needs a deterministic one")
 
 
-def begin(teacher: SolverTable, plan: CallPlan, space: Space, batches: Iterable[Trajectories]) -> Fit:
+def begin(
+    teacher: SolverTable,
+    plan: CallPlan,
+    space: Space,
+    batches: Iterable[Trajectories],
+    data_scale: float | None = None,
+) -> Fit:
     """A fit without rows: its first state is the teacher's, or start noise times the best weight for a later one."""
     first = check_path(plan.path, teacher.num_rows)[0]
     if not first:
-        return Fit(plan, space)
+        return Fit(plan, space, data_scale=data_scale)
     pairs = [(batch.states[:, 0].double(), batch.states[:, first].double()) for batch in batches]
     weight = sum(float((a * b).sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
-    return Fit(plan, space, weight)
+    return Fit(plan, space, weight, data_scale)
 
 
 def teacher_columns(teacher: SolverTable, batches: Iterable[Trajectories], space: Space = Plain()) -> Columns:  # noqa: B008
@@ -142,6 +181,7 @@ def fit_run(
     space: Space = Plain(),  # noqa: B008 - frozen
     *,
     ridge: float = 0.0,
+    data_scale: float | None = None,
     watched: Sequence[Trajectories] = (),
     known: Run | None = None,
 ) -> Run:
@@ -155,10 +195,11 @@ def fit_run(
         plan: where the network is called.
         space: what a weight is.
         ridge: see `Columns.solve`.
+        data_scale: see `Fit`.
         watched: batches the solver also runs on without being fitted on them; their parts come last.
         known: an earlier run on the same batches: rows before the first difference of the plans are taken over.
     """
-    run = _shared(known, begin(teacher, plan, space, batches), len(batches) + len(watched))
+    run = _shared(known, begin(teacher, plan, space, batches, data_scale), len(batches) + len(watched))
     fit = run.fit
     while not fit.complete:
         for batch, parts in zip([*batches, *watched], run.parts):
@@ -167,7 +208,7 @@ def fit_run(
         columns = Columns.empty(space, plan.columns(len(fit.weights)) + 1)
         for batch, parts in zip(batches, run.parts):
             add_row(columns, batch, fit, parts)
-        fit.append(solve_row(columns, ridge))
+        fit.append(fit.solved(columns, teacher, ridge))
     return run
 
 

@@ -39,7 +39,7 @@ class PlanSearch:
         teacher: its table, M rows; its calls say which branches there are.
         fitted: trajectories to fit each candidate on.
         chosen: trajectories to judge it on.
-        ridge: see `fit_run`.
+        ridge, data_scale: see `fit_run`.
         rank, world_size: each process scores its share of the candidates.
         share: sums a tensor over processes.
         progress: show a progress bar over the candidates.
@@ -59,6 +59,7 @@ class PlanSearch:
     progress: bool = False
     kept: Scores | None = None
     pause: Callable[[], None] = _nothing
+    data_scale: float | None = None
     scored: dict[tuple[CallPlan, int], float] = field(default_factory=dict)
 
     def best(self, calls: int, more: Sequence[CallPlan] = (), rounds: int = 3) -> tuple[CallPlan, float]:
@@ -146,4 +147,5 @@ class PlanSearch:
 
     def _run(self, plan: CallPlan, size: int, known: Run | None) -> Run:
         fitted, chosen = self.fitted[:size], self.chosen[:size]
-        return fit_run(self.denoiser, self.teacher, [fitted], plan, ridge=self.ridge, watched=[chosen], known=known)
+        options = {"ridge": self.ridge, "data_scale": self.data_scale}
+        return fit_run(self.denoiser, self.teacher, [fitted], plan, **options, watched=[chosen], known=known)

@@ -54,9 +54,9 @@ class OutputStore:
         with safe_open(path, "pt") as file:
             return list(file.get_tensor("outputs").to(batch.states.device).unbind())
 
-    def scores(self, fitted: Trajectories, chosen: Trajectories, ridge: float, spent: Evaluations) -> "Scores":
-        """Those of plans that are fitted and judged on these trajectories, and what they cost."""
-        digest = hashlib.sha256(repr((self._common, ridge, fitted.seeds, chosen.seeds)).encode())
+    def scores(self, fitted: Trajectories, chosen: Trajectories, options: Any, spent: Evaluations) -> "Scores":
+        """Those of plans that are fitted with some options and judged on these trajectories, and what they cost."""
+        digest = hashlib.sha256(repr((self._common, options, fitted.seeds, chosen.seeds)).encode())
         for part in (fitted, chosen):
             for value in (part.states, part.outputs, *flatten_condition("", part.condition).values()):
                 _add(digest, value)

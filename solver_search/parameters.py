@@ -177,6 +177,7 @@ class FreeParameters:
         start: any deterministic table, with calls and operators of its own or without.
         timestep_range: (lowest, highest) timestep the network may be told: the schedule's (t_min, t_max).
         train_timesteps: whether the timesteps move.
+        keep_last_row: the last row stays as it is; only the timestep it is told moves.
         canonical: first write every row of the start in the start noise and the outputs alone.
         basis: (size, size), what theta is multiplied by first; its first rows, of the timesteps, are diagonal.
     Raises:
@@ -187,6 +188,7 @@ class FreeParameters:
     start: SolverTable
     timestep_range: tuple[float, float]
     train_timesteps: bool = True
+    keep_last_row: bool = False
     canonical: bool = False
     basis: Tensor | None = None
 
@@ -194,7 +196,15 @@ class FreeParameters:
         if self.start.is_stochastic:
             raise ValueError("the table to start from adds noise in its rows: a search needs one without (eta 0)")
         start = self.start.detach()
-        object.__setattr__(self, "start", start.local(start.num_rows) if self.canonical else start)
+        object.__setattr__(self, "start", self._canonical(start) if self.canonical else start)
+
+    def _canonical(self, start: SolverTable) -> SolverTable:
+        found = start.local(start.num_rows)
+        if not self.keep_last_row:
+            return found
+        names = ("state_coef", "output_coef", "state_support", "output_support")
+        kept = {name: torch.cat([getattr(found, name)[:-1], getattr(start, name)[-1:]]) for name in names}
+        return replace(found, **kept)
 
     @property
     def nfe(self) -> int:
@@ -231,7 +241,7 @@ class FreeParameters:
             timesteps=start.timesteps + self._spacing * timesteps if self.train_timesteps else start.timesteps,
             state_coef=_add(start.state_coef, self._states, states, start.state_coef.abs()),
             output_coef=_add(start.output_coef, self._outputs, outputs, self._scale.expand_as(start.output_coef)),
-            output_support=self.start.reachable("output_coef"),
+            output_support=self._columns[1],
             info={},
         )
 
@@ -242,10 +252,14 @@ class FreeParameters:
         told = torch.ones(self._sizes[0], dtype=torch.float64)
         return torch.cat([told, self.start.state_coef.abs()[self._states], outputs])
 
+    @property
+    def moving_rows(self) -> range:
+        """Rows whose weights are free."""
+        return range(self.start.num_rows - self.keep_last_row)
+
     def columns(self, row: int) -> tuple[list[int], list[int]]:
         """States and outputs that a row combines."""
-        used = self.start.used("state_coef"), self.start.reachable("output_coef")
-        return tuple(columns[row].nonzero().flatten().tolist() for columns in used)
+        return tuple(columns[row].nonzero().flatten().tolist() for columns in self._columns)
 
     def places(self, row: int) -> Tensor:
         """Which numbers are the weights of a row, (bands, C, columns * C): one band and channel for plain numbers."""
@@ -273,12 +287,20 @@ class FreeParameters:
         return [told, int(self._states.sum()), int(self._outputs.sum())]
 
     @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """States and outputs that each row combines, bool (N, columns)."""
+        outputs = self.start.reachable("output_coef")
+        if self.keep_last_row:
+            outputs = torch.cat([outputs[:-1], self.start.used("output_coef")[-1:]])
+        return self.start.used("state_coef"), outputs
+
+    @cached_property
     def _states(self) -> Tensor:
-        return self._free(self.start.used("state_coef"))
+        return self._free(self._columns[0])
 
     @cached_property
     def _outputs(self) -> Tensor:
-        return self._free(self.start.reachable("output_coef"))
+        return self._free(self._columns[1])
 
     @cached_property
     def _scale(self) -> Tensor:
@@ -288,6 +310,8 @@ class FreeParameters:
     def _free(self, columns: Tensor) -> Tensor:
         """All numbers of the weights of some columns, bool (N, columns, *ops)."""
         ops = self.start.space.ops
+        if self.keep_last_row:
+            columns = torch.cat([columns[:-1], torch.zeros_like(columns[-1:])])
         return columns.reshape(*columns.shape, *[1] * len(ops)).expand(*columns.shape, *ops)
 
 

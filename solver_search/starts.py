@@ -25,6 +25,8 @@ class Start:
         warm: the solution with fewer evaluations, its widest steps split, is a further start.
         screening: Levenberg-Marquardt steps given to each of several starts.
         train_timesteps: whether the timesteps told to the network move.
+        keep_last_row: the last row stays that of the start: of OLSS with `last_row: data`, and of classical solvers, the
+            data that the network predicts there.
         finish: `data` or `end`, for the paper's parametrisation, see `PaperParameters`.
     Raises:
         ValueError: no solver, or an option out of its range.
@@ -34,6 +36,7 @@ class Start:
     warm: bool = False
     screening: int = 0
     train_timesteps: bool = True
+    keep_last_row: bool = False
     finish: str = "data"
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Start:
         """The free parametrisation around a table, or the paper's where there is none."""
         if table is None:
             return PaperParameters(schedule, nfe, finish=self.finish)
-        return FreeParameters(table, (schedule.t_min, schedule.t_max), self.train_timesteps)
+        return FreeParameters(table, (schedule.t_min, schedule.t_max), self.train_timesteps, self.keep_last_row)
 
 
 def start_table(text: str, nfe: int, schedule: NoiseSchedule) -> SolverTable:

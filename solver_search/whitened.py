@@ -30,7 +30,7 @@ def whitened(parameters: FreeParameters, objective: Objective, teacher: Any) -> 
         objective: runs the start, and averages over all processes.
         teacher: the samples to run it on.
     """
-    table, rows = parameters.start, range(parameters.start.num_rows)
+    table, rows = parameters.start, parameters.moving_rows
 
     def moments(part: Trajectories) -> Tensor:
         trace = sample_trace(objective.denoiser, table, part.noise, part.condition)

@@ -7,7 +7,7 @@ from data.trajectories import run_teacher
 from olss.path import uniform_path
 from olss.plan import CallPlan
 from olss.run import check_teacher, end_errors, fit_on_teacher, fit_run, teacher_columns
-from solvers import Bands, NoiseSchedule, Plain, sample
+from solvers import Bands, NoiseSchedule, Plain, sample, sample_trace
 from solvers.named import named_solver
 from tests.olss.toy import SEEDS, Toy, teacher, trajectories
 
@@ -112,6 +112,44 @@ def test_the_table_lies_on_the_teachers_nodes():
     assert found.sigma.tolist() == table.sigma[[*path, 20]].tolist()
     assert bool((found.state_coef[:, 1:] == 0).all())
     assert found.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("space", [Plain(), Bands((0.2,), 1)], ids=["numbers", "bands"])
+@pytest.mark.parametrize("path", [[0, 5, 10, 15], [2, 8, 14], [0]])
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), FLOW])
+def test_a_last_row_of_predicted_data(schedule, path, space):
+    """The image is the data predicted at the last state; the rows before are those of the fit without it."""
+    data, table, toy = trajectories(schedule=schedule), teacher(schedule=schedule), Toy(schedule)
+    fit, plain = (own(toy, table, [data], path, space=space, data_scale=scale) for scale in (1.0, None))
+    assert all(torch.equal(a, b) for a, b in zip(fit.weights[:-1], plain.weights[:-1]))
+    assert rmse(toy, fit.table(table), data) == pytest.approx(fit.errors[-1], rel=1e-6)
+    assert fit.errors[-1] > plain.errors[-1]
+    with torch.no_grad():
+        trace = sample_trace(toy, fit.table(table), data.states[:, 0], data.condition)
+        alpha, sigma, state = table.alpha[path[-1]], table.sigma[path[-1]], trace.states[-2]
+        output = toy(state, table.timesteps[path[-1]], data.condition)
+    expected = state - sigma * output if schedule is FLOW else (state - sigma * output) / alpha
+    torch.testing.assert_close(trace.states[-1], expected, rtol=1e-4, atol=1e-4)  # the teacher ends at sigma 4e-6
+
+
+def test_all_the_teachers_steps_end_as_the_teacher_does():
+    data, table = trajectories(5), teacher(5)
+    fit = own(Toy(), table, [data], range(5), data_scale=1.0)
+    torch.testing.assert_close(fit.table(table).output_coef[-1], table.output_coef[-1], rtol=1e-4, atol=1e-6)
+    assert fit.errors[-1] < 1e-4
+
+
+@pytest.mark.parametrize("unconditional", [(0, 1, 2), (0,)])
+def test_predicted_data_of_a_guided_teacher(unconditional):
+    """Guided where the last row makes both calls, else the conditional prediction."""
+    data, table = guided_trajectories(), teacher().guided(2.0)
+    plan = CallPlan((0, 8, 15), unconditional)
+    found = fit_run(Guided(), table, [data], plan, data_scale=2.0).fit.table(table)
+    alpha, sigma = table.alpha[15], table.sigma[15]
+    shares = [2.0, -1.0] if 2 in unconditional else [1.0]
+    wanted = [0.0] * (found.nfe - len(shares)) + [float(-sigma / alpha) * share for share in shares]
+    assert found.output_coef[-1].tolist() == pytest.approx(wanted, rel=1e-4)
+    assert found.state_coef[-1].tolist() == pytest.approx([0, 0, float(1 / alpha)], rel=1e-4)
 
 
 def test_refuses_a_stochastic_teacher():

@@ -116,6 +116,21 @@ def test_free_starts_at_any_table(name):
         assert bool(table.output_support.tril().eq(torch.ones(6, 6).tril().bool()).all())
 
 
+@pytest.mark.parametrize("canonical", [False, True])
+def test_a_last_row_that_is_kept(canonical):
+    """Only the timestep it is told moves; the rows before move as without it."""
+    schedule = NoiseSchedule.linear()
+    start = named_solver("unipc:4", schedule)
+    parameters = _free(start, schedule, keep_last_row=True, canonical=canonical)
+    table = parameters.table(_theta(parameters))
+    for name in ("state_coef", "output_coef"):
+        assert torch.equal(getattr(table, name)[-1], getattr(start, name)[-1])
+        assert not torch.equal(getattr(table, name)[-2], getattr(start, name)[-2])
+    assert float(table.timesteps[-1]) != float(start.timesteps[-1])
+    torch.testing.assert_close(parameters.table(parameters.initial()).canonical().output, start.canonical().output)
+    assert list(parameters.moving_rows) == [0, 1, 2]
+
+
 def test_every_free_number_moves_the_table():
     schedule = NoiseSchedule.linear()
     parameters = _free(named_solver("unipc:4", schedule), schedule)

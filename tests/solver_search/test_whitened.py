@@ -41,12 +41,12 @@ def in_bands(table: SolverTable) -> SolverTable:
     return replace(table, space=BANDS, **weights, state_support=None, output_support=None)
 
 
-def problem(table: SolverTable, count: int = 8) -> tuple[FreeParameters, Objective, Trajectories]:
+def problem(table: SolverTable, count: int = 8, **options) -> tuple[FreeParameters, Objective, Trajectories]:
     network = Wave().double()
     teacher = run_teacher(
         network, named_solver("ddim:40", VP), range(2**31, 2**31 + count), torch.float64, lambda seeds: None
     )
-    return FreeParameters(table, (VP.t_min, VP.t_max), canonical=True), Objective(network, SearchLoss()), teacher
+    return FreeParameters(table, (VP.t_min, VP.t_max), canonical=True, **options), Objective(network, SearchLoss()), teacher
 
 
 @pytest.mark.parametrize("table", [named_solver("unipc:3", VP), in_bands(named_solver("unipc:3", VP))])
@@ -64,6 +64,15 @@ def test_a_unit_of_a_weight_moves_a_channel_of_its_state(table):
             assert all(torch.equal(a, b) for a, b in zip(after[: row + 1], before))
             squares = (after[row + 1] - before[row + 1]).square().sum() / after[0].numel() * moved.channels
             assert float(squares.sqrt()) == pytest.approx(UNIT, rel=1e-4)
+
+
+def test_a_last_row_that_is_kept_has_no_coordinates():
+    plain, objective, teacher = problem(named_solver("unipc:3", VP), keep_last_row=True)
+    moved = whitened(plain, objective, teacher)
+    found = moved.table(torch.ones(moved.size, dtype=torch.float64))
+    for name in ("state_coef", "output_coef"):
+        assert torch.equal(getattr(found, name)[-1], getattr(plain.start, name)[-1])
+        assert not torch.equal(getattr(found, name)[-2], getattr(plain.start, name)[-2])
 
 
 def test_timesteps_stay_apart_and_in_range():
