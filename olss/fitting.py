@@ -332,4 +332,6 @@ def _packed(key: Key, fit: Fit) -> list[Any]:
 
 def _unpacked(values: Sequence[Any], spaces: dict[str, Space]) -> tuple[Key, Fit]:
     calls, kind, path, unconditional, first_weight, data_scale, *rows = values
-    return (calls, kind), Fit(CallPlan(tuple(path), tuple(unconditional)), spaces[kind], first_weight, data_scale, *rows)
+    return (calls, kind), Fit(
+        CallPlan(tuple(path), tuple(unconditional)), spaces[kind], first_weight, data_scale, *rows
+    )

@@ -25,8 +25,8 @@ class Start:
         warm: the solution with fewer evaluations, its widest steps split, is a further start.
         screening: Levenberg-Marquardt steps given to each of several starts.
         train_timesteps: whether the timesteps told to the network move.
-        keep_last_row: the last row stays that of the start: of OLSS with `last_row: data`, and of classical solvers, the
-            data that the network predicts there.
+        keep_last_row: the last row stays that of the start: of OLSS with `last_row: data`, and of classical solvers,
+            the data that the network predicts there.
         finish: `data` or `end`, for the paper's parametrisation, see `PaperParameters`.
     Raises:
         ValueError: no solver, or an option out of its range.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.grids import GRIDS, grid_levels
 from solvers.ipndm import ipndm
-from solvers.named_tables import entries, listed_table, spaced_table
+from solvers.named_tables import entries, listed_table, spaced_table, takes_list
 from solvers.parameters import stretched
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
@@ -28,7 +29,8 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     many steps as give at most `steps` network evaluations. Everything but `ipndm` is a tabulated diffusers scheduler,
     so its end noise level and timestep rounding are those of diffusers (see `table.sigma[-1]`). `ddim` is DPM-Solver++
     of order 1, which is the same step; diffusers' DDIMScheduler steps back by T // n whatever the spacing, and so
-    leaves the timesteps it tells the network unless n divides T and the spacing is trailing or leading.
+    leaves the timesteps it tells the network unless n divides T and the spacing is trailing or leading. Solvers that
+    take a list also have the spacings of `solvers.grids`, `karras` and `ays`: `ipndm@karras:8`.
 
     A list is that of a distilled model, from the noise on and without the image: timesteps in the schedule's units,
     `euler@[1000,937.5,833.3,625]`, or noise levels, `euler@sigma[14.6,6.5,2.9,1.1]`: sigma / alpha, for a flow sigma;
@@ -45,11 +47,7 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     if listed is not None:
         name = _known(listed[1], schedule)
         timesteps = _given_timesteps(listed[3], listed[2] is not None, schedule)
-        build = (
-            partial(ipndm, schedule, timesteps)
-            if name == "ipndm"
-            else partial(listed_table, entries(schedule)[name], schedule, timesteps=timesteps)
-        )
+        build = partial(_listed, name, schedule, timesteps)
     else:
         name, spacing, steps = _parsed(text, schedule)
         build = partial(_named_table, name, schedule, steps, spacing)
@@ -125,6 +123,8 @@ def _parsed(text: str, schedule: NoiseSchedule) -> tuple[str, str, int]:
     allowed = _IPNDM_SPACINGS.get(schedule.kind, ("trailing", "linspace"))
     if name != "ipndm":
         allowed = entries(schedule)[name].spacings
+    if schedule.kind != "edm" and (name == "ipndm" or takes_list(entries(schedule)[name])):
+        allowed = (*allowed, *GRIDS)
     spacing = match[2] or allowed[0]
     if spacing not in allowed:
         raise ValueError(f"{name} has no spacing {spacing!r}: use one of {', '.join(allowed)}")
@@ -159,11 +159,23 @@ def _given_timesteps(text: str, are_levels: bool, schedule: NoiseSchedule) -> Te
         schedule.alpha_sigma(values)
         return values
     alpha = 1 - values if schedule.kind == "flow" else torch.ones_like(values)
-    timesteps = schedule.timestep(alpha, values)
+    timesteps = _whole(schedule.timestep(alpha, values), schedule)
     _check_levels(values, timesteps, schedule)
+    return timesteps
+
+
+def _whole(timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Timesteps that rounded noise levels have put beside whole ones, of a schedule that has no others."""
     if schedule.kind != "discrete_vp":
         return timesteps
     return torch.where((timesteps - timesteps.round()).abs() < _ROUNDED, timesteps.round(), timesteps)
+
+
+def _listed(name: str, schedule: NoiseSchedule, timesteps: Tensor) -> SolverTable:
+    """A solver whose rows are at given timesteps."""
+    if name == "ipndm":
+        return ipndm(schedule, timesteps)
+    return listed_table(entries(schedule)[name], schedule, timesteps)
 
 
 def _check_levels(levels: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> None:
@@ -177,6 +189,10 @@ def _check_levels(levels: Tensor, timesteps: Tensor, schedule: NoiseSchedule) ->
 
 def _named_table(name: str, schedule: NoiseSchedule, steps: int, spacing: str) -> SolverTable:
     """A solver with so many steps of its own."""
+    if spacing in GRIDS and schedule.kind != "edm":
+        levels = grid_levels(spacing, schedule, steps)
+        first, others = levels.new_tensor([schedule.t_max]), schedule.timestep(1 / (1 + levels), levels / (1 + levels))
+        return _listed(name, schedule, torch.cat([first, _whole(others, schedule)]))
     if name == "ipndm":
         return ipndm(schedule, _timesteps(schedule, steps, spacing))
     return spaced_table(entries(schedule)[name], schedule, steps=steps, spacing=spacing)

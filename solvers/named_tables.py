@@ -15,6 +15,8 @@ from solvers.table import SolverTable
 from solvers.tabulate import tabulate
 
 SPACINGS = ("trailing", "linspace", "leading")
+_MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
+_BELOW_NOISE = 1 - 1e-6  # of a flow: pure noise has no logarithm, and UniPC's own first step lies there
 _OFF = 5e-5  # of the schedule's range: what a scheduler may differ from the steps it is given (it interpolates anew)
 
 
@@ -105,22 +107,51 @@ def spaced_table(entry: Named, schedule: NoiseSchedule, steps: int, spacing: str
     return build(entry, schedule, n, spacing)
 
 
+def takes_list(entry: Named) -> bool:
+    """Whether its rows, one for each, can be put at given timesteps."""
+    named = set(inspect.signature(_class(entry).set_timesteps).parameters)
+    return entry.num_steps is _same and (entry.scheduler in _MULTISTEP or bool({"sigmas", "timesteps"} & named))
+
+
 def listed_table(entry: Named, schedule: NoiseSchedule, timesteps: Tensor) -> SolverTable:
     """The table whose rows are at given timesteps, (N,), falling; no shift moves them.
 
     Raises:
         ValueError: a scheduler that takes no list, or whose states would lie elsewhere (whole timesteps only).
     """
-    scheduler, name, values = _list_taker(entry, schedule, timesteps)
-    if name not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"{entry.scheduler} takes no list of steps: use euler or ipndm")
-    table = tabulate(scheduler, None, set_timesteps={name: values})
+    table = _listed(entry, schedule, timesteps)
     found = schedule.timestep(table.alpha[:-1], table.sigma[:-1])
     off = (found[:, None] - timesteps).abs() / (schedule.t_max - schedule.t_min)
     if float(torch.cat([off.amin(0), off.amin(1)]).max()) > _OFF:
         at = ", ".join(f"{value:.2f}" for value in found.tolist())
         raise ValueError(f"{entry.scheduler} takes whole timesteps only and would be at {at}: use euler or ipndm")
     return replace(table, timesteps=timesteps[off.argmin(1)])
+
+
+def _listed(entry: Named, schedule: NoiseSchedule, timesteps: Tensor) -> SolverTable:
+    if entry.scheduler in _MULTISTEP and schedule.kind != "edm":
+        return tabulate(_placed(entry, schedule, timesteps), len(timesteps))
+    scheduler, name, values = _list_taker(entry, schedule, timesteps)
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{entry.scheduler} takes no list of steps: use euler or ipndm")
+    return tabulate(scheduler, None, set_timesteps={name: values})
+
+
+def _placed(entry: Named, schedule: NoiseSchedule, timesteps: Tensor) -> Any:
+    """A multistep scheduler whose steps lie where its own `set_timesteps` would not put them."""
+    is_flow = schedule.kind == "flow"
+    scheduler = _flow_scheduler(entry, {}, 1.0) if is_flow else _vp_scheduler(entry, schedule, "trailing")
+    alpha, sigma = schedule.alpha_sigma(timesteps)
+    levels = sigma.clamp_max(_BELOW_NOISE) if is_flow else sigma / alpha
+
+    class Placed(type(scheduler)):
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+            self.timesteps, self.sigmas = timesteps, torch.cat([levels.float(), self.sigmas[-1:]])
+
+    Placed.__name__ = type(scheduler).__name__
+    scheduler.__class__ = Placed
+    return scheduler
 
 
 def _list_taker(entry: Named, schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Any, str, Any]:
@@ -201,10 +232,14 @@ def _edm_scheduler(entry: Named, schedule: NoiseSchedule, spacing: str) -> Any:
     return _scheduler(entry, schedule.parameters | entry.config | own)
 
 
-def _scheduler(entry: Named, config: dict[str, Any]) -> Any:
+def _class(entry: Named) -> Any:
     import diffusers  # takes seconds, and an artifact does without it
 
-    scheduler_class = getattr(diffusers, entry.scheduler)
+    return getattr(diffusers, entry.scheduler)
+
+
+def _scheduler(entry: Named, config: dict[str, Any]) -> Any:
+    scheduler_class = _class(entry)
     unknown = sorted(set(config) - set(inspect.signature(scheduler_class).parameters))
     if unknown:
         raise ValueError(f"{entry.scheduler} knows no {', '.join(unknown)}")

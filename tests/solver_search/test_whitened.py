@@ -46,7 +46,11 @@ def problem(table: SolverTable, count: int = 8, **options) -> tuple[FreeParamete
     teacher = run_teacher(
         network, named_solver("ddim:40", VP), range(2**31, 2**31 + count), torch.float64, lambda seeds: None
     )
-    return FreeParameters(table, (VP.t_min, VP.t_max), canonical=True, **options), Objective(network, SearchLoss()), teacher
+    return (
+        FreeParameters(table, (VP.t_min, VP.t_max), canonical=True, **options),
+        Objective(network, SearchLoss()),
+        teacher,
+    )
 
 
 @pytest.mark.parametrize("table", [named_solver("unipc:3", VP), in_bands(named_solver("unipc:3", VP))])

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 
 from solvers import (
     DenoiserIdentity,
@@ -171,7 +172,7 @@ def test_ipndm_turns_other_predictions_into_noise_at_their_node():
         ("", VP, "is no solver"),
         ("magic:8", VP, "unknown solver 'magic': for this discrete_vp schedule use one of ddim, ddpm, deis"),
         ("ddim:8", FLOW, "unknown solver 'ddim': for this flow schedule use one of dpmpp, euler, heun, ipndm"),
-        ("ddim@karras:8", VP, "ddim has no spacing 'karras': use one of trailing, linspace, leading"),
+        ("heun@karras:9", VP, "heun has no spacing 'karras': use one of trailing, linspace, leading"),
         ("pndm@linspace:20", VP, "pndm has no spacing 'linspace'"),
         ("ddim:0", VP, "'ddim:0' has 0 steps: allowed are 1 to 1000"),
         ("ddim:1001", VP, "allowed are 1 to 1000"),
@@ -317,10 +318,49 @@ def test_a_list_of_noise_levels_is_one_of_timesteps(levels, timesteps, schedule)
 
 
 @pytest.mark.parametrize(
+    ("name", "schedule"),
+    [*(("unipc", s) for s in (FLOW, VP)), ("dpmpp", VP), ("deis", VP)],
+)
+def test_multistep_solvers_at_their_own_steps_are_themselves(name, schedule):
+    """The list of a solver's own timesteps gives its table; of others, one that keeps to the nodes it is given."""
+    own = named_solver(f"{name}:6", schedule)
+    nodes = schedule.timestep(own.alpha[:-1], own.sigma[:-1])
+    listed = named_solver(f"{name}@[{','.join(map(str, nodes.tolist()))}]", schedule)
+    for part in ("state_coef", "output_coef", "sigma"):
+        torch.testing.assert_close(getattr(listed, part), getattr(own, part), rtol=1e-4, atol=1e-4)
+    other = named_solver(f"{name}@[900,710.5,444.25,90]", schedule)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([900, 710.5, 444.25, 90]))
+    torch.testing.assert_close(other.sigma[:-1] / other.alpha[:-1], (sigma / alpha).double(), rtol=1e-4, atol=1e-5)
+    assert other.timesteps.tolist() == [900, 710.5, 444.25, 90]
+
+
+def test_the_karras_grid():
+    """Even in the seventh root from 80 to 0.002; the first level is the schedule's own noise."""
+    table = named_solver("ipndm@karras:5", FLOW)
+    levels = (80 ** (1 / 7) + torch.arange(6) / 5 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    expected = [1, *(levels / (1 + levels))[1:5].tolist(), 0]
+    assert table.sigma.tolist() == pytest.approx(expected, rel=1e-5)
+    assert named_solver("unipc@karras:5", FLOW).sigma.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    low, high = (float(s / a) for a, s in map(VP.alpha_sigma, torch.tensor([VP.t_min, VP.t_max]).double()))
+    assert high > 80
+    assert low > 0.002
+    lowest = named_solver("ipndm@karras:1000", VP)
+    assert float(lowest.sigma[-2] / lowest.alpha[-2]) > low
+
+
+def test_align_your_steps_are_the_published_timesteps():
+    """Of Stable Diffusion 1.5 with ten, as diffusers has them; others lie between."""
+    ten, twenty = (named_solver(f"dpmpp@ays:{steps}", NoiseSchedule.scaled_linear()) for steps in (10, 20))
+    assert ten.timesteps.tolist() == pytest.approx(AysSchedules["StableDiffusionTimesteps"], abs=1)
+    assert twenty.timesteps[::2].tolist() == ten.timesteps.tolist()
+    with pytest.raises(ValueError, match="the grid ays does not lie in the schedule's noise levels"):
+        named_solver("ipndm@ays:8", NoiseSchedule.linear(beta_start=1e-6, beta_end=2e-4))
+
+
+@pytest.mark.parametrize(
     ("text", "schedule", "message"),
     [
-        ("dpmpp@[999,850.5]", VP, "takes whole timesteps only and would be at 999.00, 850.00: use euler or ipndm"),
-        ("unipc@[999,850]", VP, "takes no list of steps"),
+        ("lcm@[999,850.5]", VP, "takes whole timesteps only and would be at 999.00, 850.00: use euler or ipndm"),
         ("heun@[1000,500]", FLOW, "takes no list of steps"),
         ("euler@[500,600]", VP, r"the steps \[500,600\] do not fall"),
         ("euler@[nan]", VP, r"the steps \[nan\] do not fall|leave the schedule's range"),
