@@ -30,7 +30,7 @@ def named_solver(text: str, schedule: NoiseSchedule) -> SolverTable:
     so its end noise level and timestep rounding are those of diffusers (see `table.sigma[-1]`). `ddim` is DPM-Solver++
     of order 1, which is the same step; diffusers' DDIMScheduler steps back by T // n whatever the spacing, and so
     leaves the timesteps it tells the network unless n divides T and the spacing is trailing or leading. Solvers that
-    take a list also have the spacings of `solvers.grids`, `karras` and `ays`: `ipndm@karras:8`.
+    take a list also have the spacings of `solvers.grids`, `karras`, `ays` and `dmn`: `ipndm@karras:8`.
 
     A list is that of a distilled model, from the noise on and without the image: timesteps in the schedule's units,
     `euler@[1000,937.5,833.3,625]`, or noise levels, `euler@sigma[14.6,6.5,2.9,1.1]`: sigma / alpha, for a flow sigma;

@@ -357,6 +357,15 @@ def test_align_your_steps_are_the_published_timesteps():
         named_solver("ipndm@ays:8", NoiseSchedule.linear(beta_start=1e-6, beta_end=2e-4))
 
 
+def test_the_grid_of_dmn():
+    table = named_solver("unipc@dmn:4", FLOW)
+    assert table.sigma.tolist() == pytest.approx(
+        [1, 2.4605 / 3.4605, 0.68026 / 1.68026, 0.091662 / 1.091662, 0], abs=2e-6
+    )
+    with pytest.raises(ValueError, match="the grid dmn is known for 2 to 10 evaluations, not for 12"):
+        named_solver("ipndm@dmn:12", VP)
+
+
 @pytest.mark.parametrize(
     ("text", "schedule", "message"),
     [
