@@ -1,68 +1,102 @@
-"""Every solver on both base models: docs/results.json, and the tables and the picture of docs/results.md.
+"""Every solver on the base models: docs/results.json, and the tables and the picture of docs/results.md.
 
     python benchmarks/results.py                                  # or `make results`: hours on a CPU
-    python benchmarks/results.py --models cifar10-dit --guidance 1
+    python benchmarks/results.py --models fashion-sit --guidance 1
 
-Compared are the solvers of diffusers and every artifact in checkpoints/solvers (and of students in checkpoints) that
-was made for the model and the guidance scale; --solvers adds others, such as a run's. A run that was stopped goes on
-where it was; the text of docs/results.md between the tables is left alone. Figures of models or scales that are not
-asked for stay as they are.
+At equal numbers of network calls are compared the solvers of diffusers, the grids of other works, and every artifact in
+checkpoints/solvers (and of students in checkpoints) that was made for the model and the guidance scale; --solvers adds
+others, such as a run's. A run that was stopped goes on where it was; the text of docs/results.md between the tables is
+left alone. Figures of models or scales that are not asked for stay as they are.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from denoisers import load_denoiser
+from denoisers import calls_per_row, load_denoiser, network_calls
 from evaluation.args import CompareArgs
 from evaluation.compare import compare
-from solvers import load_solver, resolve_solver
+from solvers import NoiseSchedule, load_solver, resolve_solver
 from solvers.files import atomic_write
 from solvers.identity import guidance_fits
 from training.arguments import guarded
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINES = {
-    "cifar10-dit": ("ddim", "dpmpp", "unipc", "deis", "ipndm"),
-    "cifar10-sit": ("euler", "heun", "dpmpp", "unipc", "ipndm"),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model at a guidance scale.
+
+    Args:
+        teacher: solver whose images errors are measured against.
+        calls: numbers of network calls that are compared.
+    """
+
+    teacher: str
+    calls: tuple[int, ...]
+
+
+GUIDED = (4, 6, 8, 10, 12, 16)
+CASES = {
+    ("fashion-sit", 1.0): Case("unipc:30", (3, 4, 5, 6, 8, 10)),
+    ("fashion-sit", 2.0): Case("unipc:30", GUIDED),
+    ("cifar10-dit", 1.0): Case("ddim:100", (3, 4, 5, 6, 8, 10)),
+    ("cifar10-dit", 1.5): Case("ddim:100", GUIDED),
+    ("cifar10-sit", 1.0): Case("euler:100", (3, 4, 5, 6, 8, 10)),
+    ("cifar10-sit", 1.5): Case("euler:100", (1, 2, *GUIDED)),
 }
-PUBLISHED = {"cifar10-dit": "vp", "cifar10-sit": "flow"}
-NFES = (4, 5, 6, 8, 10)
-KEPT = tuple(f"{metric}{end}" for metric in ("fd", "kid", "rmse") for end in ("", "_low", "_high"))
+MODELS = list(dict.fromkeys(model for model, _ in CASES))
+GRIDS = ("ipndm@karras", "ipndm@ays", "ipndm@dmn", "unipc@dmn")
+BASELINES = {
+    "discrete_vp": ("ddim", "dpmpp", "unipc", "deis", "ipndm", *GRIDS),
+    "flow": ("euler", "heun", "dpmpp", "unipc", "ipndm", *GRIDS),
+}
+PUBLISHED = {"discrete_vp": "vp", "flow": "flow"}
+FIGURES = ("fd", "kid", "rmse", "median", "p99", "worst", "seconds")
+ENDS = ("", "_low", "_high")
 END = "<!-- end -->"
-TABLES = (("fd", "Frechet distance", 2), ("kid", "KID x 1000", 2), ("rmse", "RMSE to the teacher", 4))
+TABLES = (
+    ("Frechet distance", ("fd",), 3),
+    ("KID x 1000", ("kid",), 2),
+    ("RMSE to the teacher", ("rmse",), 4),
+    ("Median, 99th percentile, worst image", ("median", "p99", "worst"), 3),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Compare, then write."""
     options = _parser().parse_args(arguments)
     text = options.markdown.read_text()
-    for model in options.models:
-        for scale in options.guidance:
-            _section(text, model, scale)  # before hours of work
-    for model in options.models:
-        for scale in options.guidance:
-            rows = _compared(model, scale, options)
-            _keep(options.json, model, scale, rows)
-            rewrite(options.markdown, json.loads(options.json.read_text()))
+    cases = [case for case in CASES if case[0] in options.models and case[1] in (options.guidance or [case[1]])]
+    if not cases:
+        raise ValueError(f"no case of {options.models} has a guidance scale of {options.guidance}")
+    for model, scale in cases:
+        _section(text, model, scale)  # before hours of work
+    for number, (model, scale) in enumerate(cases, 1):
+        print(f"{model}, guidance {scale:g}: {number} of {len(cases)}", flush=True)
+        rows = _compared(model, scale, options)
+        _keep(options.json, model, scale, rows)
+        rewrite(options.markdown, json.loads(options.json.read_text()))
     draw(json.loads(options.json.read_text()), options.json.with_suffix(".png"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(BASELINES), default=list(BASELINES))
-    parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 1.5])
-    parser.add_argument("--nfe", nargs="+", type=int, default=list(NFES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--guidance", nargs="+", type=float, help="scales; default: all that a model has here")
+    parser.add_argument("--calls", nargs="+", type=int, help="numbers of network calls; default: those of the case")
     parser.add_argument(
         "--solvers", nargs="+", default=[], metavar="PATH", help="further artifacts, of one model and scale"
     )
-    parser.add_argument("--num_samples", type=int, default=1000, help="images per row")
+    parser.add_argument("--num_samples", type=int, default=5000, help="images per row")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--output", type=Path, default=Path("runs/results"), help="folder of the comparisons")
@@ -72,9 +106,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    case = CASES[model, scale]
+    calls = options.calls or case.calls
+    denoiser = load_denoiser(f"checkpoints/{model}", scale)
     args = CompareArgs(
         f"checkpoints/{model}",
-        [*baselines(model, options.nfe), *artifacts(model, scale, options.nfe), *options.solvers],
+        [
+            *baselines(denoiser.schedule, calls, calls_per_row(denoiser)),
+            *artifacts(model, scale, calls, denoiser),
+            *options.solvers,
+        ],
+        reference=case.teacher,
         output=str(options.output / f"{model}-g{scale:g}-{options.precision}"),
         num_samples=options.num_samples,
         batch_size=options.batch_size,
@@ -84,21 +126,38 @@ def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dic
     return compare(args)
 
 
-def baselines(model: str, nfes: Sequence[int], folder: Path = Path("checkpoints")) -> list[str]:
-    """diffusers' solvers with so many evaluations; Heun's, which come in odd numbers, with at most so many."""
-    schedule = load_denoiser(folder / model).schedule
-    names = [f"{name}:{nfe}" for name in BASELINES[model] for nfe in nfes]
-    return list({(family(name), resolve_solver(name, schedule).nfe): name for name in reversed(names)}.values())[::-1]
+def baselines(schedule: NoiseSchedule, calls: Sequence[int], each: int = 1) -> list[str]:
+    """Solvers by name of so many network calls.
+
+    Args:
+        schedule: of the model.
+        calls: numbers of network calls.
+        each: calls of an evaluation; what they do not divide is left out.
+    """
+    found = []
+    for name in BASELINES[schedule.kind]:
+        for rows in (count // each for count in calls if count % each == 0):
+            try:
+                found += [f"{name}:{rows}"] * (resolve_solver(f"{name}:{rows}", schedule).nfe == rows)
+            except ValueError:  # a solver or a grid that has no such number
+                continue
+    return found
 
 
-def artifacts(model: str, scale: float, nfes: Sequence[int], folder: Path = Path("checkpoints")) -> list[str]:
-    """Paths of the artifacts for a guidance scale: the model's own, published ones, and its students' at any NFE."""
+def artifacts(
+    model: str, scale: float, calls: Sequence[int], denoiser: Any, folder: Path = Path("checkpoints")
+) -> list[str]:
+    """Paths of the artifacts for a guidance scale: the model's own, published ones, and its students'."""
     own = sorted((folder / "solvers" / model).rglob("*.json"))
-    published = sorted((folder / "solvers" / "published").glob(f"{PUBLISHED[model]}-*.json"))
-    solvers = [path for path in own + published if load_solver(path).nfe in nfes]
+    published = sorted((folder / "solvers" / "published").glob(f"{PUBLISHED[denoiser.schedule.kind]}-*.json"))
     students = sorted(folder.glob(f"{model}-*/slam-*.json"))
-    fitting = [str(path) for path in solvers + students if guidance_fits(_scale(load_solver(path).info), scale)]
-    return sorted(fitting, key=lambda path: (Path(path).parent, family(path), load_solver(path).nfe))
+    found = {}
+    for path in own + published + students:
+        table = load_solver(path)
+        count = table.nfe if table.info["student"] else network_calls(table, denoiser)
+        if count in calls and guidance_fits(_scale(table.info), scale):
+            found[str(path)] = count
+    return sorted(found, key=lambda path: (Path(path).parent, family(path), found[path]))
 
 
 def _scale(info: dict[str, Any]) -> Any:
@@ -114,7 +173,7 @@ def _keep(path: Path, model: str, scale: float, rows: Sequence[dict[str, Any]]) 
     mine = [
         {"model": model, "guidance": scale, "solver": row["solver"], "method": row["method"], "nfe": row["nfe"]}
         | {"num_images": row["num_images"], "is_reference": row["is_reference"]}
-        | {name: row.get(name) for name in KEPT}
+        | {f"{name}{end}": row[f"{name}{end}"] for name in FIGURES for end in ENDS if f"{name}{end}" in row}
         for row in rows
     ]
     ordered = sorted(others + mine, key=lambda row: (row["model"], row["guidance"]))
@@ -146,25 +205,25 @@ def _section(text: str, model: str, scale: float) -> str:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for each metric: a line per solver, a column per number of evaluations; the best of several is bold."""
+    """Some tables: a line per solver, a column per number of network calls; the best of several is bold."""
     reference = next(row for row in rows if row["is_reference"])
     others = [row for row in rows if not row["is_reference"]]
     counts = sorted({row["nfe"] for row in others})
     families = list(dict.fromkeys(family(row["solver"]) for row in others))
     cells_of = {(family(row["solver"]), row["nfe"]): row for row in others}
     parts = [f"{reference['num_images']} images per row; the teacher is {reference['solver']}."]
-    for metric, title, digits in TABLES:
-        if reference.get(metric) is None:
+    for title, metrics, digits in TABLES:
+        if reference.get(metrics[0]) is None:
             continue
-        lines = [f"| {title} | {' | '.join(f'NFE {count}' for count in counts)} |", "|---|" + "---:|" * len(counts)]
-        values = {count: _values(others, metric, count) for count in counts}
-        best = {count: min(found) if len(found) > 1 else None for count, found in values.items()}
+        lines = [f"| {title} | {' | '.join(f'{n} calls' for n in counts)} |", "|---|" + "---:|" * len(counts)]
+        values = {n: [row[metrics[0]] for row in others if row["nfe"] == n and metrics[0] in row] for n in counts}
+        best = {n: min(found) if len(found) > 1 and len(metrics) == 1 else None for n, found in values.items()}
         for name in families:
-            cells = [_cell(cells_of.get((name, count)), metric, digits, best[count]) for count in counts]
+            cells = [_cell(cells_of.get((name, n)), metrics, digits, best[n]) for n in counts]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        if metric != "rmse":
-            shown = _cell(reference, metric, digits, None)
-            lines.append(f"| teacher, {reference['nfe']} evaluations | {shown} |" + " |" * (len(counts) - 1))
+        if metrics[0] in ("fd", "kid"):
+            shown = _cell(reference, metrics, digits, None)
+            lines.append(f"| teacher, {reference['nfe']} calls | {shown} |" + " |" * (len(counts) - 1))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -175,27 +234,26 @@ def family(solver: str) -> str:
         return re.sub(r"(@\w+)?:\d+$", r"\1", solver)
     path = Path(solver)
     parent = path.parent.name
-    if parent in BASELINES or parent.startswith("guidance-"):
+    if parent in MODELS or parent.startswith("guidance-"):
         parent = ""
     return f"{parent}/{re.sub('-[0-9]+$', '', path.stem)}".lstrip("/")
 
 
-def _values(rows: Iterable[dict[str, Any]], metric: str, count: int) -> list[float]:
-    return [row[metric] for row in rows if row["nfe"] == count and row[metric] is not None]
-
-
-def _cell(row: dict[str, Any] | None, metric: str, digits: int, best: float | None) -> str:
-    if row is None or row[metric] is None:
+def _cell(row: dict[str, Any] | None, metrics: Sequence[str], digits: int, best: float | None) -> str:
+    """One figure with its interval, or several."""
+    if row is None or row.get(metrics[0]) is None:
         return ""
-    scale = 1000 if metric == "kid" else 1
-    text = f"{row[metric] * scale:.{digits}f}"
-    text = f"**{text}**" if row[metric] == best else text
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    return text if low is None else f"{text} ({low * scale:.{digits}f} to {high * scale:.{digits}f})"
+    scale = 1000 if metrics[0] == "kid" else 1
+    text = " / ".join(f"{row[name] * scale:.{digits}f}" for name in metrics)
+    text = f"**{text}**" if row[metrics[0]] == best else text
+    low, high = (row.get(f"{metrics[0]}{end}") for end in ENDS[1:])
+    if low is None or len(metrics) > 1:
+        return text
+    return f"{text} ({low * scale:.{digits}f} to {high * scale:.{digits}f})"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Frechet distance against evaluations, a panel per model and scale, cut off at three times the teacher's."""
+    """Frechet distance against network calls, a panel per model and scale, cut off at three times the teacher's."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -205,7 +263,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.2 * columns, 5.2 * lines), layout="constrained")
     for index, (model, scale) in enumerate(groups):
         axes = figure.add_subplot(lines, columns, index + 1)
-        mine = [row for row in rows if (row["model"], row["guidance"]) == (model, scale) and row["fd"] is not None]
+        mine = [row for row in rows if (row["model"], row["guidance"]) == (model, scale) and row.get("fd") is not None]
         solvers = [row for row in mine if not row["is_reference"]]
         for color, name in enumerate(dict.fromkeys(family(row["solver"]) for row in solvers)):
             points = sorted((row["nfe"], row["fd"], row["method"]) for row in solvers if family(row["solver"]) == name)
@@ -213,9 +271,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             counts, distances, _ = zip(*points)
             axes.plot(counts, distances, *style[:1], linestyle=style[1], label=name, color=colormaps["tab20"](color))
         for row in (row for row in mine if row["is_reference"]):
-            axes.axhline(row["fd"], color="black", linewidth=1, label=f"teacher, {row['nfe']} evaluations")
+            axes.axhline(row["fd"], color="black", linewidth=1, label=f"teacher, {row['nfe']} calls")
             axes.set_ylim(0.9 * row["fd"], 3 * row["fd"])
-        axes.set(xlabel="network evaluations", ylabel="Frechet distance", title=f"{model}, guidance {scale:g}")
+        axes.set(xlabel="network calls", ylabel="Frechet distance", title=f"{model}, guidance {scale:g}")
         axes.set_xticks(sorted({row["nfe"] for row in solvers}))
         axes.grid(alpha=0.3)
         if mine:

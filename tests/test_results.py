@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import results
+from denoisers import load_denoiser
 from denoisers.checkpoint import save_denoiser
 from denoisers.dit import DiT
 from solvers import DenoiserIdentity, NoiseSchedule, save_solver
@@ -35,10 +36,14 @@ def folder(tmp_path, monkeypatch):
     save_solver(named_solver("unipc:2", network.schedule), solvers / "b" / "olss-2.json", guided, method="olss")
     (tmp_path / "results.md").write_text(f"Before.\n\n{START}\nold\n{END}\n\nAfter.\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results, "BASELINES", {"tiny": ("ddim",)})
-    monkeypatch.setattr(results, "PUBLISHED", {"tiny": "vp"})
-    monkeypatch.setattr(results, "NFES", (2, 3))
+    monkeypatch.setattr(results, "BASELINES", {"discrete_vp": ("ddim",)})
+    monkeypatch.setattr(results, "CASES", {("tiny", s): results.Case("ddim:100", (2, 3, 4)) for s in (1.0, 1.5)})
+    monkeypatch.setattr(results, "MODELS", ["tiny"])
     return tmp_path
+
+
+def found(scale, calls):
+    return results.artifacts("tiny", scale, calls, load_denoiser("checkpoints/tiny", scale))
 
 
 def test_compares_what_fits_and_writes_all_files(folder):
@@ -53,9 +58,11 @@ def test_compares_what_fits_and_writes_all_files(folder):
     results.main([*arguments, "--json", "results.json", "--markdown", "results.md"])
     rows = json.loads((folder / "results.json").read_text())
     path = "checkpoints/solvers/tiny/olss-3.json"
-    assert [one["solver"] for one in rows] == ["x:1", "ddim:100", "ddim:2", "ddim:3", path, str(outside)]
+    assert [one["solver"] for one in rows] == ["x:1", "ddim:100", "ddim:2", "ddim:3", "ddim:4", path, str(outside)]
     assert all(one["num_images"] == 4 for one in rows[1:])
     assert rows[-1]["rmse"] == rows[-2]["rmse"] > 0
+    assert rows[-1]["worst"] >= rows[-1]["p99"] >= rows[-1]["median"] > 0
+    assert rows[-1]["seconds"] > 0
     text = (folder / "results.md").read_text()
     assert text.startswith("Before.\n\n<!-- table tiny 1 -->\n4 images per row; the teacher is ddim:100.")
     assert f"| olss |  | **{rows[-1]['rmse']:.4f}** ({rows[-1]['rmse_low']:.4f} to " in text
@@ -70,10 +77,21 @@ def test_a_document_without_the_marker_is_refused_before_any_work(folder):
     assert not (folder / "runs").exists()
 
 
-def test_artifacts_by_guidance_scale(folder):
-    assert results.artifacts("tiny", 1.0, (2, 3)) == ["checkpoints/solvers/tiny/olss-3.json"]
-    assert results.artifacts("tiny", 1.0, (2,)) == []
-    assert results.artifacts("tiny", 1.5, (2, 3)) == ["checkpoints/solvers/tiny/b/olss-2.json"]
+def test_artifacts_by_guidance_scale_and_network_calls(folder):
+    """A guided evaluation is two calls."""
+    assert found(1.0, (2, 3)) == ["checkpoints/solvers/tiny/olss-3.json"]
+    assert found(1.0, (2,)) == []
+    assert found(1.5, (4,)) == ["checkpoints/solvers/tiny/b/olss-2.json"]
+    assert found(1.5, (2, 3)) == []
+
+
+def test_baselines_by_network_calls():
+    schedule = NoiseSchedule.flow()
+    plain, guided = results.baselines(schedule, (3, 4)), results.baselines(schedule, (3, 4, 24), 2)
+    assert {"unipc:3", "unipc:4", "heun:3", "ipndm@karras:3"} <= set(plain)
+    assert {"unipc:2", "unipc:12"} <= set(guided)
+    assert "heun:4" not in plain
+    assert "unipc@dmn:12" not in guided
 
 
 def test_published_tables_and_students_are_compared_too(folder):
@@ -84,20 +102,30 @@ def test_published_tables_and_students_are_compared_too(folder):
     save_denoiser(DiT(schedule, 8, 4, 1, 32, 1, 2), "checkpoints/tiny-student/student")
     weights = {"student": "student/model.safetensors", "fitted_on": {"guidance_scale": 1.5}}
     save_solver(named_solver("ddim:1", schedule), student, **common, **weights)
-    assert published in results.artifacts("tiny", 1.0, (3,))
-    assert student not in results.artifacts("tiny", 1.0, (3,))
-    assert student in results.artifacts("tiny", 1.5, (3,))
+    assert published in found(1.0, (3,))
+    assert student not in found(1.0, (3,))
+    assert student in found(1.5, (1, 6))
 
 
 def test_tables_mark_the_best_of_each_column_and_the_floor():
     rows = [row("ddim:6", 6, 1.0, is_reference=True), row("ddim:2", 2, 5.0), row("ddim:3", 3, 4.0)]
     rows.append(row("a/b/olss-2.json", 2, 3.0, fd_low=2.5, fd_high=3.5))
     text = results.tables(rows)
-    assert "| Frechet distance | NFE 2 | NFE 3 |" in text
-    assert "| ddim | 5.00 | 4.00 |" in text
-    assert "| b/olss | **3.00** (2.50 to 3.50) |  |" in text
-    assert "| teacher, 6 evaluations | 1.00 | |" in text
+    assert "| Frechet distance | 2 calls | 3 calls |" in text
+    assert "| ddim | 5.000 | 4.000 |" in text
+    assert "| b/olss | **3.000** (2.500 to 3.500) |  |" in text
+    assert "| teacher, 6 calls | 1.000 | |" in text
     assert "KID" not in text
+
+
+def test_the_tail_stands_beside_the_mean():
+    rows = [
+        row("ddim:6", 6, 1.0, is_reference=True, median=0.0),
+        row("ddim:2", 2, 5.0, median=0.1, p99=0.25, worst=0.5),
+    ]
+    text = results.tables(rows)
+    assert "| Median, 99th percentile, worst image | 2 calls |" in text
+    assert "| ddim | 0.100 / 0.250 / 0.500 |" in text
 
 
 def test_picture(tmp_path):
@@ -119,6 +147,7 @@ def test_picture(tmp_path):
         ("checkpoints/solvers/cifar10-dit/teacher-basis/olss-5.json", "teacher-basis/olss"),
         ("checkpoints/solvers/cifar10-dit/guidance-1.5/olss-5.json", "olss"),
         ("checkpoints/solvers/cifar10-dit/guidance-1.5/teacher-basis/olss-5.json", "teacher-basis/olss"),
+        ("checkpoints/solvers/fashion-sit/peers/gits-unipc-5.json", "peers/gits-unipc"),
     ],
 )
 def test_families(solver, name):
