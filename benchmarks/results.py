@@ -244,6 +244,7 @@ def _cell(row: dict[str, Any] | None, metrics: Sequence[str], digits: int, best:
     if row is None or row.get(metrics[0]) is None:
         return ""
     scale = 1000 if metrics[0] == "kid" else 1
+    digits -= metrics[0] == "fd" and row["fd"] >= 1
     text = " / ".join(f"{row[name] * scale:.{digits}f}" for name in metrics)
     text = f"**{text}**" if row[metrics[0]] == best else text
     low, high = (row.get(f"{metrics[0]}{end}") for end in ENDS[1:])

@@ -108,13 +108,13 @@ def test_published_tables_and_students_are_compared_too(folder):
 
 
 def test_tables_mark_the_best_of_each_column_and_the_floor():
-    rows = [row("ddim:6", 6, 1.0, is_reference=True), row("ddim:2", 2, 5.0), row("ddim:3", 3, 4.0)]
+    rows = [row("ddim:6", 6, 1.0, is_reference=True), row("ddim:2", 2, 5.0), row("ddim:3", 3, 0.4)]
     rows.append(row("a/b/olss-2.json", 2, 3.0, fd_low=2.5, fd_high=3.5))
     text = results.tables(rows)
     assert "| Frechet distance | 2 calls | 3 calls |" in text
-    assert "| ddim | 5.000 | 4.000 |" in text
-    assert "| b/olss | **3.000** (2.500 to 3.500) |  |" in text
-    assert "| teacher, 6 calls | 1.000 | |" in text
+    assert "| ddim | 5.00 | 0.400 |" in text
+    assert "| b/olss | **3.00** (2.50 to 3.50) |  |" in text
+    assert "| teacher, 6 calls | 1.00 | |" in text
     assert "KID" not in text
 
 
