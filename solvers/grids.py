@@ -21,8 +21,8 @@ def karras(n: int, low: float, high: float) -> Tensor:
         n: evaluations.
         low, high: levels of the schedule, which the ends of EDM's, 0.002 and 80, are moved into.
     """
-    ends = [min(max(end, low), high) ** (1 / _RHO) for end in (_HIGHEST, _LOWEST)]
-    return torch.linspace(*ends, n + 1, dtype=torch.float64)[:-1] ** _RHO
+    first, last = (min(max(end, low), high) ** (1 / _RHO) for end in (_HIGHEST, _LOWEST))
+    return torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1] ** _RHO
 
 
 def ays(n: int, low: float, high: float) -> Tensor:
