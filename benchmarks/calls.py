@@ -67,10 +67,6 @@ CASES = {
     "sit_4": Case(
         "cifar10-sit", 4.0, (10, 12, 14), "unipc:40", "cifar10-sit/guidance-4/calls", ("cifar10-sit/guidance-4",)
     ),
-    "fashion_1": Case("fashion-sit", 1.0, (3, 4, 5, 8), "unipc:30", "fashion-sit/calls", ("fashion-sit",)),
-    "fashion_2": Case(
-        "fashion-sit", 2.0, (6, 8, 10), "unipc:30", "fashion-sit/guidance-2/calls", ("fashion-sit/guidance-2",)
-    ),
 }
 
 
