@@ -380,6 +380,7 @@ class Search(Fitting):
                 "steps": stage.step,
                 "loss": vars(options.loss),
                 "train_timesteps": options.start.train_timesteps,
+                "keep_last_row": options.start.keep_last_row,
                 "precision": self.run.precision,
             },
         )

@@ -45,6 +45,10 @@ class Start:
                 f"solvers are {self.solvers}, give one or more; screening is {self.screening}, 0 or more; "
                 f"finish is {self.finish!r}, one of {', '.join(FINISHES)}"
             )
+        if self.keep_last_row and "paper" in self.solvers:
+            raise ValueError(
+                "keep_last_row keeps the last row of a solver, and the paper's start has none: set another"
+            )
 
     @property
     def solvers(self) -> list[str]:

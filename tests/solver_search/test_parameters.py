@@ -5,7 +5,7 @@ import torch
 from torch.func import jacrev
 
 from solver_search.parameters import FreeParameters, PaperParameters
-from solver_search.starts import check_start, split_widest, start_table, widened
+from solver_search.starts import Start, check_start, split_widest, start_table, widened
 from solvers import NoiseSchedule, named_solver, sample, start_noise
 from tests.solver_search.toys import SHAPE, TwoPoints
 
@@ -129,6 +129,16 @@ def test_a_last_row_that_is_kept(canonical):
     assert float(table.timesteps[-1]) != float(start.timesteps[-1])
     torch.testing.assert_close(parameters.table(parameters.initial()).canonical().output, start.canonical().output)
     assert list(parameters.moving_rows) == [0, 1, 2]
+
+
+def test_the_papers_start_has_no_last_row_to_keep():
+    schedule = SCHEDULES["epsilon"]
+    with pytest.raises(
+        ValueError, match="keep_last_row keeps the last row of a solver, and the paper's start has none"
+    ):
+        Start(["dpmpp", "paper"], keep_last_row=True)
+    parameters = Start("dpmpp", keep_last_row=True).parameters(4, schedule, named_solver("dpmpp:4", schedule))
+    assert parameters.keep_last_row
 
 
 def test_every_free_number_moves_the_table():
