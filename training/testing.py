@@ -76,7 +76,7 @@ class TableModule(ResultModule):
     @property
     def fitting_seconds(self) -> float:
         """Seconds of training, over resumes, or since `restart_clock`; for `fitted_on` of artifacts."""
-        return round(self.clock.seconds, 1)
+        return round(self.clock.seconds, 3)
 
     def restart_clock(self) -> None:
         """The work on another table begins."""
