@@ -197,7 +197,8 @@ def test_a_lost_process_ends_the_run(act, code, line, then):
 
 
 def test_other_processes_are_ended_with_the_first(tmp_path):
-    act = f"open({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    file, whole = str(tmp_path / "part"), str(tmp_path / "id")
+    act = f"open({file!r}, 'w').write(str(os.getpid())); os.replace({file!r}, {whole!r}); time.sleep(100)"
     then = f"import pathlib\n    while not pathlib.Path({str(tmp_path / 'id')!r}).exists(): time.sleep(.01)\n    1 / 0"
     found = python(CHILD.format(act=act, then=then))
     assert "ZeroDivisionError" in found.stderr
