@@ -1,6 +1,8 @@
 """GITS: time steps of a multistep solver by dynamic programming on a model's own trajectories, as artifacts.
 
     python benchmarks/peers.py --denoiser checkpoints/fashion-sit --output checkpoints/solvers/fashion-sit/peers
+    python benchmarks/peers.py --denoiser checkpoints/fashion-sit --guidance_scale 2 --nfe 2 3 4 5 8 \\
+        --output checkpoints/solvers/fashion-sit/guidance-2/peers
 
 For every number of evaluations and every solver it writes gits-SOLVER-N.json, which `benchmarks/results.py` compares
 with ours. A trajectory of 60 steps of iPNDM on EDM's grid is made for each seed; what an Euler step from one of its

@@ -90,6 +90,7 @@ def test_baselines_by_network_calls():
     plain, guided = results.baselines(schedule, (3, 4)), results.baselines(schedule, (3, 4, 24), 2)
     assert {"unipc:3", "unipc:4", "ipndm@karras:3"} <= set(plain)
     assert {"unipc:2", "unipc:12"} <= set(guided)
+    assert "unipc:1" not in guided
     assert "unipc@dmn:12" not in guided
 
 

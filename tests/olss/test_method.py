@@ -287,3 +287,17 @@ def test_resumes_in_the_middle_of_an_epoch(tmp_path, cache):
     assert torch.equal(second.fits[3, "numbers"].weights[0], whole.fits[3, "numbers"].weights[0])
     assert second.spent[3].forward == 0
     assert whole.done
+
+
+def test_a_last_row_of_predicted_data_under_lightning(tmp_path, cache):
+    """The plain functions' table, and what the artifact says; the paper's basis has no such row."""
+    fit(tmp_path, cache, calls=3, path="uniform", last_row="data")
+    found = load_solver(tmp_path / "olss-3.json")
+    fitted = TrajectoryCache(cache).load()[:-4]
+    path = tuple(found.info["config"]["indices"])
+    expected = fit_run(Toy(), teacher(), [fitted], CallPlan(path), data_scale=1.0).fit.table(teacher())
+    torch.testing.assert_close(found.output_coef, expected.output_coef, rtol=1e-6, atol=1e-9)
+    assert found.output_coef[-1, :-1].tolist() == [0, 0]
+    assert found.info["config"]["last_row"] == "data"
+    with pytest.raises(ValueError, match="no teacher's output: use basis own"):
+        OLSS(last_row="data", basis="teacher")
