@@ -3,6 +3,7 @@
 Every quantity is one number per sample; states are combined with them by `weighted`. Derivations: slam/README.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from solvers.schedule import NoiseSchedule
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 NOISE_LEVELS = ("paper", "shared")
 LINE_TIMESTEPS = ("start", "node")
+TEACHER_STEPS = ("ddim", "heun")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ def ddim_weights(prediction_type: str, points: Points) -> tuple[Tensor, Tensor]:
     data, noise = data_weights(prediction_type, *node), noise_weights(prediction_type, *node)
     on_state, on_output = (points.alpha_end * d + points.sigma_end * n for d, n in zip(data, noise))
     return on_state, on_output
+
+
+def heun_weights(prediction_type: str, points: Points) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights (on x_e, on the output there, on x_s, on the output there) of the second-order step through DDIM's x_e.
+
+        x_e + (alpha_e - alpha_s sigma_e / sigma_s) (data_e - data_s) / 2
+
+    The step of `ddim_weights` with the mean of the data read off at its two ends. At a noiseless end both are the same.
+
+    Source: DPM-Solver++(2S) with its middle point at the end (arXiv 2211.01095); consistency distillation with Heun's
+        steps: arXiv 2303.01469.
+    """
+    half = (points.alpha_end - points.alpha_start * points.sigma_end / points.sigma_start) / 2
+    end = data_weights(prediction_type, points.alpha_end, points.sigma_end)
+    start = data_weights(prediction_type, points.alpha_start, points.sigma_start)
+    return 1 + half * end[0], half * end[1], -half * start[0], -half * start[1]
 
 
 def line_weights(kind: str, points: Points, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,9 +183,10 @@ def consistency_weights(
     return c_skip + c_out * on_state, c_out * on_output
 
 
-def weighted(weights: tuple[Tensor, Tensor], first: Tensor, second: Tensor) -> Tensor:
-    """weights[0] first + weights[1] second, one weight per sample, in the dtype of `first`."""
-    return per_sample(weights[0], first) * first + per_sample(weights[1], first) * second
+def weighted(weights: Sequence[Tensor], *values: Tensor) -> Tensor:
+    """weights[0] values[0] + weights[1] values[1] + ..., one weight per sample, in the dtype of the first value."""
+    parts = [per_sample(weight, values[0]) * value for weight, value in zip(weights, values, strict=True)]
+    return sum(parts[1:], parts[0])
 
 
 def huber(difference: Tensor, c: float) -> Tensor:

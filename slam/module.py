@@ -210,9 +210,9 @@ class SLAM(NetworkModule, TableModule):
     def show(self, step: int, num_images: int = 40) -> None:
         """With the errors of all numbers of evaluations."""
         super().show(step, num_images)
-        spent = self.images * (2 + calls_per_row(self.teacher))  # student, target and teacher
+        each = 2 + self.objective.teacher_evaluations * calls_per_row(self.teacher)  # student, target and teacher
         for name, table in self.current_tables().items():
-            self.examine(name, table, spent)
+            self.examine(name, table, self.images * each)
 
     @property
     def card(self) -> RunCard:

@@ -10,9 +10,11 @@ from torch import Tensor
 from slam.lines import (
     LINE_TIMESTEPS,
     NOISE_LEVELS,
+    TEACHER_STEPS,
     Points,
     consistency_weights,
     ddim_weights,
+    heun_weights,
     huber,
     l2,
     line_call,
@@ -35,7 +37,8 @@ class Objective:
 
     Args:
         method: `slam`, or `consistency`: gamma is 1 always, plain consistency distillation.
-        teacher_points: steps of the teacher's DDIM (flow: Euler) between noise and data.
+        teacher_points: steps of the teacher between noise and data.
+        teacher_step: `ddim` (flow: Euler), or `heun`: second order, two evaluations of the teacher.
         noise_level: sigma on the line, `paper` or `shared`, see `slam.lines.line_node`.
         line_timestep: what the student is told on the line, `start` or `node`, see `slam.lines.line_call`.
         weighting: of the difference before the loss: `uniform`: 1; `snr`: min(1, alpha_s / sigma_s), so that data read
@@ -50,6 +53,7 @@ class Objective:
 
     method: str = "slam"
     teacher_points: int = 50
+    teacher_step: str = "ddim"
     noise_level: str = "paper"
     line_timestep: str = "start"
     weighting: str = "uniform"
@@ -59,6 +63,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_choice("teacher_step", self.teacher_step, TEACHER_STEPS)
         check_choice("noise_level", self.noise_level, NOISE_LEVELS)
         check_choice("line_timestep", self.line_timestep, LINE_TIMESTEPS)
         check_choice("weighting", self.weighting, WEIGHTINGS)
@@ -73,6 +78,11 @@ class Objective:
         """Whether the student is told gamma; not for plain consistency distillation, where it is 1."""
         return self.method == "slam"
 
+    @property
+    def teacher_evaluations(self) -> int:
+        """Of a step of the teacher."""
+        return 2 if self.teacher_step == "heun" else 1
+
     def of(self, difference: Tensor) -> Tensor:
         """The loss of weighted differences."""
         return huber(difference, self.huber_c) if self.loss == "huber" else l2(difference)
@@ -82,9 +92,10 @@ class Objective:
 class Weights:
     """What a batch of sub-paths needs, one number per sample: timesteps, gamma, and pairs of weights.
 
-    `forward` of (data, noise) in x_s; `step` of (x_s, teacher's output) in x_e; `line` of (x_s, x_e) in x_g, scaled as
-    the student is asked; `student` of (that, output) in f_g; `target` of (x_e, output) in f_e; `loss` of f_g - f_e.
-    `told` is the student's timestep.
+    `forward` of (data, noise) in x_s; `step` of (x_s, teacher's output) in x_e; `heun` of (x_e, teacher's output there,
+    x_s, teacher's output there) in the second-order x_e, empty where the step is DDIM's; `line` of (x_s, x_e) in x_g,
+    scaled as the student is asked; `student` of (that, output) in f_g; `target` of (x_e, output) in f_e; `loss` of
+    f_g - f_e. `told` is the student's timestep.
     """
 
     start: Tensor
@@ -94,6 +105,7 @@ class Weights:
     loss: Tensor
     forward: Pair
     step: Pair
+    heun: tuple[Tensor, ...]
     line: Pair
     student: Pair
     target: Pair
@@ -118,6 +130,7 @@ class Weights:
             _loss_weight(objective.weighting, points),
             forward=(points.alpha_start, points.sigma_start),
             step=ddim_weights(schedule.prediction_type, points),
+            heun=heun_weights(schedule.prediction_type, points) if objective.teacher_step == "heun" else (),
             line=(on_start / scale, on_end / scale),
             student=consistency_weights(schedule, told, node[0] / scale, node[1] / scale),
             target=consistency_weights(schedule, points.end, points.alpha_end, points.sigma_end),
@@ -128,7 +141,7 @@ class Weights:
         rows = [getattr(self, field.name) for field in fields(self)]
         flat = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
         moved: Iterator[Any] = iter(torch.stack(flat).to(dtype).to(device, non_blocking=True).unbind())
-        found: list[Any] = [(next(moved), next(moved)) if isinstance(row, tuple) else next(moved) for row in rows]
+        found: list[Any] = [tuple(next(moved) for _ in row) if isinstance(row, tuple) else next(moved) for row in rows]
         return Weights(*found)
 
 
@@ -161,8 +174,17 @@ def predictions(
     """
     state = weighted(weights.forward, data, noise)
     with torch.no_grad():
-        end = weighted(weights.step, state, teacher(state, weights.start, condition))
+        end = teacher_end(teacher, weights, state, condition)
         aim = weighted(weights.target, end, target(end, weights.end, condition))
     point = weighted(weights.line, state, end)
     options = {"gamma": weights.gamma} if told else {}
     return weighted(weights.student, point, student(point, weights.told, condition, **options)), aim
+
+
+def teacher_end(teacher: Callable[..., Tensor], weights: Weights, state: Tensor, condition: Any = None) -> Tensor:
+    """The teacher's next point x_e from x_s, (batch, *shape): by one evaluation, or by two."""
+    output = teacher(state, weights.start, condition)
+    end = weighted(weights.step, state, output)
+    if not weights.heun:
+        return end
+    return weighted(weights.heun, end, teacher(end, weights.end, condition), state, output)

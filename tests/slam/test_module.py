@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import fields
 
 import lightning
@@ -125,6 +126,27 @@ def test_all_prediction_types_train(schedule, method):
     assert differs(module.student, before)
     gamma = module.student.gamma_embedding
     assert differs(gamma, before.gamma_embedding) == (method == "slam")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_second_order_teacher_trains_another_student(schedule):
+    students = []
+    for teacher_step in ("ddim", "heun"):
+        module = make(schedule, teacher_step=teacher_step)
+        losses = Losses()
+        trainer(max_steps=5, callbacks=[losses]).fit(module, digits(100))
+        assert all(math.isfinite(loss) for loss in losses.values)
+        students.append(module.student)
+    assert differs(*students)
+
+
+@pytest.mark.parametrize(("teacher_step", "each"), [("ddim", 4), ("heun", 6)])
+def test_calls_spent_count_all_evaluations(monkeypatch, teacher_step, each):
+    """Student, target, and the guided teacher's two calls, once or twice."""
+    module, spent = make(teacher_step=teacher_step), []
+    monkeypatch.setattr(module, "examine", lambda name, table, calls: spent.append(calls))
+    trainer(max_steps=2).fit(module, digits(100))
+    assert set(spent) == {each * 200}
 
 
 class Losses(Callback):
