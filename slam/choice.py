@@ -1,13 +1,16 @@
 """Which of several samplers of a student is taken: the one whose images are nearest to the data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from evaluation.evaluate import evaluate_table
 from evaluation.metrics import Measure
 from solvers import SolverTable
 
 FIRST_SEED = 2**30  # far from those of figures (0, 1, ...) and of fits (from 2^31 on)
+Shares = tuple[float, ...]
 
 
 def choice_seeds(num_images: int) -> list[int]:
@@ -15,16 +18,42 @@ def choice_seeds(num_images: int) -> list[int]:
     return [FIRST_SEED, FIRST_SEED + num_images]
 
 
-def distances(
-    student: Any, tables: Mapping[float, SolverTable], num_images: int, measure: Measure
-) -> dict[float, float]:
-    """Frechet distance to the data of the images of each table; every process calls it, and gets the same.
+def distance_of(student: Any, table: SolverTable, num_images: int, measure: Measure) -> float:
+    """Frechet distance to the data of a table's images; every process calls it, and gets the same.
 
     Args:
         student: the network.
-        tables: by the share of noise that they keep.
-        num_images: of each, from the noises of `choice_seeds`.
+        table: its sampler.
+        num_images: from the noises of `choice_seeds`.
         measure: with the Frechet distance.
     """
-    options: dict[str, Any] = {"num_images": num_images, "seed": FIRST_SEED, "measure": measure}
-    return {share: evaluate_table(student, table, **options)["fd"] for share, table in tables.items()}
+    return evaluate_table(student, table, num_images=num_images, seed=FIRST_SEED, measure=measure)["fd"]
+
+
+def choose(
+    distance: Callable[[Shares], float], shares: Sequence[float], count: int, progress: bool = False
+) -> tuple[Shares, dict[Shares, float]]:
+    """The share of noise to keep at each of `count` steps, and the distances of all that were tried.
+
+    First one share for all steps; from the best of them each step in turn, the first one first, gets its own.
+
+    Args:
+        distance: of the shares of all steps; the least is best.
+        shares: that a step may have.
+        count: at least 1.
+        progress: show how far it is.
+    """
+    found: dict[Shares, float] = {}
+    with tqdm(total=len(shares) + count * (len(shares) - 1) * (count > 1), disable=not progress or None) as bar:
+
+        def nearest(candidates: Sequence[Shares]) -> Shares:
+            for candidate in candidates:
+                if candidate not in found:
+                    found[candidate] = distance(candidate)
+                    bar.update()
+            return min(candidates, key=found.__getitem__)
+
+        best = nearest([(share,) * count for share in shares])
+        for step in range(count if count > 1 else 0):
+            best = nearest([(*best[:step], share, *best[step + 1 :]) for share in shares])
+    return best, found

@@ -26,8 +26,9 @@ class Exports:
         keep: leave each of those in a folder of its own, `output`/step-<step>, instead of replacing the last.
         upload_student: the student goes to W&B too, with each artifact.
         kept_noise: share of a step's noise that is the one implied by its own prediction, see `student_table`. Of
-            several the one is taken, for each number of evaluations, whose images are nearest to the data (Frechet
-            distance in the features of the model's classifier) when the training ends; before, the first.
+            several those are taken, for each number of evaluations and each of its steps, whose images are nearest to
+            the data (Frechet distance in the features of the model's classifier) when the training ends; before, the
+            first.
         choice_images: images that they are told apart by.
     Raises:
         ValueError: no steps, no share or one out of range, or too few images.
@@ -75,7 +76,7 @@ def export(module: "SLAM", folder: Path) -> None:
             identity,
             method="slam",
             fitted_on=record,
-            config={**config(module), "kept_noise": module.kept[count]},
+            config={**config(module), "kept_noise": list(module.kept[count])},
             student=file.relative_to(folder),
         )
 

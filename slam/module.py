@@ -1,6 +1,7 @@
 """SLAM with Lightning: distil a student that needs one to eight evaluations."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from denoisers import calls_per_row, condition_length, load_denoiser, with_scale
 from evaluation.evaluate import shipped_measure
-from slam.choice import distances
+from slam.choice import Shares, choose, distance_of
 from slam.export import STUDENT_NAME, Exports, data_origin, export
 from slam.lines import teacher_points
 from slam.networks import (
@@ -91,8 +92,8 @@ class SLAM(NetworkModule, TableModule):
         self.identity = identify(network, guidance_scale=guidance_scale)  # of weights not yet cast or sharded
         self.schedule: NoiseSchedule = network.schedule
         self.points = teacher_points(self.schedule, num_points)
-        self.kept = dict.fromkeys(sorted(set(exports.steps)), exports.shares[0])  # by the number of evaluations
-        self.tables = {count: self._table(count, share) for count, share in self.kept.items()}
+        self.kept = {count: (exports.shares[0],) * (count - 1) for count in sorted(set(exports.steps))}
+        self.tables = {count: self._table(count, shares) for count, shares in self.kept.items()}
         told, options = told_scale(network, guidance_scale), (lora_rank, gradient_checkpointing, objective.tells_gamma)
         self.student = make_student(told, *options, shared=shares(network, teacher_dtype))
         self._of_teacher = shared_names(self.student, network)
@@ -278,18 +279,22 @@ class SLAM(NetworkModule, TableModule):
         super().on_load_checkpoint(checkpoint)
         self.images = checkpoint["slam"]["images"]
 
-    def _table(self, count: int, share: float) -> SolverTable:
-        return student_table(self.schedule, count, self.objective.teacher_points, share)
+    def _table(self, count: int, shares: float | Shares) -> SolverTable:
+        return student_table(self.schedule, count, self.objective.teacher_points, shares)
 
     def _choose_shares(self) -> None:
         for count in [count for count in self.tables if count > 1]:
-            tables = {share: self._table(count, share) for share in self.exports.shares}
+            rank_zero_info(f"slam-{count}: choosing the share of its noise that each step keeps")
             with self.trainer.precision_plugin.forward_context():
-                found = distances(self.result, tables, self.exports.choice_images, self._choice)
-            best = min(found, key=found.__getitem__)
-            self.kept[count], self.tables[count] = best, tables[best]
-            told = ", ".join(f"{share:g}: {distance:.3f}" for share, distance in found.items())
-            rank_zero_info(f"slam-{count} keeps {best:g} of its noise; Frechet distance by share: {told}")
+                distance = partial(self._distance, count)
+                best, found = choose(distance, self.exports.shares, count - 1, self.global_rank == 0)
+            self.kept[count], self.tables[count] = best, self._table(count, best)
+            told = ", ".join(f"{share:g}" for share in best)
+            common = ", ".join(f"{one[0]:g}: {value:.3f}" for one, value in found.items() if len(set(one)) == 1)
+            rank_zero_info(f"it is {told}, Frechet distance {found[best]:.3f}; one share for all steps: {common}")
+
+    def _distance(self, count: int, shares: Shares) -> float:
+        return distance_of(self.result, self._table(count, shares), self.exports.choice_images, self._choice)
 
     def _scaled(self, condition: Any, batch: int, batch_idx: int) -> Any:
         """With random guidance scales of a range."""
