@@ -457,6 +457,7 @@ def test_the_last_samples_are_always_logged(tmp_path):
     [
         ({"method": "x"}, "unknown method 'x': use one of slam, consistency"),
         ({"noise_level": "x"}, "unknown noise_level 'x'"),
+        ({"teacher_step": "x"}, "unknown teacher_step 'x': use one of ddim, heun"),
         ({"line_timestep": "x"}, "unknown line_timestep 'x': use one of start, node"),
         ({"weighting": "x"}, "unknown weighting 'x'"),
         ({"loss": "x"}, "unknown loss 'x'"),
