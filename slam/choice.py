@@ -54,6 +54,6 @@ def choose(
             return min(candidates, key=found.__getitem__)
 
         best = nearest([(share,) * count for share in shares])
-        for step in range(count if count > 1 else 0):
+        for step in range(count):
             best = nearest([(*best[:step], share, *best[step + 1 :]) for share in shares])
     return best, found
