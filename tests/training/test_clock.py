@@ -9,7 +9,7 @@ from olss.method import OLSS
 from slam.module import SLAM
 from slam.objective import Objective
 from tests.olss.toy import Toy
-from tests.slam.test_module import network
+from tests.slam.tiny import network
 from training.clock import Clock
 from training.solver_training import SolverTraining
 from training.testing import TableModule

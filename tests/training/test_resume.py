@@ -21,7 +21,7 @@ from slam.module import SLAM
 from slam.objective import Objective
 from solver_search.method import Descent, SolverSearch
 from solvers import NoiseSchedule, load_solver, named_solver
-from tests.slam.test_module import network
+from tests.slam.tiny import network
 from tests.solver_search.toys import TwoPoints
 from timestep_tuner.method import Descent as TunerDescent
 from timestep_tuner.method import TimestepTuner
