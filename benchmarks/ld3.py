@@ -80,13 +80,15 @@ class Names:
 def released(folder: Path) -> types.SimpleNamespace:
     """Modules of a checkout, told that there is no GPU, and that perceptual losses and films are not asked for."""
     sys.path.insert(0, str(folder))
-    for name in ("lpips", "imageio"):
-        sys.modules.setdefault(name, types.ModuleType(name))
+    absent = {name: types.ModuleType(name) for name in ("lpips", "imageio") if name not in sys.modules}
+    sys.modules.update(absent)
     import dataset
     import noise_schedulers
     import trainer
     import utils
 
+    for name in absent:
+        del sys.modules[name]
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign,assignment]
     trainer.save_gif = trainer.LD3Trainer._visual_times = lambda _: None
@@ -105,10 +107,11 @@ def counted(denoiser: Any, spent: Evaluations) -> Callable[[Tensor, Tensor, Any]
     return network
 
 
-def settings(code: Any, solver: str, nfe: int, shape: Sequence[int]) -> argparse.Namespace:
+def settings(code: Any, solver: str, order: int | None, nfe: int, shape: Sequence[int]) -> argparse.Namespace:
     """Those of configs/cifar10.yml for a solver, a number of evaluations and samples of a shape (C, H, W)."""
     args = argparse.Namespace(**yaml.safe_load((code.folder / "configs" / "cifar10.yml").read_text()))
-    args.solver_name, args.order = SOLVERS[solver]
+    args.solver_name, highest = SOLVERS[solver]
+    args.order = order or highest
     args.steps, args.loss_type, args.visualize, args.gits_ts, args.use_gits = nfe, "L2", False, None, False
     return code.utils.adjust_hyper(args, shape[-1], shape[0])
 
@@ -191,6 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--trajectories", required=True, help="folder of the teacher's, at least 100")
     parser.add_argument("--solvers", nargs="+", choices=sorted(SOLVERS), default=["unipc"])
+    parser.add_argument("--order", type=int, help="of the solver; default 3 for UniPC, 4 for iPNDM")
     parser.add_argument("--nfe", nargs="+", type=int, default=[4, 5, 6, 8, 10])
     parser.add_argument("--output", type=Path, required=True, help="folder of the artifacts")
     options = parser.parse_args(arguments)
@@ -200,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output.resolve()
     cache.check(denoiser)
     for solver, nfe in itertools.product(options.solvers, options.nfe):
-        args, spent = settings(code, solver, nfe, cache.sample_shape), Evaluations.of(denoiser)
+        args, spent = settings(code, solver, options.order, nfe, cache.sample_shape), Evaluations.of(denoiser)
         pairs = cache.load(args.num_train + args.num_valid)
         code.utils.set_seed_everything(args.seed)
         with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
