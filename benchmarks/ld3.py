@@ -51,10 +51,8 @@ class Edm:
         self.schedule, self.network = schedule, network
 
     def node(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of a noise level."""
-        if self.schedule.kind == "flow":
-            return 1 / (1 + level), level / (1 + level)
-        return (1 + level.square()).rsqrt(), level * (1 + level.square()).rsqrt()
+        """(alpha, sigma) of a noise level; a level beyond the schedule's gets its end."""
+        return self.schedule.alpha_sigma(self.schedule.timestep(torch.ones_like(level), level))
 
     def __call__(self, x: Tensor, level: Tensor, condition: Any = None) -> Tensor:
         alpha, sigma = self.node(level.reshape(-1)[0].double())
@@ -79,6 +77,8 @@ class Names:
 
 def released(folder: Path) -> types.SimpleNamespace:
     """Modules of a checkout, told that there is no GPU, and that perceptual losses and films are not asked for."""
+    if not (folder / "noise_schedulers.py").is_file():
+        raise ValueError(f"{folder} is no checkout of LD3: it has no noise_schedulers.py")
     sys.path.insert(0, str(folder))
     absent = {name: types.ModuleType(name) for name in ("lpips", "imageio") if name not in sys.modules}
     sys.modules.update(absent)
@@ -89,8 +89,7 @@ def released(folder: Path) -> types.SimpleNamespace:
 
     for name in absent:
         del sys.modules[name]
-    if not torch.cuda.is_available():
-        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign,assignment]
     trainer.save_gif = trainer.LD3Trainer._visual_times = lambda _: None
     return types.SimpleNamespace(folder=folder, dataset=dataset, noises=noise_schedulers, trainer=trainer, utils=utils)
 
@@ -205,7 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     cache.check(denoiser)
     for solver, nfe in itertools.product(options.solvers, options.nfe):
         args, spent = settings(code, solver, options.order, nfe, cache.sample_shape), Evaluations.of(denoiser)
-        pairs = cache.load(args.num_train + args.num_valid)
+        if len(cache) < (wanted := args.num_train + args.num_valid):
+            raise ValueError(f"{options.trajectories} has {len(cache)} trajectories: {wanted} are needed")
+        pairs = cache.load(wanted)
         code.utils.set_seed_everything(args.seed)
         with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
             trainer = learned(code, args, Edm(denoiser.schedule, counted(denoiser, spent)), pairs)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.ld3 import LARGEST, SMALLEST, Edm, traced
+from benchmarks.ld3 import LARGEST, SMALLEST, Edm, released, traced
 from solvers import NoiseSchedule, sample
 from tests.test_peers import Toy
 
@@ -23,7 +23,9 @@ class AdamsBashforth:
         return x
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule.flow(), NoiseSchedule.linear()], ids=lambda one: one.kind)
+@pytest.mark.parametrize(
+    "schedule", [NoiseSchedule.flow(), NoiseSchedule.linear(), NoiseSchedule.edm()], ids=lambda one: one.kind
+)
 def test_the_table_draws_what_the_sampler_draws(schedule):
     steps = torch.tensor([LARGEST, 9.0, 2.0, 0.4, SMALLEST], dtype=torch.float64)
     told = steps * torch.tensor([1, 1.1, 0.9, 1.05, 1])
@@ -41,3 +43,8 @@ def test_the_table_draws_what_the_sampler_draws(schedule):
     assert table.nfe == 4
     torch.testing.assert_close(table.sigma[:-1] / table.alpha[:-1], told[:-1].double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(table.timesteps, schedule.timestep(table.alpha[:-1], table.sigma[:-1]))
+
+
+def test_a_folder_without_the_code_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no checkout of LD3"):
+        released(tmp_path)
