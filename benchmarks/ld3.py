@@ -116,7 +116,7 @@ def settings(code: Any, solver: str, order: int | None, nfe: int, shape: Sequenc
 
 
 def learned(code: Any, args: argparse.Namespace, net: Edm, pairs: Trajectories) -> Any:
-    """The trainer after its rounds, with the best steps; it writes its files into the working directory."""
+    """The trainer after its rounds; it writes its files into `log` in the working directory."""
     noise = code.noises.NoiseScheduleVE(schedule="edm", sigma_min=SMALLEST, sigma_max=LARGEST)
     solver, steps, extra = code.utils.get_solvers(args.solver_name, args.steps, args.order, noise, args.unipc_variant)
     conditions = [None if pairs.condition is None else index_condition(pairs.condition, i) for i in range(len(pairs))]
@@ -149,15 +149,20 @@ def learned(code: Any, args: argparse.Namespace, net: Edm, pairs: Trajectories) 
     )
     trainer = code.trainer.LD3Trainer(model, training)
     trainer.train(args.training_rounds_v1, args.training_rounds_v2)
-    trainer._load_checkpoint(reload_data=False)
     return trainer
 
 
-def traced(trainer: Any, schedule: NoiseSchedule) -> SolverTable:
-    """The trainer's solver and steps as a table, by one run on the names of the noise and of what the network says."""
+def best_levels(folder: Path) -> tuple[Tensor, Tensor]:
+    """Levels of the steps and those that the network is told, of the best validation: a trainer's own are the last."""
+    levels = torch.load(folder / "best_v2.pt", weights_only=True)["best_t_steps"].double()
+    steps, told = levels.chunk(2)
+    return steps, told
+
+
+def traced(trainer: Any, levels: tuple[Tensor, Tensor], schedule: NoiseSchedule) -> SolverTable:
+    """The trainer's solver on some steps as a table, by one run on names of the noise and of the outputs."""
     names, rows = Names(), trainer.steps
     net, noise = Edm(schedule, names), torch.eye(rows + 2, dtype=torch.float64)[0].reshape(1, -1, 1, 1)
-    levels = trainer.t_steps1.double(), trainer.t_steps2.double()
     image = trainer.solver.sample_simple(
         model_fn=lambda x, level, *_: (x - net(x, level)) / level.reshape(-1, 1, 1, 1),
         x=LARGEST * noise,
@@ -210,11 +215,12 @@ def main(arguments: list[str] | None = None) -> None:
         code.utils.set_seed_everything(args.seed)
         with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
             trainer = learned(code, args, Edm(denoiser.schedule, counted(denoiser, spent)), pairs)
+            levels = best_levels(Path("log"))
         fitted = {"teacher": cache.manifest["solver"], "seeds": seed_ranges(pairs.seeds)}
         config = {"source": "arXiv 2405.15506, released code", "loss": args.loss_type, "order": args.order}
         print(
             save_solver(
-                traced(trainer, denoiser.schedule),
+                traced(trainer, levels, denoiser.schedule),
                 output / f"ld3-{solver}-{nfe}.json",
                 identify(denoiser),
                 method="ld3",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.ld3 import LARGEST, SMALLEST, Edm, released, traced
+from benchmarks.ld3 import LARGEST, SMALLEST, Edm, best_levels, released, traced
 from solvers import NoiseSchedule, sample
 from tests.test_peers import Toy
 
@@ -29,16 +29,14 @@ class AdamsBashforth:
 def test_the_table_draws_what_the_sampler_draws(schedule):
     steps = torch.tensor([LARGEST, 9.0, 2.0, 0.4, SMALLEST], dtype=torch.float64)
     told = steps * torch.tensor([1, 1.1, 0.9, 1.05, 1])
-    trainer = SimpleNamespace(
-        solver=AdamsBashforth(), t_steps1=steps, t_steps2=told, steps=4, order=2, solver_extra_params={}
-    )
+    trainer = SimpleNamespace(solver=AdamsBashforth(), steps=4, order=2, solver_extra_params={})
     noise = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     network = Toy(schedule)
     edm = Edm(schedule, network)
     drawn = trainer.solver.sample_simple(
         lambda x, level, *_: (x - edm(x, level)) / level.reshape(-1, 1, 1, 1), LARGEST * noise, steps, told, 2, 4
     )
-    table = traced(trainer, schedule)
+    table = traced(trainer, (steps, told), schedule)
     torch.testing.assert_close(sample(network, table, noise), drawn, rtol=0, atol=1e-9)
     assert table.nfe == 4
     torch.testing.assert_close(table.sigma[:-1] / table.alpha[:-1], told[:-1].double(), rtol=1e-6, atol=0)
@@ -48,3 +46,9 @@ def test_the_table_draws_what_the_sampler_draws(schedule):
 def test_a_folder_without_the_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no checkout of LD3"):
         released(tmp_path)
+
+
+def test_the_steps_are_the_best_that_the_trainer_kept(tmp_path):
+    torch.save({"params1": torch.ones(3), "best_t_steps": torch.arange(6.0)}, tmp_path / "best_v2.pt")
+    steps, told = best_levels(tmp_path)
+    assert (steps.tolist(), told.tolist()) == ([0, 1, 2], [3, 4, 5])
