@@ -55,18 +55,7 @@ class Case:
 
 
 CASES = {
-    "sit_1.5": Case(
-        "cifar10-sit",
-        1.5,
-        (4, 6, 8, 10),
-        "unipc:30",
-        "cifar10-sit/guidance-1.5/calls",
-        ("cifar10-sit/guidance-1.5", "cifar10-sit/guidance-1.5/teacher-unipc-30"),
-    ),
     "dit_1": Case("cifar10-dit", 1.0, (3, 4, 5), "ddim:100", "cifar10-dit/calls", ("cifar10-dit",)),
-    "sit_4": Case(
-        "cifar10-sit", 4.0, (10, 12, 14), "unipc:40", "cifar10-sit/guidance-4/calls", ("cifar10-sit/guidance-4",)
-    ),
 }
 
 
@@ -181,7 +170,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {name: measured(CASES[name], options) for name in options.cases}
     network = load_denoiser("checkpoints/cifar10-sit")
-    plain = load_solver(SOLVERS / "cifar10-sit/olss-8.json", network)
+    plain = named_solver("unipc:8", network.schedule)
     results["overhead_scalar"] = round(overhead(plain, network), 4)
     results["overhead_operators"] = round(overhead(embedded(plain, 3), network), 4)
     memory = [peak_memory(table, network) for table in (plain, embedded(plain, 3))]

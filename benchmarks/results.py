@@ -52,8 +52,8 @@ CASES = {
     ("fashion-dit", 2.0): Case("unipc:30", GUIDED),
     ("cifar10-dit", 1.0): Case("ddim:100", (3, 4, 5, 6, 8, 10)),
     ("cifar10-dit", 1.5): Case("ddim:100", GUIDED),
-    ("cifar10-sit", 1.0): Case("euler:100", (3, 4, 5, 6, 8, 10)),
-    ("cifar10-sit", 1.5): Case("euler:100", (1, 2, *GUIDED)),
+    ("cifar10-sit", 1.0): Case("unipc:30", (4, 5, 6, 8, 10)),
+    ("cifar10-sit", 1.5): Case("unipc:30", GUIDED),
 }
 MODELS = list(dict.fromkeys(model for model, _ in CASES))
 GRIDS = ("ipndm@karras", "ipndm@ays", "ipndm@dmn", "unipc@dmn")
