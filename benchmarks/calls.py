@@ -27,6 +27,7 @@ from evaluation.evaluate import Figures, shipped_measure
 from evaluation.metrics import Measure
 from solvers import Bands, SolverTable, load_solver, named_solver, sample, start_noise
 from solvers.files import atomic_write
+from training.arguments import guarded
 
 SOLVERS = Path("checkpoints/solvers")
 CLASSICAL = ("unipc", "dpmpp")
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -24,6 +24,7 @@ from denoisers import class_labels, load_denoiser
 from evaluation.args import CompareArgs
 from evaluation.compare import compare
 from solvers import start_noise
+from training.arguments import guarded
 
 SOLVERS = {"discrete_vp": ("ddim", "dpmpp", "unipc"), "flow": ("euler", "dpmpp", "unipc")}
 
@@ -79,4 +80,4 @@ def network_alone(denoiser: torch.nn.Module, evaluations: int, batch_size: int) 
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -28,6 +28,7 @@ from data.encode_images import EncodeImages
 from data.image_text import decode
 from data.shards import add_member
 from data.teacher import TrajectoryShards
+from training.arguments import guarded
 
 SIDES = ((512, 512), (1024, 1024), (3000, 4000))
 
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

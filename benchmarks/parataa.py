@@ -25,6 +25,7 @@ from parataa import parallel_sample
 from solvers import SolverTable, sample, sample_trace, start_noise
 from solvers.files import atomic_write
 from solvers.named import named_solver
+from training.arguments import guarded
 
 THRESHOLDS = (1e-1, 1e-2, 1e-3)
 PLAIN: dict[str, Any] = {"memory": 1, "data_std": None}
@@ -362,4 +363,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.images import ImageArray
 from data.loader import EpochBatchSampler, ResumableLoader
 from slam.module import SLAM
+from training.arguments import guarded
 from training.network import AdamW
 
 
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -30,6 +30,7 @@ from slam.tables import student_table
 from solvers import named_solver, sample
 from solvers.ipndm import ipndm
 from solvers.prediction import data_weights
+from training.arguments import guarded
 
 
 class Oracle(nn.Module):
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

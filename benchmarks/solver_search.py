@@ -28,6 +28,7 @@ from solver_search.objective import Compute, Objective
 from solver_search.parameters import FreeParameters, PaperParameters
 from solver_search.starts import start_table
 from solvers import SolverTable, default_solver, identify, resolve_solver, save_solver
+from training.arguments import guarded
 
 PAPER_LOSS = SearchLoss(endpoint=0.0, path=1.0, huber=1000.0)
 PAPER_ITERATIONS = (313, 1562)  # 10,000 and 50,000 samples in batches of 32
@@ -142,4 +143,4 @@ def rmse_over(measure: Objective, table, paths: list[Trajectories]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

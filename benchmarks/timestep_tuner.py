@@ -24,6 +24,7 @@ from denoisers import Evaluations, load_denoiser
 from solvers import SolverTable, default_solver, load_solver, named_solver
 from timestep_tuner.objective import STRATEGIES, Objective
 from timestep_tuner.ratios import Ratios
+from training.arguments import guarded
 
 HEADER = ("solver", "nfe", "strategy", "objective", "before", "after", "after / before", "network calls")
 
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -243,4 +243,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from training.arguments import guarded  # runs alone need it
+
+    guarded(main)
