@@ -226,6 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--description", default="", help="what the images are, for reports")
     parser.add_argument("--output", help="a file, as other programs read it where it ends in .npz")
     options = parser.parse_args(arguments)
+    try:
+        _write(options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+
+
+def _write(options: argparse.Namespace) -> None:
     if options.source is None:
         pictures = find_pictures(options.data_dir)
     else:
@@ -234,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     extractor = load_extractor(options.extractor)
     path = Path(options.output or Path(options.extractor.partition("@")[0]) / STATISTICS_NAME)
     if not options.output and not path.parent.is_dir():
-        parser.error(f"{options.extractor} is no folder to keep statistics in: give a file with --output")
+        raise ValueError(f"{options.extractor} is no folder to keep statistics in: give a file with --output")
     found = compute_statistics(replace(pictures, description=options.description), extractor)
     if path.suffix == ".npz":
         write_moments(path, found.gaussian, extractor.identity["name"])
@@ -243,6 +250,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from training.arguments import guarded  # runs alone need it
-
-    guarded(main)
+    main()
