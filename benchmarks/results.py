@@ -50,8 +50,8 @@ CASES = {
     ("fashion-sit", 2.0): Case("unipc:30", (1, 2, *GUIDED)),
     ("fashion-dit", 1.0): Case("unipc:30", (3, 4, 5, 6, 8, 10)),
     ("fashion-dit", 2.0): Case("unipc:30", GUIDED),
-    ("cifar10-dit", 1.0): Case("ddim:100", (3, 4, 5, 6, 8, 10)),
-    ("cifar10-dit", 1.5): Case("ddim:100", GUIDED),
+    ("cifar10-dit", 1.0): Case("unipc:30", (4, 5, 6, 8, 10)),
+    ("cifar10-dit", 1.5): Case("unipc:30", GUIDED),
     ("cifar10-sit", 1.0): Case("unipc:30", (4, 5, 6, 8, 10)),
     ("cifar10-sit", 1.5): Case("unipc:30", GUIDED),
 }

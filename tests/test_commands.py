@@ -17,7 +17,7 @@ MISTAKES = {
     "benchmarks/slam_oracle.py": ["--model", "missing"],
     "benchmarks/solver_search.py": ["--denoiser", "missing"],
     "benchmarks/timestep_tuner.py": ["--denoiser", "missing", "--solvers", "euler:2"],
-    "benchmarks/calls.py": [],
+    "benchmarks/operators.py": ["--denoiser", "missing"],
 }
 
 
