@@ -4,7 +4,7 @@
     python sample.py compare  --denoiser checkpoints/cifar10-dit --solvers ddim:8 unipc:8 --output report
     python sample.py evaluate --samples samples
     python sample.py inspect  checkpoints/solvers/cifar10-dit/calls/solver-search-8.json [MORE ...]
-    python sample.py export   checkpoints/solvers/cifar10-dit/calls/solver-search-8.json --to diffusers --output scheduler
+    python sample.py export   checkpoints/solvers/cifar10-dit/calls/solver-search-8.json --to diffusers --output DIR
 
 A solver is an artifact's path, `wandb:entity/project/name:alias` for one that lies in W&B, or `name:steps` for a
 tabulated diffusers scheduler, with a distilled model's own steps `name@[1000,937.5,625]` or `name@sigma[1,0.94,0.63]`;

@@ -1,8 +1,8 @@
 """What weights that are matrices of bands cost the sampler, beside weights that are numbers.
 
 UniPC of 8 rows with its numbers, and the same numbers as matrices of four bands: processor time beyond that of the
-network calls as a share of theirs (`overhead_scalar`, `overhead_operators`; 16 images), and the bytes of tensors held at
-most as a ratio (`memory_operators`; 64 images). The last line is one JSON object.
+network calls as a share of theirs (`overhead_scalar`, `overhead_operators`; 16 images), and the bytes of tensors held
+at most as a ratio (`memory_operators`; 64 images). The last line is one JSON object.
 """
 
 import argparse
