@@ -256,26 +256,31 @@ def _cell(row: dict[str, Any] | None, metrics: Sequence[str], digits: int, best:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Frechet distance against network calls, a panel per model and scale, cut off at three times the teacher's."""
+    """Frechet distance against network calls, a panel per model and scale, cut off at three times the teacher's.
+
+    A family of solvers has one color in all panels.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys((row["model"], row["guidance"]) for row in rows))
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
+    families = dict.fromkeys(family(row["solver"]) for row in rows if not row["is_reference"])
+    colors = {name: colormaps["tab20"](index % 20) for index, name in enumerate(families)}
     figure = Figure(figsize=(7.2 * columns, 5.2 * lines), layout="constrained")
     for index, (model, scale) in enumerate(groups):
         axes = figure.add_subplot(lines, columns, index + 1)
         mine = [row for row in rows if (row["model"], row["guidance"]) == (model, scale) and row.get("fd") is not None]
         solvers = [row for row in mine if not row["is_reference"]]
-        for color, name in enumerate(dict.fromkeys(family(row["solver"]) for row in solvers)):
+        for name in dict.fromkeys(family(row["solver"]) for row in solvers):
             points = sorted((row["nfe"], row["fd"], row["method"]) for row in solvers if family(row["solver"]) == name)
             style = ("x", ":") if points[0][2] == "baseline" else ("o", "-")
             counts, distances, _ = zip(*points)
-            axes.plot(counts, distances, *style[:1], linestyle=style[1], label=name, color=colormaps["tab20"](color))
+            axes.plot(counts, distances, *style[:1], linestyle=style[1], label=name, color=colors[name])
         for row in (row for row in mine if row["is_reference"]):
             axes.axhline(row["fd"], color="black", linewidth=1, label=f"teacher, {row['nfe']} calls")
-            axes.set_ylim(0.9 * row["fd"], 3 * row["fd"])
+            axes.set_ylim(0.9 * min(other["fd"] for other in mine), 3 * row["fd"])
         axes.set(xlabel="network calls", ylabel="Frechet distance", title=f"{model}, guidance {scale:g}")
         axes.set_xticks(sorted({row["nfe"] for row in solvers}))
         axes.grid(alpha=0.3)

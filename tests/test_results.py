@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import results
 from denoisers import load_denoiser
@@ -136,6 +137,24 @@ def test_picture(tmp_path):
     ]
     results.draw(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_nothing_is_cut_off_below_and_a_family_keeps_its_color(tmp_path, monkeypatch):
+    rows = [
+        row("ddim:6", 6, 4.0, is_reference=True),
+        row("ddim:2", 2, 2.5),
+        row("b/olss-2.json", 2, 4.5, method="olss"),
+        row("ddim:6", 6, 4.0, is_reference=True, model="other"),
+        row("b/olss-2.json", 2, 4.5, method="olss", model="other"),
+    ]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: (drawn.append(figure), file.touch()))
+    results.draw(rows, tmp_path / "picture.png")
+    first, second = drawn[0].axes
+    assert first.get_ylim()[0] < 2.5
+    colors = [{line.get_label(): line.get_color() for line in axes.lines} for axes in (first, second)]
+    assert colors[0]["b/olss"] == colors[1]["b/olss"]
+    assert colors[0]["b/olss"] != colors[0]["ddim"]
 
 
 @pytest.mark.parametrize(
