@@ -64,7 +64,9 @@ BASELINES = {
 PUBLISHED = {"discrete_vp": "vp", "flow": "flow"}
 FIGURES = ("fd", "kid", "rmse", "median", "p99", "worst", "seconds")
 ENDS = ("", "_low", "_high")
-END = "<!-- end -->"
+LEARNED = ("olss", "solver_search", "timestep_tuner")
+CLASSICAL = ("baseline", "gits")
+TARGETS, END = "<!-- targets -->", "<!-- end -->"
 TABLES = (
     ("Frechet distance", ("fd",), 3),
     ("KID x 1000", ("kid",), 2),
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not cases:
         raise ValueError(f"no case of {options.models} has a guidance scale of {options.guidance}")
     for model, scale in cases:
-        _section(text, model, scale)  # before hours of work
+        _section(text, _marker(model, scale))  # before hours of work
     for number, (model, scale) in enumerate(cases, 1):
         print(f"{model}, guidance {scale:g}: {number} of {len(cases)}", flush=True)
         rows = _compared(model, scale, options)
@@ -184,22 +186,31 @@ def _keep(path: Path, model: str, scale: float, rows: Sequence[dict[str, Any]]) 
 
 
 def rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put the tables between their markers, `<!-- table MODEL GUIDANCE -->` and `<!-- end -->`."""
+    """Put the tables between their markers, `<!-- table MODEL GUIDANCE -->` and `<!-- end -->`; and the targets."""
     text = path.read_text()
-    for model, scale in dict.fromkeys((row["model"], row["guidance"]) for row in rows):
-        part = tables([row for row in rows if (row["model"], row["guidance"]) == (model, scale)])
-        text = text.replace(_section(text, model, scale), f"{_marker(model, scale)}\n{part}\n{END}")
+    parts = {_marker(model, scale): tables(mine) for (model, scale), mine in grouped(rows).items()}
+    if TARGETS in text:
+        parts[TARGETS] = targets(rows)
+    for marker, part in parts.items():
+        text = text.replace(_section(text, marker), f"{marker}\n{part}\n{END}")
     with atomic_write(path) as temporary:
         temporary.write_text(text)
+
+
+def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """Rows by model and guidance scale."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["guidance"]), []).append(row)
+    return found
 
 
 def _marker(model: str, scale: float) -> str:
     return f"<!-- table {model} {scale:g} -->"
 
 
-def _section(text: str, model: str, scale: float) -> str:
+def _section(text: str, marker: str) -> str:
     """The part of a document from a marker to the next end."""
-    marker = _marker(model, scale)
     found = re.search(re.escape(marker) + f".*?{END}", text, re.DOTALL)
     if found is None:
         raise ValueError(f"there is no {marker} ... {END} in the document: add it where the tables should stand")
@@ -228,6 +239,55 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| teacher, {reference['nfe']} calls | {shown} |" + " |" * (len(counts) - 1))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> str:
+    """What is asked of learned solvers, a line for each model and scale; what is reached is bold.
+
+    Asked are: a Frechet distance of 5 evaluations no higher than that of any classical solver of 8; of 10 calls at most
+    3 % above the teacher's; and at each number of calls a worst image, of the learned solver with the lowest error, no
+    farther from the teacher's than UniPC's.
+    """
+    lines = [
+        "| model, guidance | learned, 5 evaluations | best classical, 8 | 10 calls over the teacher | worst image |",
+        "|---|---:|---:|---:|---|",
+    ]
+    return "\n".join(lines + [_target_line(*case, mine) for case, mine in grouped(rows).items()])
+
+
+def _target_line(model: str, scale: float, rows: Sequence[dict[str, Any]]) -> str:
+    each = 1 if scale == 1 else 2
+    teacher = next(row for row in rows if row["is_reference"])
+    learned = [row for row in rows if row["method"] in LEARNED and f"/{model}/" in row["solver"]]
+    classical = [row for row in rows if row["method"] in CLASSICAL and not row["is_reference"]]
+    mine, other, ten = _lowest(learned, 5 * each), _lowest(classical, 8 * each), _lowest(learned, 10)
+    reached = mine["fd"] if mine and other and mine["fd"] <= other["fd"] else None
+    named = f"{_cell(other, ('fd',), 3, None)}, {family(other['solver'])}" if other else ""
+    over = f"{100 * (ten['fd'] / teacher['fd'] - 1):+.1f} %" if ten else ""
+    over = f"**{over}**" if ten and ten["fd"] <= 1.03 * teacher["fd"] else over
+    return f"| {model}, {scale:g} | {_cell(mine, ('fd',), 3, reached)} | {named} | {over} | {_tail(learned, rows)} |"
+
+
+def _tail(learned: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
+    """The numbers of calls at which the learned worst image is no farther than UniPC's, and those at which it is."""
+    nearer, farther = [], []
+    for unipc in (row for row in rows if family(row["solver"]) == "unipc" and not row["is_reference"]):
+        mine = _lowest(learned, unipc["nfe"], "rmse")
+        if mine is None or "worst" not in mine:
+            continue
+        if mine["worst"] <= unipc["worst"]:
+            nearer.append(f"{unipc['nfe']}")
+        else:
+            farther.append(f"{unipc['nfe']} ({mine['worst']:.3f} against {unipc['worst']:.3f})")
+    if not farther:
+        return f"**nearer with {', '.join(nearer)}**" if nearer else ""
+    return f"nearer with {', '.join(nearer) or 'none'}, not with {', '.join(farther)}"
+
+
+def _lowest(rows: Sequence[dict[str, Any]], nfe: int, metric: str = "fd") -> dict[str, Any] | None:
+    """The best row of so many network calls."""
+    found = [row for row in rows if row["nfe"] == nfe and row.get(metric) is not None]
+    return min(found, key=lambda row: row[metric], default=None)
 
 
 def family(solver: str) -> str:
@@ -263,15 +323,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys((row["model"], row["guidance"]) for row in rows))
+    groups = grouped(rows)
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     families = dict.fromkeys(family(row["solver"]) for row in rows if not row["is_reference"])
     colors = {name: colormaps["tab20"](index % 20) for index, name in enumerate(families)}
     figure = Figure(figsize=(7.2 * columns, 5.2 * lines), layout="constrained")
-    for index, (model, scale) in enumerate(groups):
+    for index, ((model, scale), group) in enumerate(groups.items()):
         axes = figure.add_subplot(lines, columns, index + 1)
-        mine = [row for row in rows if (row["model"], row["guidance"]) == (model, scale) and row.get("fd") is not None]
+        mine = [row for row in group if row.get("fd") is not None]
         solvers = [row for row in mine if not row["is_reference"]]
         for name in dict.fromkeys(family(row["solver"]) for row in solvers):
             points = sorted((row["nfe"], row["fd"], row["method"]) for row in solvers if family(row["solver"]) == name)

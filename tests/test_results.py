@@ -129,6 +129,49 @@ def test_the_tail_stands_beside_the_mean():
     assert "| ddim | 0.100 / 0.250 / 0.500 |" in text
 
 
+def of_targets(scale, learned, classical, tail=(0.1, 0.1)):
+    """Rows of 5 learned and 8 classical evaluations, and worst images of learned solvers and UniPC with 10."""
+    each = 1 if scale == 1 else 2
+    mine, other = {"method": "olss", "rmse": 0.01}, "checkpoints/solvers/other/calls/olss-1.json"
+    rows = [
+        row("unipc:30", 30 * each, 1.0, is_reference=True, worst=0.0),
+        row("unipc:8", 8 * each, 0.01, is_reference=True),  # the teacher is no rival
+        row("checkpoints/solvers/tiny/calls/olss-5.json", 5 * each, learned, **mine, worst=tail[0]),
+        row("checkpoints/solvers/tiny/calls/olss-10.json", 10, learned, **mine, worst=tail[0]),
+        row(other, 5 * each, 0.01, method="olss"),  # not of this model
+        row("checkpoints/solvers/tiny/peers/gits-unipc-8.json", 8 * each, classical, method="gits"),
+        row("euler:8", 8 * each, classical + 1),
+        row(f"unipc:{10 // each}", 10, 9.0, worst=tail[1]),
+    ]
+    return [one | {"guidance": scale} for one in rows]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_targets_are_bold_where_they_are_reached(scale):
+    """5 and 8 evaluations are 10 and 16 calls with guidance."""
+    start = f"| tiny, {scale:g} |"
+    reached = results.targets(of_targets(scale, 1.03, 1.03)).splitlines()[-1]
+    assert reached == f"{start} **1.03** | 1.03, peers/gits-unipc | **+3.0 %** | **nearer with 10** |"
+    missed = results.targets(of_targets(scale, 1.04, 1.03, (0.2, 0.1))).splitlines()[-1]
+    tail = "nearer with none, not with 10 (0.200 against 0.100)"
+    assert missed == f"{start} 1.04 | 1.03, peers/gits-unipc | +4.0 % | {tail} |"
+
+
+def test_a_target_that_was_not_measured_is_empty():
+    rows = [one for one in of_targets(1.0, 2.0, 2.0) if one["nfe"] not in (5, 10)]
+    assert results.targets(rows).splitlines()[-1] == "| tiny, 1 |  | 2.00, peers/gits-unipc |  |  |"
+
+
+def test_targets_stand_in_the_document_that_has_their_marker(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text(f"{START}\n{END}\nBetween.\n{results.TARGETS}\nold\n{END}\nAfter.\n")
+    rows = of_targets(1.0, 2.0, 3.0)
+    results.rewrite(path, rows)
+    text = path.read_text()
+    assert text.endswith(f"Between.\n{results.TARGETS}\n{results.targets(rows)}\n{END}\nAfter.\n")
+    assert "| euler |" in text
+
+
 def test_picture(tmp_path):
     rows = [
         row("ddim:6", 6, 1.0, is_reference=True),
