@@ -5,8 +5,9 @@
 
 At equal numbers of network calls are compared the solvers of diffusers, the grids of other works, and every artifact in
 checkpoints/solvers (and of students in checkpoints) that was made for the model and the guidance scale; --solvers adds
-others, such as a run's. A run that was stopped goes on where it was; the text of docs/results.md between the tables is
-left alone. Figures of models or scales that are not asked for stay as they are.
+others, such as a run's, and --only measures some beside the figures that stand. A run that was stopped goes on where it
+was; the text of docs/results.md between the tables is left alone. Figures of models or scales that are not asked for
+stay as they are.
 """
 
 import argparse
@@ -84,10 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"no case of {options.models} has a guidance scale of {options.guidance}")
     for model, scale in cases:
         _section(text, _marker(model, scale))  # before hours of work
+        if options.only:
+            _check_images(options.json, model, scale, options.num_samples)
     for number, (model, scale) in enumerate(cases, 1):
         print(f"{model}, guidance {scale:g}: {number} of {len(cases)}", flush=True)
         rows = _compared(model, scale, options)
-        _keep(options.json, model, scale, rows)
+        _keep(options.json, model, scale, rows, bool(options.only))
         rewrite(options.markdown, json.loads(options.json.read_text()))
     draw(json.loads(options.json.read_text()), options.json.with_suffix(".png"))
 
@@ -99,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calls", nargs="+", type=int, help="numbers of network calls; default: those of the case")
     parser.add_argument(
         "--solvers", nargs="+", default=[], metavar="PATH", help="further artifacts, of one model and scale"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="SOLVER", help="measure these alone; all other figures stay"
     )
     parser.add_argument("--num_samples", type=int, default=5000, help="images per row")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -115,7 +121,8 @@ def _compared(model: str, scale: float, options: argparse.Namespace) -> list[dic
     denoiser = load_denoiser(f"checkpoints/{model}", scale)
     args = CompareArgs(
         f"checkpoints/{model}",
-        [
+        options.only
+        or [
             *baselines(denoiser.schedule, calls, calls_per_row(denoiser)),
             *artifacts(model, scale, calls, denoiser),
             *options.solvers,
@@ -170,10 +177,31 @@ def _scale(info: dict[str, Any]) -> Any:
     return info["fitted_on"].get("guidance_scale", own) if info["student"] else own
 
 
-def _keep(path: Path, model: str, scale: float, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace this model's figures at this scale."""
-    known = json.loads(path.read_text()) if path.is_file() else []
-    others = [row for row in known if (row["model"], row["guidance"]) != (model, scale)]
+def _check_images(path: Path, model: str, scale: float, num_samples: int) -> None:
+    """Figures of other numbers of images cannot stand in one table."""
+    known = [row for row in _known(path) if (row["model"], row["guidance"]) == (model, scale)]
+    counts = {row["num_images"] for row in known if row["is_reference"]}
+    if counts != {num_samples}:
+        there = f"figures of {', '.join(map(str, counts))} images" if counts else "none of them"
+        raise ValueError(
+            f"--only adds to the figures of {model} at guidance {scale:g}, but {path} has {there}, "
+            f"and --num_samples is {num_samples}"
+        )
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _keep(path: Path, model: str, scale: float, rows: Sequence[dict[str, Any]], only: bool = False) -> None:
+    """Replace this model's figures at this scale; with `only` those of the same solvers, and not the teacher's."""
+    rows = [row for row in rows if not (only and row["is_reference"])]
+    replaced = {row["solver"] for row in rows}
+    others = [
+        row
+        for row in _known(path)
+        if (row["model"], row["guidance"]) != (model, scale) or (only and row["solver"] not in replaced)
+    ]
     mine = [
         {"model": model, "guidance": scale, "solver": row["solver"], "method": row["method"], "nfe": row["nfe"]}
         | {"num_images": row["num_images"], "is_reference": row["is_reference"]}
@@ -229,7 +257,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         if reference.get(metrics[0]) is None:
             continue
         lines = [f"| {title} | {' | '.join(f'{n} calls' for n in counts)} |", "|---|" + "---:|" * len(counts)]
-        values = {n: [row[metrics[0]] for row in others if row["nfe"] == n and metrics[0] in row] for n in counts}
+        known = [row for row in others if row.get(metrics[0]) is not None]
+        values = {n: [row[metrics[0]] for row in known if row["nfe"] == n] for n in counts}
         best = {n: min(found) if len(found) > 1 and len(metrics) == 1 else None for n, found in values.items()}
         for name in families:
             cells = [_cell(cells_of.get((name, n)), metrics, digits, best[n]) for n in counts]

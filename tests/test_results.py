@@ -72,6 +72,25 @@ def test_compares_what_fits_and_writes_all_files(folder):
     assert (folder / "results.png").exists()
 
 
+def test_only_some_beside_the_figures_that_stand(folder):
+    path = "checkpoints/solvers/tiny/olss-3.json"
+    there = [row("ddim:100", 100, 7.0, is_reference=True), row("ddim:2", 2, 8.0), row(path, 3, 9.0), row("x:4", 4, 6.0)]
+    (folder / "results.json").write_text(json.dumps(there))
+    arguments = ["--json", "results.json", "--markdown", "results.md", "--guidance", "1", "--only", path, "ddim:3"]
+    with pytest.raises(ValueError, match="has figures of 9 images, and --num_samples is 4"):
+        results.main([*arguments, "--num_samples", "4"])
+    assert not (folder / "runs").exists()
+    results.main([*arguments, "--num_samples", "9"])
+    rows = {one["solver"]: one for one in json.loads((folder / "results.json").read_text())}
+    assert [rows[name]["fd"] for name in ("ddim:100", "ddim:2", "x:4")] == [7.0, 8.0, 6.0]
+    assert rows[path]["rmse"] != 0.9
+    assert rows["ddim:3"]["num_images"] == 9
+    assert f"{rows[path]['rmse']:.4f}" in (folder / "results.md").read_text()
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match="has none of them"):
+        results.main([*arguments, "--num_samples", "9"])
+
+
 def test_a_document_without_the_marker_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match=r"there is no <!-- table tiny 1\.5 -->"):
         results.main(["--json", "results.json", "--markdown", "results.md"])
