@@ -192,7 +192,7 @@ class Tuning(Fitting):
         if base.info.get("method") in LEARNED and self.run.rank == 0:
             warnings.warn(
                 f"{solver} was learned for the timesteps it has: its rows do not aim at what the objective asks of "
-                "them, and better losses have made worse images (docs/results.md)",
+                "them, and better losses have made worse images (docs/experiments.md)",
                 stacklevel=2,
             )
         try:
