@@ -21,7 +21,7 @@ $(INSTALLED): requirements.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## learn solvers of 6, 8 and 10 network calls for a shipped model, in minutes: runs/demo/
-	@$(BIN)/python learn.py checkpoints/fashion-sit --guidance_scale 2 --calls 6 8 10 --dtype bfloat16 --output runs/demo
+	@$(BIN)/python learn.py checkpoints/fashion-sit --guidance_scale 2 --calls 6 8 10 --dtype auto --output runs/demo
 
 results: $(INSTALLED)  ## every solver on all base models, hours: docs/results.md
 	@$(BIN)/python benchmarks/results.py

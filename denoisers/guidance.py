@@ -1,4 +1,4 @@
-"""Classifier-free guidance and reduced precision, each as a denoiser around another."""
+"""Classifier-free guidance, as a denoiser around another."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,6 @@ from denoisers.protocol import DenoiserWrapper
 from solvers.calls import call_branches
 from solvers.identity import Guidance, guidance_range, own_guidance
 from solvers.table import SolverTable
-
-PRECISIONS = ("float32", "bf16")
 
 
 class GuidedDenoiser(DenoiserWrapper):
@@ -63,16 +61,6 @@ class GuidedDenoiser(DenoiserWrapper):
         return rescale(guided, conditional) if rescale else guided
 
 
-class AutocastDenoiser(DenoiserWrapper):
-    """Runs the network under bf16 autocast; outputs have the dtype of the state, at least float32."""
-
-    def forward(self, x: Tensor, timestep: Tensor, condition: Any = None, **options: Any) -> Tensor:
-        """The output, (batch, *sample_shape)."""
-        with torch.autocast(x.device.type, torch.bfloat16):
-            output = self.denoiser(x.float(), timestep, condition, **options)
-        return output.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def with_guidance(denoiser: nn.Module, guidance_scale: Guidance = 1.0) -> nn.Module:
     """`denoiser` itself at the scale it has, which is 1 unless it is guided; else a GuidedDenoiser.
 
@@ -107,14 +95,3 @@ def with_scale(denoiser: nn.Module, condition: Any, guidance_scale: Tensor | Non
     if not isinstance(own_guidance(denoiser), tuple):
         return condition
     return {"condition": condition, "guidance_scale": guidance_scale}
-
-
-def with_precision(denoiser: nn.Module, precision: str = "float32") -> nn.Module:
-    """`denoiser` itself in float32; with `bf16` under autocast.
-
-    Raises:
-        ValueError: any other precision.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return AutocastDenoiser(denoiser) if precision == "bf16" else denoiser

@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import nn
 
-from denoisers.guidance import with_guidance, with_precision
+from denoisers.guidance import with_guidance
+from denoisers.precision import with_precision
 from solvers.errors import one_line
 from solvers.schedule import NoiseSchedule
 

@@ -68,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--teacher", metavar="NAME:STEPS", help="the slow solver (unipc:30)")
     add("--method", choices=METHODS, default=defaults.method, help="auto, or least squares alone")
-    add("--dtype", choices=DTYPES, default=defaults.dtype, help="of the network (float32)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default=defaults.dtype,
+        help="of the network (float32); auto: bfloat16 where the device has units for it",
+    )
     add("--device", default=defaults.device, metavar="D", help="cpu, cuda, cuda:1, mps (auto)")
     add("--batch_size", type=int, metavar="N", default=defaults.batch_size, help="samples in a network call (16)")
     add("--save_pipeline", metavar="DIR", help="also write a pipeline folder with the solvers in it")

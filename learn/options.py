@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 METHODS = ("auto", "olss")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 SHARD = 8  # trajectories in a file: what an interruption can cost
 
 
@@ -22,7 +22,8 @@ class LearnOptions:
         trajectories: so many to fit on, and so many held out: half of these chooses, half reports.
         teacher: the slow solver as name:steps; default: UniPC with 30 steps.
         method: `auto`: least squares, then a search by derivatives where that gains; `olss`: least squares alone.
-        dtype: what the network computes in; states stay in float32.
+        dtype: what the network computes in; states stay in float32. `auto`: bfloat16 where the device has units for it,
+            else float32.
         device: of the network; `auto`: the GPU where there is one, and for a model in memory where it is.
         batch_size: samples in a call of the network; halved where memory does not suffice.
         save_pipeline: folder for the pipeline with the learned scheduler in it.

@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.trajectories import TrajectoryCache
+from denoisers.precision import has_bf16_units
 from learn.candidates import Candidate
 from learn.cost import Cost, Progress, duration
 from learn.fits import learned, refined
 from learn.judge import Choice, Judge
 from learn.models import open_subject
+from learn.network import present_device
 from learn.options import LearnOptions
 from learn.record import record
 from learn.report import sentence, write_report
@@ -35,7 +38,7 @@ def learn(model: Any, prompts: Sequence[Any] | None = None, **options: Any) -> R
     Raises:
         ValueError: a model that cannot be loaded, options that do not fit it, or a folder of another run.
     """
-    chosen = LearnOptions(prompts=prompts, **options)
+    chosen = _with_dtype(LearnOptions(prompts=prompts, **options))
     subject, folder = open_subject(model, chosen), Path(chosen.output)
     _check_calls(subject, chosen)
     _claim(folder / SETTINGS, subject, chosen)
@@ -78,6 +81,13 @@ def _finish(
     print(f"took {spent}\nsolvers: {folder}/solver-*.json   report: {result.report}\n")
     print(*(f"    {line}" for line in lines), sep="\n")
     return result
+
+
+def _with_dtype(options: LearnOptions) -> LearnOptions:
+    """`auto` as what it stands for on the device."""
+    if options.dtype != "auto":
+        return options
+    return replace(options, dtype="bfloat16" if has_bf16_units(present_device(options.device)) else "float32")
 
 
 def _check_calls(subject: Subject, options: LearnOptions) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.shards import Trajectories
 from data.sources import Batch
 from denoisers import Evaluations, with_precision
-from denoisers.guidance import PRECISIONS
+from denoisers.precision import PRECISIONS
 from solver_search.lm import Damping, NormalEquations, StepResult, linearize, lm_step, normal_equations
 from solver_search.losses import SearchLoss, total
 from solver_search.memory import Checkpointed

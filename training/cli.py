@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from denoisers.precision import warn_of_emulated_bf16
 from training.arguments import OneLineErrors
 from training.checkpoints import check_named, use_checked
 from training.jobs import OfJob, is_restart, own_checkpoint, refuse_foreign
@@ -119,6 +120,8 @@ class CLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [SafePoints(), OfJob(), BatchSizes(), *([] if has_bar else [progress()])]
         be_quiet()
         trainer = super().instantiate_trainer(**kwargs)
+        if "bf16" in str(trainer.precision):
+            warn_of_emulated_bf16(trainer.strategy.root_device)
         use_checked(trainer.strategy)
         return trainer
 

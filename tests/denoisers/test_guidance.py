@@ -1,4 +1,4 @@
-"""Guidance, precision and conditions."""
+"""Guidance and conditions."""
 
 from typing import Any
 
@@ -74,7 +74,6 @@ def test_another_scale_than_its_own_is_refused(own: Any, asked: Any) -> None:
 def test_scale_one_is_the_bare_denoiser() -> None:
     denoiser = Labelled()
     assert with_guidance(denoiser, 1.0) is denoiser
-    assert with_precision(denoiser, "float32") is denoiser
 
 
 def test_wrappers_pass_attributes_on() -> None:
@@ -102,22 +101,6 @@ def test_guided_denoiser_is_what_the_sampler_runs() -> None:
     assert torch.allclose(sample(with_guidance(pair, 3.0), table, noise, labels), expected, rtol=1e-12)
 
 
-def test_bf16_runs_the_network_in_bf16_and_returns_float32() -> None:
-    seen = []
-
-    class Dense(Labelled):
-        def forward(self, x: Tensor, timestep: Tensor, condition: Any = None) -> Tensor:
-            output = self.linear(x)
-            seen.append(output.dtype)
-            return output
-
-    x, dense = torch.randn(1, 2, 3, 3), Dense().requires_grad_(False)
-    output = with_precision(dense, "bf16")(x, torch.tensor(1.0))
-    assert seen == [torch.bfloat16]
-    assert output.dtype == torch.float32
-    assert 0 < float((output - dense(x, torch.tensor(1.0))).abs().max()) < 0.05
-
-
 def test_guidance_errors() -> None:
     with pytest.raises(ValueError, match="no null condition"):
         with_guidance(nn.Identity(), 2.0)
@@ -127,8 +110,6 @@ def test_guidance_errors() -> None:
         with_guidance(Labelled(), float("nan"))
     with pytest.raises(ValueError, match="guidance needs a condition"):
         with_guidance(Labelled(), 2.0)(torch.zeros(1, 2, 3, 3), torch.tensor(1.0))
-    with pytest.raises(ValueError, match="unknown precision 'fp8': use one of float32, bf16"):
-        with_precision(Labelled(), "fp8")
 
 
 def test_labels_follow_the_seed_and_are_checked() -> None:

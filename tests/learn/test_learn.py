@@ -47,6 +47,17 @@ def fails(capsys, *args):
     return error
 
 
+@pytest.mark.parametrize(("has_units", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_dtype_auto_is_bfloat16_where_there_are_units_for_it(model, tmp_path, monkeypatch, has_units, dtype):
+    asked = []
+    monkeypatch.setattr("learn.run.has_bf16_units", lambda device: asked.append(device.type) or has_units)
+    learn(
+        model, calls=[2], trajectories=2, teacher="unipc:4", method="olss", dtype="auto", device="cpu", output=tmp_path
+    )
+    assert asked == ["cpu"]
+    assert json.loads((tmp_path / "learn.json").read_text())["dtype"] == dtype
+
+
 def test_each_count_has_a_solver_no_worse_than_the_usual_ones(run, model):
     folder, _ = run
     denoiser, rows = load_denoiser(model, 1.5), json.loads((folder / "report.json").read_text())

@@ -49,6 +49,13 @@ def _no_arguments(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
 
 
+def test_bf16_on_a_cpu_that_emulates_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("denoisers.precision.has_bf16_units", lambda device: device.type != "cpu")
+    options = ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
+    with pytest.warns(UserWarning, match="this cpu has no units for bf16 and emulates it"):
+        main(fit(tmp_path, *options, "--trainer.precision", "bf16-mixed"))
+
+
 class NoImport:
     """Refuses to find a module."""
 
