@@ -81,7 +81,9 @@ def test_only_some_beside_the_figures_that_stand(folder):
         results.main([*arguments, "--num_samples", "4"])
     assert not (folder / "runs").exists()
     results.main([*arguments, "--num_samples", "9"])
-    rows = {one["solver"]: one for one in json.loads((folder / "results.json").read_text())}
+    written = json.loads((folder / "results.json").read_text())
+    rows = {one["solver"]: one for one in written}
+    assert sorted(one["solver"] for one in written) == [path, "ddim:100", "ddim:2", "ddim:3", "x:4"]
     assert [rows[name]["fd"] for name in ("ddim:100", "ddim:2", "x:4")] == [7.0, 8.0, 6.0]
     assert rows[path]["rmse"] != 0.9
     assert rows["ddim:3"]["num_images"] == 9
