@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from denoisers.generate import device_of
 from denoisers.protocol import DenoiserWrapper
 
 PRECISIONS = ("float32", "bf16")
@@ -32,9 +33,7 @@ def with_precision(denoiser: nn.Module, precision: str = "float32") -> nn.Module
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     if precision == "float32":
         return denoiser
-    for value in denoiser.parameters():
-        warn_of_emulated_bf16(value.device)
-        break
+    warn_of_emulated_bf16(device_of(denoiser))
     return AutocastDenoiser(denoiser)
 
 
