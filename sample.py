@@ -235,12 +235,11 @@ def _key(table, model, *others: Any) -> str:
 
 def _make(target, table, labels, batch_size: int, sampler: Callable, share: Callable) -> None:
     """The missing blocks of this process's share, checked and kept one by one."""
-    from tqdm.auto import tqdm
-
     from denoisers.generate import check_finite, generate
+    from solvers.progress import progress_bar
 
     todo = target.missing(share(target.blocks))
-    with tqdm(total=sum(map(len, todo)) * table.num_rows, desc="sampling", unit="row", disable=None) as bar:
+    with progress_bar(desc="sampling", unit="row", total=sum(map(len, todo)) * table.num_rows) as bar:
 
         def counted(*args: Any, callback: Callable, **options: Any) -> Any:
             def step(row: int, state: Any) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +29,7 @@ from slam.tables import student_table
 from solvers import named_solver, sample
 from solvers.ipndm import ipndm
 from solvers.prediction import data_weights
+from solvers.progress import progress_bar
 from training.arguments import guarded
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     best = distance(generate(teacher, named_solver("unipc:30", teacher.schedule), seeds, batch_size=250), measure)
     results: dict[str, Any] = {"teacher": best}
     print(f"teacher, UniPC with 30: {best[0]:.3f} ({best[1]:.3f} to {best[2]:.3f})", flush=True)
-    for steps, kept in tqdm(runs, desc="steps and shares", unit="run"):
+    for steps, kept in progress_bar(runs, "steps and shares", "run"):
         table = student_table(teacher.schedule, steps, options.num_points, kept)
         found = distance(generate(oracle, table, seeds, batch_size=options.batch_size), measure)
         results[f"{steps}, {kept:g}"] = found

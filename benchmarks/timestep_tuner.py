@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,6 +21,7 @@ from data.clean_samples import noised
 from data.trajectories import Trajectories, run_teacher
 from denoisers import Evaluations, load_denoiser
 from solvers import SolverTable, default_solver, load_solver, named_solver
+from solvers.progress import progress_bar
 from timestep_tuner.objective import STRATEGIES, Objective
 from timestep_tuner.ratios import Ratios
 from training.arguments import guarded
@@ -50,7 +50,7 @@ def rows(options: argparse.Namespace) -> list[list[Any]]:
     teacher = named_solver(options.teacher or default_solver(denoiser.schedule), denoiser.schedule)
     tables = [load_solver(path, denoiser) for path in options.solvers]
     totals = torch.zeros(len(tables), 2, dtype=torch.float64)
-    for first in tqdm(range(0, options.num_samples, options.batch_size), desc="batches"):
+    for first in progress_bar(range(0, options.num_samples, options.batch_size), "sampling", "batch"):
         seeds = range(first, min(first + options.batch_size, options.num_samples))
         tried = run_teacher(denoiser, teacher, seeds)
         others = [*seeds[-1:], *seeds[:-1]]  # the noise objective's noises have nothing to do with the images

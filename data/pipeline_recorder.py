@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.manifest import describe_teacher
 from data.pipeline_check import check_rows, check_run
@@ -15,6 +14,7 @@ from data.trajectory_writer import TrajectoryWriter
 from denoisers.labels import class_labels
 from denoisers.pipeline import PipelineDenoiser
 from solvers.nodes import Nodes
+from solvers.progress import progress_bar
 
 
 def record_trajectories(
@@ -66,7 +66,7 @@ def record_trajectories(
     seeds = range(first_seed, first_seed + (num_trajectories or len(denoiser.entries)))
     writer = TrajectoryWriter(folder, describe_recording(denoiser, num_inference_steps, dtype), seeds, shard_size)
     with writer:
-        for shard in tqdm(writer.prepare(), desc="recording", unit="shard", disable=not progress):
+        for shard in progress_bar(writer.prepare(), "recording", "shard", show=progress):
             writer.write(shard, record_seeds(denoiser, num_inference_steps, writer.shard_seeds(shard), dtype))
     return TrajectoryCache(folder)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.manifest import describe_teacher, read_manifest, short
 from data.shards import Trajectories, check_shard, read_shard
@@ -22,6 +21,7 @@ from solvers.conditions import condition_to
 from solvers.identity import DenoiserIdentity, identify
 from solvers.nodes import Nodes
 from solvers.noise import start_noise
+from solvers.progress import progress_bar
 from solvers.sampler import sample_trace
 from solvers.schedule import NoiseSchedule
 from solvers.table import SolverTable
@@ -67,7 +67,7 @@ def generate_trajectories(
     """
     writer = TrajectoryWriter(folder, describe_teacher(denoiser, table, dtype), seeds, shard_size)
     todo = writer.prepare(rank, world_size)
-    shards = tqdm(todo, desc="trajectories", unit="shard", disable=not progress or None)
+    shards = progress_bar(todo, "trajectories", "shard", show=progress)
     with writer:
         for shard in shards:
             writer.write(shard, run_teacher(denoiser, table, writer.shard_seeds(shard), dtype, condition, device))

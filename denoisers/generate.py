@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from denoisers.labels import check_labels, class_labels
 from solvers import SolverTable, sample, start_noise
 from solvers.conditions import condition_to, index_condition
+from solvers.progress import progress_bar
 
 
 def generate(
@@ -41,7 +41,8 @@ def generate(
     if not seeds:
         raise ValueError("no images to generate: num_samples is 0, give at least 1")
     batches = list(_batches(denoiser, seeds, labels, batch_size))
-    with tqdm(total=len(seeds) * table.num_rows, desc=progress, unit="row", disable=progress is None or None) as bar:
+    total = len(seeds) * table.num_rows
+    with progress_bar(desc=progress or "", unit="row", total=total, show=progress is not None) as bar:
         images = []
         for batch, condition in batches:
             noise = start_noise(batch, denoiser.sample_shape).to(device_of(denoiser))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from denoisers.generate import as_images
 from evaluation.args import CompareArgs
@@ -20,6 +19,7 @@ from evaluation.metrics import Measure
 from evaluation.parts import Parts
 from evaluation.rows import make_row, trajectory_error
 from solvers.files import atomic_write
+from solvers.progress import progress_bar
 
 SETTINGS_NAME = "comparison.json"
 WRITTEN = ("rows", "report.json", "report.md", "report.html", "comparison.png")
@@ -95,7 +95,8 @@ class Comparison:
 
     def sample(self, rank: int = 0, world_size: int = 1) -> None:
         """Compute this process's missing blocks, the reference of a block before the solvers that need it."""
-        with tqdm(total=self._rows(rank, world_size), desc="comparing", unit="row", disable=rank > 0 or None) as bar:
+        total = self._rows(rank, world_size)
+        with progress_bar(desc="comparing", unit="row", total=total, show=rank == 0) as bar:
             for group in self.groups:
                 reference = self._reference(group)
                 for block in self.blocks[rank::world_size]:
@@ -162,8 +163,7 @@ class Comparison:
         """All rows, measured: per group the reference, then its contenders."""
         entries = []
         total = sum(1 + len(group.contenders) for group in self.groups)
-        bar = tqdm(total=total, desc="measuring", unit="solver", disable=None)
-        with bar:
+        with progress_bar(desc="measuring", unit="solver", total=total) as bar:
             for group in self.groups:
                 target = self._first(group.reference)["trace"]
                 for contender in (group.reference, *group.contenders):

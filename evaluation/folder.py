@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from evaluation.args import EvaluateArgs
 from evaluation.blocks import read_tensors, write_tensors
@@ -26,6 +25,7 @@ from evaluation.parts import Parts
 from evaluation.processes import barrier, first_alone, processes
 from evaluation.sources import BLOCK, Pictures, find_pictures
 from solvers.files import atomic_write, claimed
+from solvers.progress import progress_bar
 from solvers.text import read_text, split_lines
 
 REPORT = "evaluation.json"
@@ -67,7 +67,7 @@ class Evaluation:
     def measure_all(self, rank: int, size: int) -> None:
         """The missing blocks of this process's share."""
         todo = [block for block in self.blocks[rank::size] if not self._path(block).is_file()]
-        for block in tqdm(todo, desc="measuring", unit="block", disable=rank > 0 or None):
+        for block in progress_bar(todo, "measuring", "block", show=rank == 0):
             write_tensors(self._path(block), self._values(block))
 
     def _values(self, block: range) -> dict[str, Tensor]:

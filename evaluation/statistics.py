@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from data.named import NAMED_SETS
 from denoisers.generate import device_of
@@ -22,6 +21,7 @@ from evaluation.foreign import is_foreign, read_moments, write_moments
 from evaluation.parts import Parts, evenly
 from evaluation.sources import Pictures, find_pictures
 from solvers.files import atomic_write, sha256
+from solvers.progress import progress_bar
 
 FORMAT_VERSION = 1
 STATISTICS_NAME = "reference_statistics.safetensors"
@@ -95,7 +95,7 @@ def compute_statistics(pictures: Pictures, extractor: Extractor) -> DataStatisti
 
     def features() -> Iterator[Tensor]:
         start = 0
-        for block in tqdm(pictures, desc="data statistics", unit="block", disable=None):
+        for block in progress_bar(pictures, "data statistics", "block"):
             digest.update(block.contiguous().numpy())
             found = extractor(block.to(device).float() / 127.5 - 1)[0].cpu()
             subset.append(found[chosen[(chosen >= start) & (chosen < start + len(block))] - start])

@@ -1,7 +1,6 @@
 """Methods run here, without a trainer: what they find for one number of calls, kept as an artifact."""
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Here(Run):
     def __init__(self, subject: Subject, data: TeacherData, folder: Path, method: str) -> None:
         super().__init__(subject.denoiser, data)
         self.folder, self.method = folder, method
-        self.device, self.shows_progress = subject.device, sys.stderr.isatty()
+        self.device, self.shows_progress = subject.device, True
         self.clock = Clock()
 
     def save(self, result: Result, is_final: bool = True) -> Path | None:

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.shards import Trajectories
 from data.trajectories import FIRST_SEED, TrajectoryCache
 from learn.cost import Progress
 from learn.network import in_pieces
 from learn.options import LearnOptions
 from learn.subject import Subject
+from solvers.progress import progress_bar
 
 
 def record(subject: Subject, options: LearnOptions, folder: Path, progress: Progress) -> TrajectoryCache:
@@ -25,7 +24,7 @@ def record(subject: Subject, options: LearnOptions, folder: Path, progress: Prog
     """
     seeds = range(FIRST_SEED, FIRST_SEED + 2 * options.trajectories)
     with subject.writer(folder, seeds) as writer:
-        for shard in tqdm(writer.prepare(), "recording", unit="shard", leave=False, disable=None):
+        for shard in progress_bar(writer.prepare(), "recording", "shard", leave=False):
             chosen = writer.shard_seeds(shard)
             parts = in_pieces(lambda part: subject.run(chosen[part]), len(chosen), subject.network)  # noqa: B023
             writer.write(shard, Trajectories.join(parts))

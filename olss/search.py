@@ -6,12 +6,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.shards import Trajectories
 from olss.plan import CallPlan, combined, moves, starting_plans
 from olss.run import Run, end_errors, fit_run
 from olss.store import Scores
+from solvers.progress import progress_bar
 from solvers.table import SolverTable
 
 FEWEST = 8  # trajectories that screen plans
@@ -94,7 +94,7 @@ class PlanSearch:
         todo = [plan for plan in dict.fromkeys(plans) if (plan, size) not in self.scored]
         found, rounds = torch.zeros(len(todo), dtype=torch.float64), range(0, len(todo), self.world_size)
         known = cache(lambda: near and self._run(near, size, None))
-        for first in tqdm(rounds, "plans of calls", disable=not self.progress or not todo or None, leave=False):
+        for first in progress_bar(rounds, "plans of calls", "round", show=self.progress and bool(todo), leave=False):
             if (mine := first + self.rank) < len(todo):
                 found[mine] = self._score(todo[mine], size, known)
             self.pause()

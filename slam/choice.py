@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from evaluation.evaluate import evaluate_table
 from evaluation.metrics import Measure
 from solvers import SolverTable
+from solvers.progress import progress_bar
 
 FIRST_SEED = 2**30  # far from those of figures (0, 1, ...) and of fits (from 2^31 on)
 Shares = tuple[float, ...]
@@ -44,7 +43,8 @@ def choose(
         progress: show how far it is.
     """
     found: dict[Shares, float] = {}
-    with tqdm(total=len(shares) + count * (len(shares) - 1) * (count > 1), disable=not progress or None) as bar:
+    total = len(shares) + count * (len(shares) - 1) * (count > 1)
+    with progress_bar(desc="kept noise", unit="choice", total=total, show=progress) as bar:
 
         def nearest(candidates: Sequence[Shares]) -> Shares:
             for candidate in candidates:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-EVERY = 60.0  # seconds
+from solvers.progress import EVERY
 
 
 class Bar(RichProgressBar):

@@ -1,0 +1,45 @@
+"""A bar for people, lines for logs."""
+
+import io
+import sys
+
+import pytest
+
+from solvers import progress
+from solvers.progress import progress_bar
+
+
+class Terminal(io.StringIO):
+    """An error stream that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_lines_with_the_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert list(progress_bar(range(3), "counting", "number")) == [0, 1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"counting: {n} of 3 numbers" for n in range(4)]
+    assert all(line.endswith(" left") for line in lines)
+
+
+def test_what_is_soon_done_leaves_no_line_in_a_log(capsys):
+    with progress_bar(desc="counting", unit="number", total=3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_what_is_not_shown_says_nothing(monkeypatch, stream):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert list(progress_bar(range(3), "counting", "number", show=False)) == [0, 1, 2]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    list(progress_bar(range(3), "counting", "number"))
+    assert "counting: 100%|" in sys.stderr.getvalue()
+    assert "3/3" in sys.stderr.getvalue()
