@@ -55,6 +55,7 @@ CASES = {
     ("cifar10-dit", 1.5): Case("unipc:30", GUIDED),
     ("cifar10-sit", 1.0): Case("unipc:30", (4, 5, 6, 8, 10)),
     ("cifar10-sit", 1.5): Case("unipc:30", (1, 2, *GUIDED)),
+    ("cifar10-sit", 4.0): Case("unipc:30", (6, 8, 10)),
 }
 MODELS = list(dict.fromkeys(model for model, _ in CASES))
 GRIDS = ("ipndm@karras", "ipndm@ays", "ipndm@dmn", "unipc@dmn")
