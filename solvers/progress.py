@@ -1,6 +1,7 @@
 """How far work is and the time left: a bar in a terminal, a line a minute in a log."""
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,14 +12,18 @@ LAYOUT = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} passed, {remaining} 
 
 
 class Lines(tqdm):
-    """A line now and then: bars fill a log with their states."""
+    """A line now and then: bars fill a log with their states. Many short ones in a row share the minute."""
+
+    spoken = time.monotonic()
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options, bar_format=LAYOUT, delay=EVERY, mininterval=EVERY, miniters=1)
+        super().__init__(*args, **options, bar_format=LAYOUT, mininterval=0, miniters=1, smoothing=0)
 
     def display(self, *args: Any, **options: Any) -> None:
-        """The state as a line."""
-        print(self, file=self.fp, flush=True)
+        """The state as a line, where a minute has passed since the last one of any work."""
+        if self.n and time.monotonic() - Lines.spoken >= EVERY:
+            print(self, file=self.fp, flush=True)
+            Lines.spoken = time.monotonic()
 
     def close(self) -> None:
         """Lines stay."""
@@ -34,7 +39,7 @@ def progress_bar(
     show: bool = True,
     leave: bool = True,
 ) -> tqdm:
-    """What suits the error stream; work of less than a minute says nothing in a log.
+    """What suits the error stream; a log stays silent for a minute at most.
 
     Args:
         iterable: what is gone through; without, say `total` here and call `update`.

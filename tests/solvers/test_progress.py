@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -20,14 +21,23 @@ def test_a_log_gets_lines_with_the_time_left(monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     assert list(progress_bar(range(3), "counting", "number")) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"counting: {n} of 3 numbers" for n in range(4)]
+    assert [line.split(",")[0] for line in lines] == [f"counting: {n} of 3 numbers" for n in (1, 2, 3)]
     assert all(line.endswith(" left") for line in lines)
 
 
-def test_what_is_soon_done_leaves_no_line_in_a_log(capsys):
+def test_what_is_soon_done_leaves_no_line_in_a_log(monkeypatch, capsys):
+    monkeypatch.setattr(progress.Lines, "spoken", time.monotonic())
     with progress_bar(desc="counting", unit="number", total=3) as bar:
         bar.update(3)
     assert capsys.readouterr().err == ""
+
+
+def test_many_short_works_in_a_row_share_the_minute(monkeypatch, capsys):
+    monkeypatch.setattr(progress.Lines, "spoken", time.monotonic() - 61)
+    for name in ("first", "second"):
+        list(progress_bar(range(3), name, "number"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["first: 1 of 3 numbers"]
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
