@@ -93,6 +93,14 @@ def test_only_some_beside_the_figures_that_stand(folder):
         results.main([*arguments, "--num_samples", "9"])
 
 
+def test_some_calls_and_some_rows_are_measured_after_all_of_them(folder):
+    arguments = ["--json", "results.json", "--markdown", "results.md", "--guidance", "1", "--num_samples", "4"]
+    for chosen in ([], ["--calls", "2"], ["--only", "ddim:3"], ["--only", "ddim:4", "ddim:3"]):
+        results.main([*arguments, *chosen])
+    rows = json.loads((folder / "results.json").read_text())
+    assert [one["solver"] for one in rows] == ["ddim:100", "ddim:2", "ddim:4", "ddim:3"]
+
+
 def test_a_document_without_the_marker_is_refused_before_any_work(folder):
     with pytest.raises(ValueError, match=r"there is no <!-- table tiny 1\.5 -->"):
         results.main(["--json", "results.json", "--markdown", "results.md"])
