@@ -95,12 +95,14 @@ def compute_statistics(pictures: Pictures, extractor: Extractor) -> DataStatisti
 
     def features() -> Iterator[Tensor]:
         start = 0
-        for block in progress_bar(pictures, "data statistics", "block"):
-            digest.update(block.contiguous().numpy())
-            found = extractor(block.to(device).float() / 127.5 - 1)[0].cpu()
-            subset.append(found[chosen[(chosen >= start) & (chosen < start + len(block))] - start])
-            start += len(block)
-            yield found
+        with progress_bar(desc="data statistics", unit="picture", total=pictures.count) as bar:
+            for block in pictures:
+                digest.update(block.contiguous().numpy())
+                found = extractor(block.to(device).float() / 127.5 - 1)[0].cpu()
+                subset.append(found[chosen[(chosen >= start) & (chosen < start + len(block))] - start])
+                start += len(block)
+                bar.update(len(block))
+                yield found
 
     gaussian = Gaussian.of(Parts(features, pictures.count))
     # Rounded to what the file holds, so that computed and loaded statistics give the same distances.

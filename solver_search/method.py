@@ -379,6 +379,7 @@ class Search(Fitting):
                 "learning_rate": None if self.optimizer is None else options.descent.learning_rate,
                 "steps": stage.step,
                 "loss": vars(options.loss),
+                "extractor": options.extractor if options.loss.feature else None,
                 "train_timesteps": options.start.train_timesteps,
                 "keep_last_row": options.start.keep_last_row,
                 "precision": self.run.precision,

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 EVERY = 60.0  # seconds
 LAYOUT = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} passed, {remaining} left"
+ENDLESS = "{desc}: {n_fmt} {unit}s, {elapsed} passed"  # where nobody knows how many there are
 
 
 class Lines(tqdm):
@@ -17,7 +18,8 @@ class Lines(tqdm):
     spoken = time.monotonic()
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options, bar_format=LAYOUT, mininterval=0, miniters=1, smoothing=0)
+        super().__init__(*args, **options, mininterval=0, miniters=1, smoothing=0)
+        self.bar_format = LAYOUT if self.total is not None else ENDLESS
 
     def display(self, *args: Any, **options: Any) -> None:
         """The state as a line, where a minute has passed since the last one of any work."""

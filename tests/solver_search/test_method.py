@@ -297,6 +297,15 @@ def test_not_a_number_stops_with_the_last_good_artifact_kept(cache, tmp_path):
     assert json.loads(path.read_text())["config"]["steps"] == 5
 
 
+@pytest.mark.parametrize(("feature", "named"), [(1.0, "tiny-classifier"), (0.0, None)])
+def test_an_artifact_names_the_features_of_its_loss(cache, tmp_path, monkeypatch, feature, named):
+    monkeypatch.setattr("solver_search.method.Features", lambda name: torch.nn.Flatten())
+    loss = SearchLoss(endpoint=1.0 - feature, feature=feature)
+    search = _search(TwoPoints(SCHEDULE), tmp_path, nfe=3, steps=1, loss=loss, extractor="tiny-classifier")
+    _fit(search, TeacherData(cache, holdout=0))
+    assert json.loads((tmp_path / "solver-search-3.json").read_text())["config"]["extractor"] == named
+
+
 def test_refusals(cache, tmp_path):
     data = partial(TeacherData, cache, holdout=4)
     with pytest.raises(ValueError, match="made for weights"):

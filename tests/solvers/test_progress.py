@@ -25,6 +25,12 @@ def test_a_log_gets_lines_with_the_time_left(monkeypatch, capsys):
     assert all(line.endswith(" left") for line in lines)
 
 
+def test_where_nobody_knows_how_many_there_are_no_time_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    list(progress_bar(iter(range(2)), "counting", "number"))
+    assert capsys.readouterr().err.splitlines()[-1] == "counting: 2 numbers, 00:00 passed"
+
+
 def test_what_is_soon_done_leaves_no_line_in_a_log(monkeypatch, capsys):
     monkeypatch.setattr(progress.Lines, "spoken", time.monotonic())
     with progress_bar(desc="counting", unit="number", total=3) as bar:
