@@ -41,7 +41,7 @@ def progress_bar(
     show: bool = True,
     leave: bool = True,
 ) -> tqdm:
-    """What suits the error stream; a log stays silent for a minute at most.
+    """What suits the error stream; lines in a log are at least a minute apart, so short work alone says nothing.
 
     Args:
         iterable: what is gone through; without, say `total` here and call `update`.
