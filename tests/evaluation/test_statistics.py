@@ -34,6 +34,12 @@ def test_statistics_are_those_of_the_features():
     assert torch.allclose(found.features, features, atol=1e-3)
 
 
+def test_progress_counts_pictures(monkeypatch, capsys):
+    monkeypatch.setattr("solvers.progress.EVERY", 0.0)
+    compute_statistics(PICTURES, extractor())
+    assert "data statistics: 50 of 50 pictures, " in capsys.readouterr().err
+
+
 def test_a_file_gives_the_same_statistics_back(tmp_path):
     found = compute_statistics(Pictures.of(IMAGES, "fifty images"), extractor())
     save_statistics(found, tmp_path / "s.safetensors")
