@@ -72,13 +72,18 @@ class KernelTo:
 
     def __init__(self, target: Tensor, chunk: int = 1024) -> None:
         self.target, self.chunk = target.double(), chunk
-        self.within = self._within(self.target)
+        self.within = float(self._within(self.target))
 
     def __call__(self, features: Tensor) -> float:
         """The distance of features (n, d), at least two."""
+        return float(self.differentiable(features))
+
+    def differentiable(self, features: Tensor) -> Tensor:
+        """The same, float64 on the device of the features, with gradients to them."""
         features = features.double()
-        across = sum(float(_kernel(part, self.target).sum()) for part in features.split(self.chunk))
-        return self._within(features) + self.within - 2 * across / (len(features) * len(self.target))
+        target = self.target.to(features.device)
+        across = sum(_kernel(part, target).sum() for part in features.split(self.chunk))
+        return self._within(features) + self.within - 2 * across / (len(features) * len(target))
 
     def resampled(self, features: Tensor, counts: Tensor) -> Tensor:
         """Distances of resamplings, (repeats,): image i of features (n, d) is drawn counts[r, i] times in the r-th.
@@ -94,13 +99,13 @@ class KernelTo:
             across += drawn @ _kernel(part, self.target).mean(1) / number
         return within / (number**2 - counts.square().sum(1)) + self.within - 2 * across
 
-    def _within(self, features: Tensor) -> float:
+    def _within(self, features: Tensor) -> Tensor:
         """Mean of the kernel over ordered pairs of different features."""
         count = len(features)
         if count < 2:
             raise ValueError(f"a kernel distance of {count} images is undefined: give at least 2")
-        total = sum(float(_kernel(part, features).sum()) for part in features.split(self.chunk))
-        return (total - float(((features.square().mean(1) + 1) ** 3).sum())) / (count * (count - 1))
+        total = sum(_kernel(part, features).sum() for part in features.split(self.chunk))
+        return (total - ((features.square().mean(1) + 1) ** 3).sum()) / (count * (count - 1))
 
 
 def _kernel(first: Tensor, second: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from learn.cost import REFINED, ROUNDS, SEARCHED, STEPS
 from learn.options import LearnOptions
 from learn.subject import Subject
 from olss.method import OLSS
-from solver_search.method import Descent, SolverSearch
+from solver_search.descent import Descent
+from solver_search.method import SolverSearch
 from solver_search.objective import Compute
 from solver_search.starts import Start
 from solvers import SolverTable, identify, load_solver, save_solver

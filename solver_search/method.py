@@ -12,6 +12,7 @@ from data.sources import Batch
 from data.teacher_data import Wanted
 from denoisers import Evaluations, class_labels, condition_to, with_scale
 from evaluation.distances import error_figures, listed
+from solver_search.descent import Descent
 from solver_search.losses import Features, SearchLoss
 from solver_search.memory import describe
 from solver_search.objective import Compute, Objective
@@ -21,50 +22,11 @@ from solver_search.starts import Start
 from solver_search.whitened import whitened
 from solvers import SolverTable, sample
 from solvers.artifact import table_from_dict, table_to_dict
-from training.arguments import check_choice
 from training.method import Fitting, Method, Result, Run
 from training.record import log_table, takes_pictures
 from training.run_card import SPENT
 
-OPTIMIZERS = ("lm", "lbfgs", "lion", "adam")
 SHOWN = 16  # images in the log
-
-
-@dataclass(frozen=True)
-class Descent:
-    """How the numbers of a stage move.
-
-    Args:
-        optimizer: `lm` (Levenberg-Marquardt); `lbfgs`, in coordinates in which the weights of a start are well
-            conditioned, for operators too; `lion` or `adam`.
-        learning_rate: of lion and adam.
-        steps: optimiser steps of a stage.
-        tolerance: a stage of Levenberg-Marquardt ends when a step lowers the loss by a smaller share.
-    Raises:
-        ValueError: an option out of its range.
-    """
-
-    optimizer: str = "lm"
-    learning_rate: float = 0.01
-    steps: int = 8
-    tolerance: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        if self.learning_rate <= 0 or self.steps < 1:
-            raise ValueError(f"learning_rate {self.learning_rate} and steps {self.steps} must be positive")
-
-    def make(self, theta: Tensor) -> torch.optim.Optimizer | None:
-        """The optimiser of a stage; Levenberg-Marquardt has none."""
-        if self.optimizer == "lm":
-            return None
-        if self.optimizer == "lbfgs":
-            return torch.optim.LBFGS([theta], max_iter=1, max_eval=20, history_size=30, line_search_fn="strong_wolfe")
-        if self.optimizer == "adam":
-            return torch.optim.Adam([theta], lr=self.learning_rate)
-        from timm.optim import Lion  # imports torchvision, which takes seconds
-
-        return Lion([theta], lr=self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -78,10 +40,13 @@ class SolverSearch(Method):
         start: where a stage starts, and which numbers it has.
         descent: how they move.
         loss: what to match.
-        extractor: its name (see evaluation/README.md), for the feature part of the loss.
+        extractor: its name (see evaluation/README.md), for the feature and kernel parts of the loss.
+        statistics: of the data that the kernel part compares with, a file of `evaluation.statistics` made with that
+            extractor; of other images than those that judge the solver.
         compute: in which pieces and number formats.
     Raises:
-        ValueError: no number of evaluations, or one twice; a feature loss without an extractor.
+        ValueError: no number of evaluations, or one twice; a loss that lacks what it compares with, or that the
+            optimizer cannot lower.
     Source: arXiv 2505.21114; the second-order search is this project's.
     """
 
@@ -90,6 +55,7 @@ class SolverSearch(Method):
     descent: Descent = field(default_factory=Descent)
     loss: SearchLoss = field(default_factory=SearchLoss)
     extractor: str | None = None
+    statistics: str | None = None
     compute: Compute = field(default_factory=Compute)
 
     name: ClassVar[str] = "solver_search"
@@ -99,8 +65,14 @@ class SolverSearch(Method):
             raise ValueError(
                 f"nfe is {self.nfe}: give one or several different numbers of evaluations, each at least 1"
             )
-        if self.loss.feature and self.extractor is None:
-            raise ValueError("the loss has a feature part but no extractor is given: set one, or loss.feature to 0")
+        if self.loss.needs_extractor and self.extractor is None:
+            raise ValueError("the loss compares features but no extractor is given: set one, or loss.feature to 0")
+        if bool(self.loss.kernel) != bool(self.statistics):
+            raise ValueError("loss.kernel compares with the statistics of data: set both of them, or none")
+        if self.loss.kernel and (self.descent.optimizer == "lm" or self.start.screening):
+            raise ValueError("loss.kernel has no residuals for Levenberg-Marquardt: use optimizer lbfgs, no screening")
+        if self.loss.kernel and self.compute.micro_batch < 3:
+            raise ValueError("loss.kernel compares the images of a micro-batch with each other: give it 3 or more")
 
     @property
     def nfes(self) -> list[int]:
@@ -142,7 +114,8 @@ class Search(Fitting):
                 f"{max(options.nfes)} evaluations are more than the teacher's {steps} steps: lower nfe, or make "
                 "trajectories with more steps"
             )
-        extractor = Features(options.extractor).to(run.device) if options.extractor else None
+        features = (options.extractor, options.statistics)
+        extractor = Features(*features).to(run.device) if options.extractor else None
         most = options.compute.curvature_samples
         if most is not None and most < run.world_size:
             raise ValueError(f"curvature_samples {most}: each of {run.world_size} processes needs one; raise it")
@@ -244,7 +217,7 @@ class Search(Fitting):
             stages.append(Stage(nfe, name, parameters, parameters.initial()))
         losses = [self._screened(stage, teacher) for stage in stages] if len(stages) > 1 else [0.0]
         stage = stages[losses.index(min(losses))]
-        if options.descent.optimizer == "lbfgs" and isinstance(stage.parameters, FreeParameters):
+        if options.descent.whitens and isinstance(stage.parameters, FreeParameters):
             stage.parameters = whitened(stage.parameters, self.objective, teacher)
         self.optimizer = options.descent.make(stage.theta)
         self.run.say(f"nfe {nfe}: {stage.parameters.size} numbers, starting from {stage.start}")
@@ -314,13 +287,17 @@ class Search(Fitting):
             loss, stage.theta.grad = self.objective.gradient(stage.parameters, here, teacher)
             return torch.tensor(loss, dtype=torch.float64)
 
+        if self.options.descent.decay:
+            self.optimizer.param_groups[0]["lr"] = self.options.descent.rate_at(stage.step)
         loss = self.optimizer.step(loss_here)
         stage.theta.copy_(stage.parameters.project(stage.theta))
         return float(loss), stage.theta
 
     def _log(self, stage: Stage, loss: float) -> None:
         """Figures and the table of a step, under the name of its artifact."""
-        name, found = f"train/{_name(stage.nfe)}", {"loss": loss, "rmse": loss**0.5}
+        name, found = f"train/{_name(stage.nfe)}", {"loss": loss}
+        if not self.options.loss.kernel:  # unbiased, so that it may be below zero
+            found["rmse"] = loss**0.5
         if self.optimizer is None:
             found["damping"] = stage.damping.value
         else:
@@ -379,7 +356,8 @@ class Search(Fitting):
                 "learning_rate": None if self.optimizer is None else options.descent.learning_rate,
                 "steps": stage.step,
                 "loss": vars(options.loss),
-                "extractor": options.extractor if options.loss.feature else None,
+                "extractor": options.extractor if options.loss.needs_extractor else None,
+                "statistics": options.statistics,
                 "train_timesteps": options.start.train_timesteps,
                 "keep_last_row": options.start.keep_last_row,
                 "precision": self.run.precision,

@@ -23,7 +23,8 @@ class Compute:
     """How losses and derivatives are computed; a search may be resumed with other pieces.
 
     Args:
-        micro_batch: samples that go through the network at once.
+        micro_batch: samples that go through the network at once, at most; the kernel part of a loss compares these with
+            each other.
         tangent_chunk: forward-mode tangents that do, each of `micro_batch` samples; None: all.
         tangent_precision: `bf16` runs the network of the derivatives under autocast, which is two to three times as
             fast; residuals stay as they are.
@@ -72,8 +73,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         self.evaluations = Evaluations.of(self.denoiser)
-        if self.loss.feature and self.extractor is None:
-            raise ValueError("the loss has a feature part but no extractor is given: set one, or loss.feature to 0")
+        if self.loss.needs_extractor and self.extractor is None:
+            raise ValueError("the loss compares features but no extractor is given: set one, or loss.feature to 0")
 
     @torch.no_grad()
     def value(self, parameters: Parameters, theta: Tensor, teacher: Batch) -> float:
@@ -165,6 +166,8 @@ class Objective:
         return counted[:-1] / counted[-1]
 
     def _parts(self, teacher: Batch) -> Iterator[Trajectories]:
-        size = self.compute.micro_batch
-        for first in range(0, len(teacher), size):
-            yield teacher[first : first + size]
+        """Parts of nearly the same size: a last one of a single sample would have no pair."""
+        total, size = len(teacher), self.compute.micro_batch
+        count = -(-total // size)
+        for number in range(count):
+            yield teacher[total * number // count : total * (number + 1) // count]

@@ -22,7 +22,7 @@ from parataa import parallel_sample
 from slam.export import Exports
 from slam.module import SLAM
 from slam.objective import Objective
-from solver_search.method import Descent as SearchDescent
+from solver_search.descent import Descent as SearchDescent
 from solver_search.method import SolverSearch
 from solvers import (
     Bands,

@@ -98,6 +98,12 @@ def test_kernel_distance_equals_its_definition():
     assert KernelTo(y, chunk=2)(x) == pytest.approx(kernel_distance(x, y), rel=1e-12)
 
 
+def test_kernel_distance_has_the_gradient_of_its_differences():
+    x, y = features(7, 0).double().requires_grad_(), KernelTo(features(5, 1, 1.5).double(), chunk=3)
+    assert float(y.differentiable(x.detach())) == y(x.detach())
+    assert torch.autograd.gradcheck(y.differentiable, x)
+
+
 def test_kernel_distance_equals_torchmetrics():
     real, fake = features(120, 0).double(), features(120, 1, 1.2, 0.3).double()
     metric = KernelInceptionDistance(AsIs(), subsets=1, subset_size=120, normalize=True)

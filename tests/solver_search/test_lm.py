@@ -94,6 +94,14 @@ def test_micro_batches_and_processes_add_up():
         assert found.loss == pytest.approx(expected.loss)
 
 
+def test_micro_batches_leave_no_sample_alone():
+    """A kernel distance of one image is undefined."""
+    sizes, objective = [], Objective(TwoPoints(NoiseSchedule.linear()), SearchLoss(), compute=Compute(micro_batch=4))
+    teacher = teacher_path(objective.denoiser, named_solver("ddim:2", NoiseSchedule.linear()), 9)
+    assert float(objective.mean(teacher, lambda part: sizes.append(len(part)) or torch.ones(1))) == 1
+    assert sizes == [3, 3, 3]
+
+
 def test_curvature_of_some_samples_with_the_gradient_of_all():
     denoiser, parameters, teacher = _problem("vp")
     theta = parameters.initial()

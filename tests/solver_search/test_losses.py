@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from solver_search.losses import SearchLoss, Term, total
+from evaluation.distances import KernelTo
+from evaluation.extractors import load_extractor
+from evaluation.statistics import load_statistics
+from solver_search.losses import Features, SearchLoss, Term, total
 from solvers import NoiseSchedule, named_solver
 from tests.solver_search.toys import TwoPoints, teacher_path
 
@@ -58,9 +61,24 @@ def test_huber_curvature_reproduces_its_slope():
     [
         ({"endpoint": -1.0}, "none may be negative"),
         ({"endpoint": 0.0}, "one must be positive"),
+        ({"kernel": -1.0}, "none may be negative"),
         ({"huber_delta": 0.0}, "huber_delta is 0.0"),
     ],
 )
 def test_bad_losses(options, message):
     with pytest.raises(ValueError, match=message):
         SearchLoss(**options)
+
+
+def test_kernel_part_is_the_distance_of_the_last_states_to_the_data():
+    folder = "checkpoints/cifar10-classifier"
+    statistics = f"{folder}/reference_statistics.safetensors"
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    images = ((images + 1) * 127.5).round() / 127.5 - 1  # as the extractor of the figures rounds them
+    extractor = load_extractor(folder)
+    data = load_statistics(statistics, extractor)
+    expected = KernelTo(data.features)(extractor(images)[0])
+    table = named_solver("euler:1", NoiseSchedule.flow())
+    loss = SearchLoss(endpoint=0.0, kernel=3.0)
+    found = total(loss, table, [images * 0, images], None, Features(folder, statistics))
+    assert float(found) == pytest.approx(3 * expected, rel=1e-5)

@@ -10,12 +10,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from data.teacher_data import TeacherData
 from data.trajectories import TrajectoryCache, generate_trajectories
 from denoisers import with_guidance
+from evaluation.distances import KernelTo
 from evaluation.evaluate import evaluate_table
+from solver_search.descent import Descent
 from solver_search.losses import SearchLoss
-from solver_search.method import Descent, SolverSearch
+from solver_search.method import SolverSearch
 from solver_search.objective import Compute
 from solver_search.parameters import PaperParameters
 from solver_search.starts import Start
+from solver_search.whitened import whitened
 from solvers import NoiseSchedule, identify, load_solver, named_solver, sample, sample_trace, save_solver, start_noise
 from tests.solver_search.toys import SHAPE, Labelled, TwoPoints
 from training.solver_training import SolverTraining
@@ -299,11 +302,61 @@ def test_not_a_number_stops_with_the_last_good_artifact_kept(cache, tmp_path):
 
 @pytest.mark.parametrize(("feature", "named"), [(1.0, "tiny-classifier"), (0.0, None)])
 def test_an_artifact_names_the_features_of_its_loss(cache, tmp_path, monkeypatch, feature, named):
-    monkeypatch.setattr("solver_search.method.Features", lambda name: torch.nn.Flatten())
+    monkeypatch.setattr("solver_search.method.Features", lambda name, statistics: torch.nn.Flatten())
     loss = SearchLoss(endpoint=1.0 - feature, feature=feature)
     search = _search(TwoPoints(SCHEDULE), tmp_path, nfe=3, steps=1, loss=loss, extractor="tiny-classifier")
     _fit(search, TeacherData(cache, holdout=0))
     assert json.loads((tmp_path / "solver-search-3.json").read_text())["config"]["extractor"] == named
+
+
+class ToData(torch.nn.Flatten):
+    """Squashed pixels as features; the data are farther apart than those of the teacher."""
+
+    def __init__(self, name, statistics):
+        super().__init__()
+        self.kernel = KernelTo(self(3 * start_noise(range(200), SHAPE, torch.float64).sign()))
+
+    def forward(self, images):
+        return super().forward(images).tanh()
+
+    def distance(self, images):
+        return self.kernel.differentiable(self(images))
+
+
+def test_a_kernel_distance_leads_to_the_data_and_past_the_teacher(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("solver_search.method.Features", ToData)
+    loss, denoiser = SearchLoss(endpoint=0.0, kernel=1.0), TwoPoints(SCHEDULE)
+    search = _search(
+        denoiser, tmp_path, nfe=3, optimizer="lbfgs", steps=30, loss=loss, extractor="pixels", statistics="data"
+    )
+    _fit(search, TeacherData(cache, holdout=0))
+    noise, distance = start_noise(range(64), SHAPE, torch.float64), ToData("", "").distance
+    path = tmp_path / "solver-search-3.json"
+    tables = [named_solver("dpmpp:3", SCHEDULE), TrajectoryCache(cache).table, load_solver(path)]
+    start, teacher, found = (float(distance(sample(denoiser, table, noise))) for table in tables)
+    assert found < 0.5 * min(start, teacher)
+    assert json.loads(path.read_text())["config"]["statistics"] == "data"
+
+
+def test_a_learning_rate_that_decays(cache):
+    """Linearly: the last of four steps has a quarter of the first, after a resume as well."""
+    search = _search(TwoPoints(SCHEDULE), nfe=3, optimizer="adam", steps=4, learning_rate=0.02, decay=True)
+    rates = []
+    search.log_dict = lambda values, **_: rates.extend(v for k, v in values.items() if k.endswith("/learning_rate"))
+    _fit(search, TeacherData(cache, holdout=0))
+    assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "whiten", "expected"), [("lbfgs", False, True), ("adam", True, True), ("adam", False, False)]
+)
+def test_coordinates_of_first_order(cache, monkeypatch, optimizer, whiten, expected):
+    seen = []
+    monkeypatch.setattr("solver_search.method.whitened", lambda *given: seen.append(given) or whitened(*given))
+    _fit(
+        _search(TwoPoints(SCHEDULE), nfe=3, optimizer=optimizer, steps=1, whiten=whiten), TeacherData(cache, holdout=0)
+    )
+    assert bool(seen) == expected
 
 
 def test_refusals(cache, tmp_path):
@@ -322,13 +375,32 @@ def test_refusals(cache, tmp_path):
         (("nfe", 0), "each at least 1"),
         (("optimizer", "sgd"), "use one of lm, lbfgs, lion, adam"),
         (("steps", 0), "must be positive"),
+        (("whiten", True), "for lion and adam: leave them out with lm"),
+        (("decay", True), "for lion and adam: leave them out with lm"),
         (("guidance_scale", [1.0, 2.0]), "null condition"),
         (("loss", SearchLoss(feature=1.0)), "no extractor"),
+        (("loss", SearchLoss(kernel=1.0)), "no extractor"),
+        (("statistics", "some.safetensors"), "set both of them, or none"),
     ):
         denoiser = TwoPoints(SCHEDULE)
         denoiser.null_condition = None
         with pytest.raises(ValueError, match=message):
             _search(denoiser, **dict([option]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"statistics": None}, "set both of them"),
+        ({"optimizer": "lm"}, "no residuals for Levenberg-Marquardt"),
+        ({"screening": 2}, "no residuals for Levenberg-Marquardt"),
+        ({"compute": Compute(micro_batch=2)}, "give it 3 or more"),
+    ],
+)
+def test_refusals_of_the_kernel_part(options, message):
+    common = {"optimizer": "lbfgs", "extractor": "pixels", "statistics": "data", "loss": SearchLoss(kernel=1.0)}
+    with pytest.raises(ValueError, match=message):
+        _search(TwoPoints(SCHEDULE), **common | options)
 
 
 def test_a_search_never_ends_worse_than_its_start(cache, tmp_path):

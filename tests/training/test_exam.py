@@ -7,7 +7,8 @@ import torch
 from data.teacher_data import TeacherData
 from denoisers.generate import generate
 from evaluation.distances import error_figures
-from solver_search.method import Descent, SolverSearch
+from solver_search.descent import Descent
+from solver_search.method import SolverSearch
 from solvers import NoiseSchedule, named_solver
 from tests.solver_search.toys import TwoPoints
 from tests.training.test_resume import SCHEDULE, cache, fit

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 from data.teacher_data import TeacherData
-from solver_search.method import Descent, SolverSearch
+from solver_search.descent import Descent
+from solver_search.method import SolverSearch
 from solvers import load_solver
 from solvers.files import claimed
 from tests.solver_search.toys import TwoPoints

@@ -19,7 +19,8 @@ from olss.method import OLSS
 from slam.export import Exports
 from slam.module import SLAM
 from slam.objective import Objective
-from solver_search.method import Descent, SolverSearch
+from solver_search.descent import Descent
+from solver_search.method import SolverSearch
 from solvers import NoiseSchedule, load_solver, named_solver
 from tests.slam.tiny import network
 from tests.solver_search.toys import TwoPoints
