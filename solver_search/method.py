@@ -70,7 +70,9 @@ class SolverSearch(Method):
         if bool(self.loss.kernel) != bool(self.statistics):
             raise ValueError("loss.kernel compares with the statistics of data: set both of them, or none")
         if self.loss.kernel and (self.descent.optimizer == "lm" or self.start.screening):
-            raise ValueError("loss.kernel has no residuals for Levenberg-Marquardt: use adam, whitened, and no screening")
+            raise ValueError(
+                "loss.kernel has no residuals for Levenberg-Marquardt: use adam, whitened, and no screening"
+            )
         if self.loss.kernel and self.compute.micro_batch < 3:
             raise ValueError("loss.kernel compares the images of a micro-batch with each other: give it 3 or more")
 
