@@ -6,8 +6,8 @@
 At equal numbers of network calls are compared the solvers of diffusers, the grids of other works, and every artifact in
 checkpoints/solvers (and of students in checkpoints) that was made for the model and the guidance scale; --solvers adds
 others, such as a run's, and --only measures some beside the figures that stand. A run that was stopped goes on where it
-was; the text of docs/results.md between the tables is left alone. Figures of models or scales that are not asked for
-stay as they are.
+was; the text of docs/results.md between the tables is left alone. Figures of models, scales or numbers of calls that
+are not asked for stay as they are.
 """
 
 import argparse
@@ -90,12 +90,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"no case of {options.models} has a guidance scale of {options.guidance}")
     for model, scale in cases:
         _section(text, _marker(model, scale))  # before hours of work
-        if options.only:
-            _check_images(options.json, model, scale, options.num_samples)
+        if options.only or options.calls:
+            _check_images(options, model, scale)
     for number, (model, scale) in enumerate(cases, 1):
         print(f"{model}, guidance {scale:g}: {number} of {len(cases)}", flush=True)
         rows = _compared(model, scale, options)
-        _keep(options.json, model, scale, rows, bool(options.only))
+        _keep(options.json, model, scale, rows, bool(options.only), options.calls)
         rewrite(options.markdown, json.loads(options.json.read_text()))
     draw(json.loads(options.json.read_text()), options.json.with_suffix(".png"))
 
@@ -188,15 +188,15 @@ def _scale(info: dict[str, Any]) -> Any:
     return info["fitted_on"].get("guidance_scale", own) if info["student"] else own
 
 
-def _check_images(path: Path, model: str, scale: float, num_samples: int) -> None:
+def _check_images(options: argparse.Namespace, model: str, scale: float) -> None:
     """Figures of other numbers of images cannot stand in one table."""
-    known = [row for row in _known(path) if (row["model"], row["guidance"]) == (model, scale)]
+    known = [row for row in _known(options.json) if (row["model"], row["guidance"]) == (model, scale)]
     counts = {row["num_images"] for row in known if row["is_reference"]}
-    if counts != {num_samples}:
+    if counts != {options.num_samples} and (counts or options.only):
         there = f"figures of {', '.join(map(str, counts))} images" if counts else "none of them"
         raise ValueError(
-            f"--only adds to the figures of {model} at guidance {scale:g}, but {path} has {there}, "
-            f"and --num_samples is {num_samples}"
+            f"{'--only' if options.only else '--calls'} adds to the figures of {model} at guidance {scale:g}, but "
+            f"{options.json} has {there}, and --num_samples is {options.num_samples}"
         )
 
 
@@ -204,15 +204,22 @@ def _known(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def _keep(path: Path, model: str, scale: float, rows: Sequence[dict[str, Any]], only: bool = False) -> None:
-    """Replace this model's figures at this scale; with `only` those of the same solvers, and not the teacher's."""
-    rows = [row for row in rows if not (only and row["is_reference"])]
-    replaced = {row["solver"] for row in rows}
-    others = [
-        row
-        for row in _known(path)
-        if (row["model"], row["guidance"]) != (model, scale) or (only and row["solver"] not in replaced)
-    ]
+def _keep(
+    path: Path,
+    model: str,
+    scale: float,
+    rows: Sequence[dict[str, Any]],
+    only: bool = False,
+    calls: Sequence[int] | None = None,
+) -> None:
+    """Replace this model's figures at this scale: all of them, those of the same solvers, or those of some calls."""
+    others = [row for row in _known(path) if (row["model"], row["guidance"]) != (model, scale)]
+    if only or calls:
+        measured = {row["solver"] for row in rows if not row["is_reference"]}
+        there = [row for row in _known(path) if row not in others and row["solver"] not in measured]
+        there = [row for row in there if only or row["is_reference"] or row["nfe"] not in calls]
+        rows = [row for row in rows if not (row["is_reference"] and any(old["is_reference"] for old in there))]
+        others += there
     mine = [
         {"model": model, "guidance": scale, "solver": row["solver"], "method": row["method"], "nfe": row["nfe"]}
         | {"num_images": row["num_images"], "is_reference": row["is_reference"]}

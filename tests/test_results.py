@@ -95,10 +95,28 @@ def test_only_some_beside_the_figures_that_stand(folder):
 
 def test_some_calls_and_some_rows_are_measured_after_all_of_them(folder):
     arguments = ["--json", "results.json", "--markdown", "results.md", "--guidance", "1", "--num_samples", "4"]
-    for chosen in ([], ["--calls", "2"], ["--only", "ddim:3"], ["--only", "ddim:4", "ddim:3"]):
+    results.main(arguments)
+    first = json.loads((folder / "results.json").read_text())
+    for chosen in (["--only", "ddim:4", "ddim:5"], ["--calls", "2"]):
         results.main([*arguments, *chosen])
+    results.main([*arguments, "--only", "ddim:4", "ddim:3"])
     rows = json.loads((folder / "results.json").read_text())
-    assert [one["solver"] for one in rows] == ["ddim:100", "ddim:2", "ddim:4", "ddim:3"]
+    assert sorted(one["solver"] for one in rows) == sorted([*(one["solver"] for one in first), "ddim:5"])
+
+
+def test_figures_of_other_calls_stay(folder):
+    """Those of the calls that are asked for are measured anew, also where a solver is no longer there."""
+    there = [row("ddim:100", 100, 7.0, is_reference=True)]
+    there += [row("ddim:2", 2, 8.0), row("gone:2", 2, 5.0), row("x:4", 4, 6.0)]
+    (folder / "results.json").write_text(json.dumps(there))
+    arguments = ["--json", "results.json", "--markdown", "results.md", "--guidance", "1", "--calls", "2"]
+    with pytest.raises(ValueError, match=r"--calls adds to .* has figures of 9 images, and --num_samples is 4"):
+        results.main([*arguments, "--num_samples", "4"])
+    results.main([*arguments, "--num_samples", "9"])
+    rows = {one["solver"]: one for one in json.loads((folder / "results.json").read_text())}
+    assert sorted(rows) == ["ddim:100", "ddim:2", "x:4"]
+    assert (rows["ddim:100"]["fd"], rows["x:4"]["fd"]) == (7.0, 6.0)
+    assert rows["ddim:2"]["rmse"] != 0.9
 
 
 def test_a_document_without_the_marker_is_refused_before_any_work(folder):
