@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number, (model, scale) in enumerate(cases, 1):
         print(f"{model}, guidance {scale:g}: {number} of {len(cases)}", flush=True)
         rows = _compared(model, scale, options)
-        _keep(options.json, model, scale, rows, bool(options.only), options.calls)
+        _keep(options, model, scale, rows)
         rewrite(options.markdown, json.loads(options.json.read_text()))
     draw(json.loads(options.json.read_text()), options.json.with_suffix(".png"))
 
@@ -204,22 +204,17 @@ def _known(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def _keep(
-    path: Path,
-    model: str,
-    scale: float,
-    rows: Sequence[dict[str, Any]],
-    only: bool = False,
-    calls: Sequence[int] | None = None,
-) -> None:
+def _keep(options: argparse.Namespace, model: str, scale: float, rows: Sequence[dict[str, Any]]) -> None:
     """Replace this model's figures at this scale: all of them, those of the same solvers, or those of some calls."""
-    others = [row for row in _known(path) if (row["model"], row["guidance"]) != (model, scale)]
-    if only or calls:
-        measured = {row["solver"] for row in rows if not row["is_reference"]}
-        there = [row for row in _known(path) if row not in others and row["solver"] not in measured]
-        there = [row for row in there if only or row["is_reference"] or row["nfe"] not in calls]
-        rows = [row for row in rows if not (row["is_reference"] and any(old["is_reference"] for old in there))]
-        others += there
+    known = _known(options.json)
+    there = [row for row in known if (row["model"], row["guidance"]) == (model, scale)]
+    others = [row for row in known if row not in there]
+    if options.only or options.calls:
+        if any(row["is_reference"] for row in there):
+            rows = [row for row in rows if not row["is_reference"]]
+        measured = {row["solver"] for row in rows}
+        there = [row for row in there if row["solver"] not in measured]
+        others += [row for row in there if options.only or row["is_reference"] or row["nfe"] not in options.calls]
     mine = [
         {"model": model, "guidance": scale, "solver": row["solver"], "method": row["method"], "nfe": row["nfe"]}
         | {"num_images": row["num_images"], "is_reference": row["is_reference"]}
@@ -227,7 +222,7 @@ def _keep(
         for row in rows
     ]
     ordered = sorted(others + mine, key=lambda row: (row["model"], row["guidance"]))
-    with atomic_write(path) as temporary:
+    with atomic_write(options.json) as temporary:
         temporary.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
